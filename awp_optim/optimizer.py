@@ -1,0 +1,586 @@
+"""AWP: adversarial weight perturbation around any torch optimizer.
+
+Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization", NeurIPS 2020.
+
+The optimizer is a small state machine. It rests at the centre w. ``first_step`` moves the weights
+to the worst point w + v nearby, ``second_step`` brings them back and lets the base optimizer step
+with the gradients found there::
+
+    centre --first_step--> perturbed --second_step--> centre, updated by the base optimizer
+                           perturbed --restore------> centre
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from awp_optim.perturbation import NORMS, arithmetic_dtype, ascend_, layer_norms
+
+__all__ = ["AWP"]
+
+DIRECTIONS = ("gradient", "random")
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+class AWP(Optimizer):
+    """A base optimizer that steps with the gradients at adversarially perturbed weights.
+
+    For every parameter tensor l, one ascent is Eq. (10) and (15) of the paper:
+    ``v_l <- P(v_l + gamma/ascent_steps * |w_l| * g_l/|g_l|)``, where P scales v_l back onto
+    ``|v_l| <= gamma |w_l|``. A tensor gets v_l = 0 that has fewer than ``min_ndim`` dimensions, no
+    gradient, a zero or non-finite gradient, or zero weight.
+
+    The base update is computed at w from the gradients at w + v, so a base optimizer's weight decay
+    acts on w. A script that adds v to the weights, steps and takes v away decays w + v instead: the
+    two agree exactly without weight decay and differ by ``lr * weight_decay * v`` with it.
+
+    Args:
+        params: parameters, named parameters or parameter groups, as for any torch optimizer. A
+            group may set its own ``gamma``, ``norm``, ``direction`` and ``min_ndim``.
+        base_optimizer: a class, or a callable ``(param_groups, **base_kwargs) -> Optimizer``. For
+            an optimizer already built see :meth:`wrap`.
+        gamma: size of the perturbation relative to each tensor's weight norm, >= 0. The paper uses
+            5e-3 to 1e-2. With 0 this is the base optimizer.
+        ascent_steps: calls of :meth:`first_step` before the second, K2 * A in the paper, >= 1.
+        norm: "l2" (Frobenius) or "l1", measuring weights, gradients and perturbations.
+        direction: "gradient", or "random" for the paper's RWP baseline, which needs no gradient.
+        min_ndim: tensors with fewer dimensions stay unperturbed; 2 leaves out biases and norms.
+        foreach: True for the ``torch._foreach_*`` implementation, False for the readable one, None
+            to use foreach for all but tensor subclasses. Passed on to a base optimizer that has it.
+        **base_kwargs: for the base optimizer.
+
+    Raises:
+        TypeError: if ``base_optimizer`` does not give an optimizer, or gives one that has to call
+            a closure itself (LBFGS).
+        ValueError: if a setting is out of its range, or the base optimizer has a setting of the
+            same name.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> opt = AWP(model.parameters(), torch.optim.SGD, gamma=5e-3, lr=0.1, momentum=0.9)
+        >>> x, y = torch.randn(8, 2), torch.randint(2, (8,))
+        >>> torch.nn.functional.cross_entropy(model(x), y).backward()
+        >>> opt.first_step(zero_grad=True)
+        >>> torch.nn.functional.cross_entropy(model(x), y).backward()
+        >>> opt.second_step(zero_grad=True)
+    """
+
+    # GradScaler then calls step() on an overflow too, which brings the weights home; see _update.
+    _step_supports_amp_scaling = True
+
+    base_optimizer: Optimizer
+    ascent_steps: int
+    foreach: bool | None
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: Callable[..., Optimizer],
+        gamma: float | Tensor = 5e-3,
+        *,
+        ascent_steps: int = 1,
+        norm: str = "l2",
+        direction: str = "gradient",
+        min_ndim: int = 2,
+        foreach: bool | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
+            raise TypeError(
+                "base_optimizer must be a class such as torch.optim.SGD or a callable that builds "
+                f"an optimizer, got {base_optimizer!r:.80}; for an optimizer already built use "
+                "AWP.wrap(optimizer, gamma=...)"
+            )
+        if not isinstance(ascent_steps, int) or ascent_steps < 1:
+            raise ValueError(f"ascent_steps must be an integer >= 1, got {ascent_steps!r}")
+        settings = {"gamma": gamma, "norm": norm, "direction": direction, "min_ndim": min_ndim}
+        _check_settings(settings)
+        if foreach is not None and _names_argument(base_optimizer, "foreach"):
+            base_kwargs["foreach"] = foreach
+
+        self.ascent_steps = ascent_steps
+        self.foreach = foreach
+        self._forget()
+        # param_groups, state and defaults are the base optimizer's own. Until it is built, a
+        # placeholder holds them while torch checks the parameters and our settings fill the groups.
+        self.base_optimizer = SimpleNamespace()  # type: ignore[assignment]
+        super().__init__(_own_groups(params), settings)
+        base = base_optimizer(self.param_groups, **base_kwargs)
+        _check_base(base, settings)
+        for group in base.param_groups:
+            for name, value in settings.items():
+                group.setdefault(name, value)
+        base.defaults.update(settings)
+        self.base_optimizer = base
+
+    @classmethod
+    def wrap(cls, optimizer: Optimizer, gamma: float | Tensor = 5e-3, **settings: Any) -> AWP:
+        """AWP around an optimizer already built, which keeps its state and its groups.
+
+        Args:
+            optimizer: any torch optimizer; from now on step through the AWP that is returned.
+            gamma: as in the constructor; a group's own setting wins.
+            **settings: ``ascent_steps``, ``norm``, ``direction``, ``min_ndim``, ``foreach``.
+
+        Example:
+            >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
+            >>> AWP.wrap(sgd, gamma=1e-2).base_optimizer is sgd
+            True
+        """
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"AWP.wrap takes an optimizer already built, got {optimizer!r:.80}; with a class "
+                "use AWP(params, base_optimizer, ...)"
+            )
+        unknown = settings.keys() - {"ascent_steps", "norm", "direction", "min_ndim", "foreach"}
+        if unknown:
+            raise TypeError(
+                f"AWP.wrap got {sorted(unknown)}: the settings of the optimizer itself are given "
+                "where it is built"
+            )
+        return cls(optimizer.param_groups, lambda _: optimizer, gamma, **settings)
+
+    # ------------------------------------------------------------------ the two steps
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at w + v instead of the centre w."""
+        return self._is_perturbed
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """One ascent of the weights, from ``w + v`` along the gradients in ``p.grad``.
+
+        Call it ``ascent_steps`` times, each after a fresh backward pass; further calls stay inside
+        the ball. A gradient multiplied by a loss scale need not be unscaled: the scale cancels.
+
+        Args:
+            zero_grad: set the gradients to None afterwards.
+
+        Raises:
+            ValueError: if a group's settings are not valid; nothing is changed.
+        """
+        for group in self.param_groups:
+            _check_settings(group)
+        try:
+            self._is_perturbed = True
+            batches = self._gather()
+            self._back_up(batches)
+            for batch in batches:
+                self._ascend(batch)
+        except BaseException:
+            self.restore()
+            raise
+        torch.clear_autocast_cache()  # else it goes on with copies of the weights before
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Back to the centre, bit for bit, then the base optimizer's step.
+
+        Args:
+            zero_grad: set the gradients to None afterwards.
+
+        Raises:
+            RuntimeError: at the centre, that is without a :meth:`first_step` before.
+        """
+        if not self._is_perturbed:
+            raise RuntimeError(
+                "second_step() needs a first_step() before it: the weights are not perturbed"
+            )
+        self.step()  # as an attribute, so that hooks and learning-rate schedulers see it
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Back to the centre, bit for bit, without an update; does nothing at the centre."""
+        if not self._is_perturbed:
+            return
+        for params, centres in self._backed_up:
+            torch._foreach_copy_(params, centres)
+        self._backed_up.clear()
+        self._live.clear()
+        self._overflows.clear()
+        self._is_perturbed = False
+        torch.clear_autocast_cache()
+
+    @contextmanager
+    def perturbed(self, zero_grad: bool = False) -> Iterator[None]:
+        """Inside the ``with`` the weights are w + v; leaving restores, also on an exception.
+
+        Takes the :meth:`first_step` on entry unless one was taken before. A :meth:`second_step`
+        inside is fine: then there is nothing left to restore.
+
+        Args:
+            zero_grad: set the gradients to None once the weights are perturbed.
+        """
+        if not self._is_perturbed:
+            self.first_step()
+        try:
+            if zero_grad:
+                self.zero_grad()
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The second step or, with a closure, all of it.
+
+        Args:
+            closure: zeroes the gradients, computes the loss, backpropagates and returns the loss.
+                It is called before each of ``ascent_steps`` ascents and once at the perturbed
+                weights; just once where nothing is perturbed by gradients.
+
+        Returns:
+            The closure's first loss, or None without a closure.
+
+        Raises:
+            RuntimeError: without a closure at the centre (unless gamma is 0 everywhere), where it
+                would be a plain step; with a closure while perturbed.
+        """
+        try:
+            loss = self._reach_perturbed(closure)
+            overflows = list(self._overflows)
+            self.restore()
+            self._update(overflows)
+        except BaseException:
+            # GradScaler sets these for the time of the call, and leaves them behind on an error.
+            self.__dict__.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            raise
+        return loss
+
+    # ------------------------------------------------------------------ as any torch optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups, shared with it."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state. The backup of the weights is no part of it."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults and AWP's own."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may have its own ``gamma``, ``norm``, ``direction``, ``min_ndim``."""
+        if isinstance(param_group, dict):
+            _check_settings({**self.defaults, **param_group})
+        if isinstance(self.base_optimizer, Optimizer):
+            self.base_optimizer.add_param_group(param_group)
+        else:
+            super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all parameters, as the base optimizer does it."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and the groups' settings, never the backup of the weights.
+
+        Raises:
+            RuntimeError: while perturbed, when the model's weights are not those to be saved.
+        """
+        self._require_centre("state_dict()")
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, or the state of a plain base optimizer.
+
+        Raises:
+            RuntimeError: while perturbed.
+        """
+        self._require_centre("load_state_dict()")
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        settings = [{name: group[name] for name in _SETTINGS} for group in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
+        for group, before in zip(self.param_groups, settings, strict=True):
+            for name, value in before.items():  # a plain optimizer's checkpoint has none
+                group.setdefault(name, value)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_centre("copying or pickling")
+        return {name: self.__dict__[name] for name in ("base_optimizer", "ascent_steps", "foreach")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        name, base = type(self).__name__, type(self.base_optimizer).__name__
+        groups = super().__repr__().removeprefix(name)
+        return f"{name} of {base}, ascent_steps={self.ascent_steps}{groups}"
+
+    # ------------------------------------------------------------------ how it is done
+
+    def _forget(self) -> None:
+        self._is_perturbed = False
+        # One buffer for every parameter perturbed so far, allocated once.
+        self._buffers: dict[Tensor, Tensor] = {}
+        # While perturbed: which parameters have their centre in a buffer, and both in lists.
+        self._live: set[Tensor] = set()
+        self._backed_up: list[tuple[list[Tensor], list[Tensor]]] = []
+        # Whether the ascents met gradients that were not finite: 0-d tensors, read by none but AMP.
+        self._overflows: list[Tensor] = []
+
+    def _require_centre(self, what: str) -> None:
+        if self._is_perturbed:
+            raise RuntimeError(
+                f"{what} while the weights are perturbed: call second_step() or restore() first"
+            )
+
+    def _perturbs(self) -> bool:
+        """Whether any group is perturbed. A gamma in a tensor counts as not zero, unread."""
+        return any(_is_active(group) for group in self.param_groups)
+
+    def _gather(self) -> list[_Batch]:
+        """The tensors to ascend, in batches of one group, device and dtype."""
+        batches: dict[Any, _Batch] = {}
+        seen = set()
+        for index, group in enumerate(self.param_groups):
+            if not _is_active(group):
+                continue
+            random, min_ndim = group["direction"] == "random", group["min_ndim"]
+            for p in group["params"]:
+                g = p.grad
+                if p.ndim < min_ndim or p.numel() == 0 or p in seen:
+                    continue
+                if not p.requires_grad if random else g is None:
+                    continue
+                seen.add(p)
+                if g is not None and g.layout != torch.strided:
+                    g = g.to_dense()
+                foreach = type(p) in _PLAIN_TENSORS if self.foreach is None else self.foreach
+                at_centre = p not in self._live
+                key = index, p.device, p.dtype, g.dtype if not random else None, foreach, at_centre
+                if key not in batches:
+                    batches[key] = _Batch(group, [], [], foreach, at_centre)
+                batches[key].params.append(p)
+                if not random:
+                    batches[key].grads.append(g)
+        return list(batches.values())
+
+    def _back_up(self, batches: list[_Batch]) -> None:
+        """Copy the centres of all batches, before any weight moves: tensors may share memory."""
+        fresh = [batch.params for batch in batches if batch.at_centre]
+        for p in (p for params in fresh for p in params):
+            buffer = self._buffers.get(p)
+            if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (
+                p.shape,
+                p.dtype,
+                p.device,
+            ):
+                self._buffers[p] = torch.empty_like(p)
+        for params in fresh:
+            centres = [self._buffers[p] for p in params]
+            torch._foreach_copy_(centres, params)
+            self._backed_up.append((params, centres))
+            self._live.update(params)
+
+    def _ascend(self, batch: _Batch) -> None:
+        group, params, grads, foreach, at_centre = batch
+        norm = group["norm"]
+        centres = [self._buffers[p] for p in params]
+        weight_norms = layer_norms(centres, norm, foreach=foreach)
+
+        settings: dict[str, Any] = {
+            "gamma": group["gamma"],
+            "steps": self.ascent_steps,
+            "norm": norm,
+            "at_centre": at_centre,
+            "foreach": foreach,
+        }
+        if group["direction"] == "random":  # one at a time: a draw takes the memory of its weight
+            for p, w, w_norm in zip(params, centres, weight_norms, strict=True):
+                draw = torch.randn_like(p, dtype=arithmetic_dtype(p.dtype))
+                draw_norm = layer_norms([draw], norm, foreach=foreach)
+                ascend_([p], [draw], [w], w_norm.view(1), draw_norm, **settings)
+        else:
+            grad_norms = layer_norms(grads, norm, foreach=foreach)
+            self._overflows.append(grad_norms.isfinite().all().logical_not())
+            ascend_(params, grads, centres, weight_norms, grad_norms, **settings)
+
+    def _reach_perturbed(self, closure: Callable[[], Any] | None) -> Any:
+        """With the closure go to w + v and take the gradients there; without, see that we are."""
+        if closure is None:
+            if self._perturbs() and not self._is_perturbed:
+                raise RuntimeError(
+                    "step() without a closure would be a plain step without perturbation: call "
+                    "first_step() and backpropagate again before it, or pass a closure; for a "
+                    "plain step call base_optimizer.step()"
+                )
+            return None
+        if self._is_perturbed:
+            raise RuntimeError(
+                "step(closure) starts at the centre, but the weights are perturbed: call "
+                "second_step() or restore() first"
+            )
+        if hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "GradScaler cannot be used with a closure: call first_step(), then scaler.step()"
+            )
+        directions = {group["direction"] for group in self.param_groups if _is_active(group)}
+        losses = []
+        try:
+            for _ in range(self.ascent_steps if directions else 0):
+                if "gradient" in directions:
+                    with torch.enable_grad():
+                        losses.append(closure())
+                self.first_step()
+            with torch.enable_grad():
+                losses.append(closure())
+        except BaseException:
+            self.restore()
+            raise
+        return losses[0]
+
+    def _update(self, overflows: list[Tensor]) -> None:
+        """The base optimizer's step, unless GradScaler or an ascent found an overflow.
+
+        GradScaler's protocol for optimizers with ``_step_supports_amp_scaling``: it sets
+        ``found_inf`` and, where the gradients are still scaled, ``grad_scale``, and calls step()
+        in any case.
+        """
+        base = self.base_optimizer
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            base.step()
+            return
+        grad_scale: Tensor | None = self.grad_scale  # type: ignore[attr-defined]
+        for overflow in overflows:
+            found_inf = found_inf.maximum(overflow.to(found_inf))
+        if getattr(base, "_step_supports_amp_scaling", False):
+            base.grad_scale, base.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
+            try:
+                base.step()
+            finally:
+                del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
+        elif not found_inf.item():  # the one read that GradScaler makes for any optimizer
+            if grad_scale is not None:
+                _unscale(self.param_groups, grad_scale)
+            base.step()
+
+
+class _Batch(NamedTuple):
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]  # empty for random directions
+    foreach: bool
+    at_centre: bool
+
+
+_SETTINGS = ("gamma", "norm", "direction", "min_ndim")
+
+
+def _check_settings(group: dict[str, Any]) -> None:
+    gamma, norm, direction, min_ndim = (group[name] for name in _SETTINGS)
+    if isinstance(gamma, Tensor):
+        if gamma.ndim != 0 or not gamma.is_floating_point():
+            raise ValueError(
+                f"gamma as a tensor must be a 0-d float, got {gamma.shape} {gamma.dtype}"
+            )
+    elif isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
+        raise TypeError(f"gamma must be a number or a 0-d tensor, got {gamma!r}")
+    elif not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {tuple(NORMS)}, got {norm!r}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    if not isinstance(min_ndim, int) or min_ndim < 0:
+        raise ValueError(f"min_ndim must be an integer >= 0, got {min_ndim!r}")
+
+
+def _check_base(base: Any, settings: dict[str, Any]) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base_optimizer must give a torch.optim.Optimizer, got {base!r:.80}")
+    name = type(base).__name__
+    if isinstance(base, AWP) or settings.keys() <= base.defaults.keys():
+        raise TypeError(
+            f"{name} is already wrapped by AWP: change gamma and the other settings in its "
+            "param_groups instead"
+        )
+    clash = sorted(settings.keys() & base.defaults.keys())
+    if clash:
+        raise ValueError(
+            f"{name} has settings named {clash} of its own, which AWP would overwrite: subclass "
+            "it and rename them"
+        )
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{name} calls a closure several times in a step, at weights of its own choosing: it "
+            "cannot step with gradients taken at perturbed weights"
+        )
+
+
+def _is_active(group: dict[str, Any]) -> bool:
+    return isinstance(group["gamma"], Tensor) or group["gamma"] > 0
+
+
+def _own_groups(params: ParamsT) -> Any:
+    """Groups of our own, so that the caller's are not written to (torch leaves defaults there)."""
+    if isinstance(params, (Tensor, set)):
+        return params  # for torch to complain
+    entries = list(params)
+    return [dict(entry) if isinstance(entry, dict) else entry for entry in entries]
+
+
+def _names_argument(function: Callable[..., Any], name: str) -> bool:
+    try:
+        return name in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+
+
+def _unscale(groups: list[dict[str, Any]], scale: Tensor) -> None:
+    """Divide all gradients by the loss scale, in place, as GradScaler.unscale_ does."""
+    grads: dict[torch.device, list[Tensor]] = {}
+    for p in (p for group in groups for p in group["params"] if p.grad is not None):
+        if p.grad.dtype == torch.float16:
+            raise ValueError("Attempting to unscale FP16 gradients.")
+        if p.grad.layout == torch.strided:
+            grads.setdefault(p.grad.device, []).append(p.grad)
+        else:
+            p.grad.mul_(scale.reciprocal().to(p.grad.device))
+    for device, tensors in grads.items():
+        torch._foreach_mul_(tensors, scale.reciprocal().to(device))

@@ -1,0 +1,48 @@
+"""Packaging of awp_optim. The core needs torch alone; everything else is an extra."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "awp_optim" / "__init__.py").read_text())[1]
+
+EXAMPLES = ["torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "rich"]
+EVAL = ["pyautoattack"]
+TEST = [
+    *EXAMPLES,
+    *EVAL,
+    "pytest",
+    "pytest-benchmark",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "torchattacks",
+]
+
+setup(
+    name="awp_optim",
+    version=VERSION,
+    description="Adversarial weight perturbation (AWP) as a drop-in PyTorch optimizer wrapper",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["awp_optim", "awp_optim.*"]),
+    package_data={"awp_optim": ["py.typed"]},
+    install_requires=["torch>=2.6"],
+    extras_require={
+        "examples": EXAMPLES,
+        "eval": EVAL,
+        "test": TEST,
+        "all": sorted({*EXAMPLES, *EVAL, *TEST}),
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
