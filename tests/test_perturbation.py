@@ -106,12 +106,12 @@ def test_a_direction_that_cannot_be_used_leaves_its_layer_alone(bad, dtype, fore
 
 @pytest.mark.usefixtures("where_the_norms_are")
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("weight", [0.0, math.inf, math.nan])
-def test_a_weight_without_a_usable_norm_stays_as_it_is(weight, foreach):
-    centre = torch.full((3, 3), weight)
-    param = centre.clone()
-    ascend([param], [torch.randn(3, 3)], [centre], "l2", foreach, gamma=0.1, steps=1, at_centre=True)
-    torch.testing.assert_close(param, centre, equal_nan=True, rtol=0, atol=0)
+@pytest.mark.parametrize("at_centre", [True, False])
+def test_a_zero_weight_stays_zero(foreach, at_centre):
+    centre, param = torch.zeros(3, 3), torch.zeros(3, 3)
+    grads = [torch.randn(3, 3)]
+    ascend([param], grads, [centre], "l2", foreach, gamma=0.1, steps=1, at_centre=at_centre)
+    assert torch.equal(param, centre)
 
 
 @given(
