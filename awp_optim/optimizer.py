@@ -157,6 +157,11 @@ class AWP(Optimizer):
         """Whether the weights are at w + v instead of the centre w."""
         return self._is_perturbed
 
+    @property
+    def directions(self) -> frozenset[str]:
+        """The directions in which weights are perturbed; empty where gamma is 0 in every group."""
+        return frozenset(group["direction"] for group in self.param_groups if _is_active(group))
+
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """One ascent of the weights, from ``w + v`` along the gradients in ``p.grad``.
@@ -368,10 +373,6 @@ class AWP(Optimizer):
                 f"{what} while the weights are perturbed: call second_step() or restore() first"
             )
 
-    def _perturbs(self) -> bool:
-        """Whether any group is perturbed. A gamma in a tensor counts as not zero, unread."""
-        return any(_is_active(group) for group in self.param_groups)
-
     def _gather(self) -> list[_Batch]:
         """The tensors to ascend, in batches of one group, device and dtype."""
         batches: dict[Any, _Batch] = {}
@@ -442,7 +443,7 @@ class AWP(Optimizer):
     def _reach_perturbed(self, closure: Callable[[], Any] | None) -> Any:
         """With the closure go to w + v and take the gradients there; without, see that we are."""
         if closure is None:
-            if self._perturbs() and not self._is_perturbed:
+            if self.directions and not self._is_perturbed:
                 raise RuntimeError(
                     "step() without a closure would be a plain step without perturbation: call "
                     "first_step() and backpropagate again before it, or pass a closure; for a "
@@ -458,7 +459,7 @@ class AWP(Optimizer):
             raise RuntimeError(
                 "GradScaler cannot be used with a closure: call first_step(), then scaler.step()"
             )
-        directions = {group["direction"] for group in self.param_groups if _is_active(group)}
+        directions = self.directions
         losses = []
         try:
             for _ in range(self.ascent_steps if directions else 0):
@@ -554,6 +555,7 @@ def _check_base(base: Any, settings: dict[str, Any]) -> None:
 
 
 def _is_active(group: dict[str, Any]) -> bool:
+    """Whether a group is perturbed. A gamma in a tensor counts as not zero, unread."""
     return isinstance(group["gamma"], Tensor) or group["gamma"] > 0
 
 

@@ -362,7 +362,7 @@ def test_bad_bases_are_told_what_to_do(net):
     sgd = SGD(net.parameters(), lr=0.1)
     with pytest.raises(TypeError, match=r"use AWP\.wrap"):
         AWP(net.parameters(), sgd)
-    with pytest.raises(TypeError, match="class or|class such as"):
+    with pytest.raises(TypeError, match="a class such as"):
         AWP(net.parameters(), "sgd")
     with pytest.raises(TypeError, match="use AWP"):
         AWP.wrap(SGD)

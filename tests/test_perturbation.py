@@ -17,7 +17,9 @@ EPS = {torch.float64: 2**-50, torch.float32: 2**-21, torch.bfloat16: 2**-8, torc
 
 def equation(p, g, w, gamma, steps, norm):
     """Eq. (10) and (15) for one layer, in float64; (w + v) after the ascent."""
-    p, g, w = (t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (p, g, w))
+    p, g, w = (
+        t.detach().to(torch.complex128 if t.is_complex() else torch.float64) for t in (p, g, w)
+    )
     size = lambda t: t.abs().pow(ORDER[norm]).sum() ** (1 / ORDER[norm])  # noqa: E731
     v = p - w
     if size(g).isfinite() and size(g) > 0:

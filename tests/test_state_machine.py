@@ -60,7 +60,7 @@ class AWPMachine(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["normal", "normal", "zero", "nan", "inf", "none"]))
     def backpropagate(self, kind):
-        for i, p in enumerate(self.params):
+        for p in self.params:
             p.grad = torch.randn(p.shape).to(self.dtype)
         victim = self.params[0]
         if kind == "none":

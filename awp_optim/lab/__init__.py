@@ -1,0 +1,1 @@
+"""The paper's experiments: data, augmentation, models, schedules, recipes and the trainer."""
