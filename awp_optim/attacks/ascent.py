@@ -1,0 +1,78 @@
+"""Projected gradient ascent inside a ball: the one loop that gradient attacks share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from .base import Attack, Victim, one_of, real
+from .geometry import BALLS, Ball, Projection
+from .losses import LOSSES
+
+
+class BallAttack(Attack):
+    """An attack that climbs a loss within eps of the input.
+
+    A subclass declares the fields below with its own and implements :meth:`_search`, from
+    :meth:`_climb` or from a loop of its own.
+
+    Attributes:
+        eps: radius of the ball, in the units of the input.
+        norm: "linf" or "l2".
+        loss: "ce", "kl", "cw" or "dlr": see :mod:`awp_optim.attacks.losses`.
+    """
+
+    eps: float
+    norm: str
+    loss: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("eps", real("eps", self.eps))
+        if self.eps < 0:
+            raise ValueError(f"eps must not be negative, got {self.eps!r}")
+        one_of("norm", self.norm, BALLS)
+        one_of("loss", self.loss, LOSSES)
+
+    @property
+    def _ball(self) -> Ball:
+        return BALLS[self.norm]
+
+    def _needs_labels(self) -> bool:
+        return self.loss != "kl"
+
+    def _perturb(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
+        if self.eps == 0:
+            return x.clone()
+        return self._search(victim, x, y, self._ball.projection(x, self.eps, self.clip))
+
+    @abstractmethod
+    def _search(self, victim: Victim, x: Tensor, y: Tensor | None, project: Projection) -> Tensor:
+        """Return the perturbed ``x``, a new tensor that ``project`` made; eps is positive here."""
+
+    def _target(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
+        """What the loss compares the logits with: the labels or, for "kl", the clean logits."""
+        if self.loss == "kl":
+            return victim.logits(x)
+        assert y is not None  # _check saw to it
+        return y
+
+    def _climb(
+        self,
+        victim: Victim,
+        x_adv: Tensor,
+        target: Tensor,
+        project: Projection,
+        step_size: float,
+        steps: int,
+    ) -> Tensor:
+        """Eq. (14), ``steps`` times from ``x_adv``: steepest ascent by ``step_size``, projection.
+
+        In L_inf the ascent is eta_1 * sign(g), in L_2 it is eta_1 * g/|g|.
+        """
+        loss = LOSSES[self.loss]
+        for _ in range(steps):
+            g = victim.gradient(x_adv, loss, target)
+            x_adv = project(x_adv.add(self._ball.ascent(g), alpha=step_size))
+        return x_adv

@@ -1,0 +1,265 @@
+"""What every attack has in common: it is a value, and it leaves the model as it found it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import DTYPES, at_least_float32, limits, round_toward
+from .losses import Loss
+
+Model = Callable[[Tensor], Tensor]
+MODEL_MODES = ("eval", "train")
+
+
+class Attack(ABC):
+    """An immutable recipe for perturbing inputs: ``x_adv = attack(model, x, y)``.
+
+    A subclass is a frozen dataclass with at least the two fields below (it declares them itself, so
+    that the order of its arguments is its own) and implements :meth:`_perturb`.
+
+    Attributes:
+        clip: the box (lo, hi) of valid inputs, or None for no box.
+        model_mode: "eval" or "train", the mode in which the model is attacked.
+    """
+
+    clip: tuple[float, float] | None
+    model_mode: str
+
+    def __post_init__(self) -> None:
+        """Check and normalise the settings; subclasses extend it."""
+        one_of("model_mode", self.model_mode, MODEL_MODES)
+        if self.clip is not None:
+            try:
+                lo, hi = (real("clip", bound) for bound in self.clip)
+            except (TypeError, ValueError):
+                lo, hi = 1.0, 0.0
+            if not lo < hi:
+                raise ValueError(
+                    f"clip must be (lo, hi) with lo < hi, the range of valid inputs, or None for"
+                    f" no box, got {self.clip!r}"
+                )
+            self._set("clip", (lo, hi))
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor | None) -> Tensor:
+        """Perturb a batch.
+
+        The gradient is taken with respect to the input alone, of the loss summed over the batch:
+        no example's perturbation depends on the others (unless the model itself mixes them, as
+        BatchNorm does in train mode). No value is read back from an accelerator. The surrounding
+        autocast applies; a surrounding ``no_grad`` or ``inference_mode`` does not hinder.
+
+        Args:
+            model: maps inputs in ``clip`` to logits of shape (N, C). Normalisation is one of its
+                layers. A module is put in ``model_mode`` for the duration of the call and then left
+                as it was, also after an exception: every submodule's mode, ``requires_grad``,
+                ``.grad`` and hooks, and in eval mode its buffers. In train mode BatchNorm updates
+                its running statistics at every forward pass. Any other callable is called as it is.
+            x: float64, float32, bfloat16 or float16, shape (N, ...). It is not modified.
+            y: class indices of any integer dtype, shape (N,), on the device of ``x``. May be None
+                for a loss that needs no label.
+
+        Returns:
+            The perturbed batch, detached, with the shape, dtype, device and memory format of ``x``.
+
+        Raises:
+            TypeError: ``x``, ``y`` or what the model returns is of the wrong type.
+            ValueError: their shapes or devices do not fit, or, checked on the CPU only, where
+                looking is free, ``x`` leaves ``clip`` or a label is not among the model's classes.
+        """
+        self._check(x, y)
+        with torch.inference_mode(False), torch.no_grad():
+            # Autograd refuses inference tensors; a clone made here is an ordinary tensor.
+            x = x.clone() if x.is_inference() else x.detach()
+            if y is not None:
+                y = y.to(torch.int64, copy=y.is_inference())
+            if x.numel() == 0:
+                return x.clone()
+            with in_mode(model, self.model_mode):
+                victim = Victim(model, x, y)
+                return victim.shown(self._perturb(victim, at_least_float32(x), y))
+
+    @abstractmethod
+    def _perturb(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
+        """Return the perturbed ``x``, a new tensor; called without gradients, ``x`` not empty.
+
+        ``x`` is in float32 at least: iterating in half precision would lose steps shorter than half
+        a unit in the last place. What is returned is rounded toward the caller's input.
+        """
+
+    def _needs_labels(self) -> bool:
+        return True
+
+    def _check(self, x: Tensor, y: Tensor | None) -> None:
+        if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+            raise TypeError(
+                f"x must be a tensor of dtype float64, float32, bfloat16 or float16, got"
+                f" {describe(x)}; convert images with x.float() / 255"
+            )
+        if x.ndim == 0:
+            raise ValueError("x must be a batch of shape (N, ...), got a tensor of no dimension")
+        if y is None:
+            if self._needs_labels():
+                raise ValueError("y is None, but this attack needs labels; only loss='kl' does not")
+        elif not isinstance(y, Tensor) or not is_integer(y):
+            raise TypeError(
+                f"y must be a tensor of integer class indices, got {describe(y)}; turn one-hot"
+                f" labels into indices with y.argmax(1)"
+            )
+        elif y.shape != x.shape[:1]:
+            raise ValueError(
+                f"y must hold one class index for each of the {len(x)} examples, shape"
+                f" ({len(x)},), got shape {tuple(y.shape)}"
+            )
+        elif y.device != x.device:
+            raise ValueError(f"x is on {x.device} and y on {y.device}; move them to one device")
+        if x.device.type != "cpu" or x.numel() == 0:
+            return
+        smallest, largest = x.detach().aminmax()
+        lo, hi = limits(x.dtype, self.clip)
+        if not (smallest >= lo and largest <= hi):
+            if not bool(x.isfinite().all()):
+                raise ValueError("x holds values that are not finite")
+            raise ValueError(
+                f"x spans [{smallest.item():.6g}, {largest.item():.6g}], outside clip={self.clip}."
+                f" If x is normalised, make the normalisation a layer of the model and pass the"
+                f" image itself; else give the range of your inputs, clip=(lo, hi) or clip=None"
+            )
+        if y is not None and bool((y < 0).any()):
+            raise ValueError(f"labels must not be negative, got {int(y.min())}")
+
+    def _set(self, name: str, value: Any) -> None:
+        """Assign in ``__post_init__``, where a frozen dataclass needs to be told twice."""
+        object.__setattr__(self, name, value)
+
+
+class Victim:
+    """The model during one call of an attack: what it says at a point, and which way is up."""
+
+    def __init__(self, model: Model, x: Tensor, y: Tensor | None) -> None:
+        self._model = model
+        self._x = x
+        # The number of classes is known at the first forward pass only. Reading labels is free on
+        # the CPU, elsewhere it would wait for the device.
+        self._largest_label = -1 if y is None or y.device.type != "cpu" else int(y.max())
+
+    def shown(self, z: Tensor) -> Tensor:
+        """``z`` as the model is shown it: in the caller's dtype, and no further from x than z."""
+        return round_toward(z, self._x)
+
+    def logits(self, z: Tensor) -> Tensor:
+        """The logits at ``z``, shape (N, C), without gradients: one forward pass."""
+        with torch.no_grad(), uncached_autocast(z.device.type):
+            return self._forward(self.shown(z))
+
+    def gradient(self, z: Tensor, loss: Loss, target: Tensor) -> Tensor:
+        """The gradient at ``z`` of each example's ``loss(logits, target)``, in the dtype of ``z``.
+
+        One forward pass and one backward pass to the input alone: no weight's gradient is computed.
+        """
+        with torch.enable_grad():
+            shown = self.shown(z).detach().requires_grad_()
+            # The view, because tools that hook a module's input (FlopCounterMode, say) cannot hook
+            # a leaf that autograd.grad was asked for.
+            total = loss(self._forward(shown.view_as(shown)), target).sum()
+            g = None
+            if total.requires_grad:
+                (g,) = torch.autograd.grad(total, shown, allow_unused=True)
+        if g is None:
+            raise ValueError(
+                "the model's logits do not depend on its input through autograd, so there is no"
+                " gradient to climb; does its forward pass detach, or run under torch.no_grad()?"
+            )
+        return g.to(z.dtype)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        logits = self._model(x)
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise TypeError(
+                f"the model must return a floating-point tensor of logits, got {describe(logits)};"
+                f" wrap it in a module that does (a plain function would leave its mode alone)"
+            )
+        if logits.ndim != 2 or len(logits) != len(x):
+            raise ValueError(
+                f"the model must return logits of shape (N, C), here ({len(x)}, C), got shape"
+                f" {tuple(logits.shape)}"
+            )
+        if self._largest_label >= logits.shape[1]:
+            raise ValueError(
+                f"label {self._largest_label} is not among the model's {logits.shape[1]} classes,"
+                f" numbered from 0"
+            )
+        return logits
+
+
+@contextmanager
+def in_mode(model: Model, mode: str) -> Iterator[None]:
+    """Put a module in "eval" or "train" mode, then every submodule back in its own."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    was = [(module, module.training) for module in modules]
+    try:
+        if isinstance(model, nn.Module):
+            model.train(mode == "train")
+        yield
+    finally:
+        for module, training in was:
+            module.training = training
+
+
+@contextmanager
+def uncached_autocast(device_type: str) -> Iterator[None]:
+    """The surrounding autocast, if any, without its cache of weights cast to low precision.
+
+    What a pass without gradients left there would be reused by the caller's training pass, and cut
+    its weights off their gradient.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device_type)
+    with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
+        yield
+
+
+def one_of(name: str, value: object, options: Iterable[str]) -> None:
+    """Check a setting that is one of a few words."""
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def real(name: str, value: object) -> float:
+    """Check a setting that is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def whole(name: str, value: object, least: int) -> int:
+    """Check a setting that is a whole number, at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(value)
+
+
+def is_integer(t: Tensor) -> bool:
+    """Whether a tensor holds whole numbers (booleans do not count)."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+
+
+def describe(value: object) -> str:
+    """What something is, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r:.80}"

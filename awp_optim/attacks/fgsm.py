@@ -1,0 +1,55 @@
+"""The fast gradient sign method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .ascent import BallAttack
+from .base import Victim
+from .geometry import Projection
+
+
+@dataclass(frozen=True)
+class FGSM(BallAttack):
+    """One step of length eps from the input itself: x + eps * sign(g), or eps * g/|g| in L_2.
+
+    Goodfellow et al., "Explaining and harnessing adversarial examples" (ICLR 2015); Eq. (13) of
+    Wu et al., "Adversarial weight perturbation helps robust generalization" (NeurIPS 2020). It
+    costs one forward and one backward pass. How to call it: see :meth:`Attack.__call__`.
+
+    Args:
+        eps: radius of the ball, at least 0, in the units of the input.
+        norm: "linf" or "l2".
+        loss: what is climbed: "ce", "cw" or "dlr". Not "kl": its gradient is zero at the input.
+        clip: the box (lo, hi) of valid inputs, or None for no box.
+        model_mode: "eval" or "train", the mode in which the model is attacked.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is out of range.
+
+    >>> import torch
+    >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
+    >>> FGSM(eps=0.1)(lambda x: x * 3, x, y)
+    tensor([[0.4000, 0.6000]])
+    """
+
+    eps: float = 8 / 255
+    norm: str = "linf"
+    loss: str = "ce"
+    clip: tuple[float, float] | None = (0, 1)
+    model_mode: str = "eval"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss == "kl":
+            raise ValueError(
+                "FGSM starts at the clean input, where the gradient of loss='kl' is zero; use PGD,"
+                " which starts beside it"
+            )
+
+    def _search(self, victim: Victim, x: Tensor, y: Tensor | None, project: Projection) -> Tensor:
+        target = self._target(victim, x, y)
+        return self._climb(victim, x, target, project, step_size=self.eps, steps=1)

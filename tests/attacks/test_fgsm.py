@@ -1,0 +1,75 @@
+"""FGSM against Eq. (13) and against worst cases known in closed form."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from awp_optim.attacks import FGSM, PGD
+
+
+def test_the_contract():
+    parameters = inspect.signature(FGSM).parameters
+    assert {k: p.default for k, p in parameters.items()} == {
+        "eps": 8 / 255,
+        "norm": "linf",
+        "loss": "ce",
+        "clip": (0, 1),
+        "model_mode": "eval",
+    }
+    assert list(parameters) == ["eps", "norm", "loss", "clip", "model_mode"]
+
+
+def gradient(model, x, y):
+    """One example at a time, by backward()."""
+    rows = []
+    for xi, yi in zip(x, y, strict=True):
+        xi = xi[None].clone().requires_grad_()
+        cross_entropy(model(xi), yi[None]).backward()
+        rows.append(xi.grad)
+    return torch.cat(rows)
+
+
+def test_linf_is_equation_13(cnn64, batch64):
+    x, y = batch64
+    expected = (x + 8 / 255 * gradient(cnn64, x, y).sign()).clamp(0, 1)
+    torch.testing.assert_close(FGSM()(cnn64, x, y), expected, atol=1e-15, rtol=0)
+
+
+def test_l2_is_equation_13_with_the_normalised_gradient(cnn64, batch64):
+    x, y = batch64
+    g = gradient(cnn64, x, y)
+    expected = (x + 0.5 * g / g.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1)
+    x_adv = FGSM(eps=0.5, norm="l2")(cnn64, x, y)
+    torch.testing.assert_close(x_adv, expected, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_is_one_step_of_pgd_of_full_length(norm, loss, cnn64, batch64):
+    fgsm = FGSM(eps=0.1, norm=norm, loss=loss)
+    pgd = PGD(eps=0.1, step_size=0.1, steps=1, norm=norm, loss=loss, random_start=False)
+    assert torch.equal(fgsm(cnn64, *batch64), pgd(cnn64, *batch64))
+
+
+def test_raises_the_loss(cnn, batch):
+    x, y = batch
+    with torch.no_grad():
+        before = cross_entropy(cnn(x), y, reduction="none")
+        after = cross_entropy(cnn(FGSM()(cnn, x, y)), y, reduction="none")
+    assert bool((after > before).all())
+
+
+def test_is_deterministic(cnn, batch):
+    torch.manual_seed(0)
+    first = FGSM()(cnn, *batch)
+    torch.manual_seed(1)
+    assert torch.equal(FGSM()(cnn, *batch), first)
+
+
+def test_kl_is_refused():
+    with pytest.raises(ValueError, match="gradient of loss='kl' is zero; use PGD"):
+        FGSM(loss="kl")

@@ -1,0 +1,133 @@
+"""The losses, against formulas written out in float64 for one example at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from awp_optim.attacks.losses import LOSSES, ce, cw, dlr, kl
+
+
+def log_softmax(z):
+    z = z - z.max()
+    return z - np.log(np.exp(z).sum())
+
+
+def ref_ce(z, y):
+    return -log_softmax(z)[y]
+
+
+def ref_kl(z, clean):
+    p, q = log_softmax(clean), log_softmax(z)
+    return (np.exp(p) * (p - q)).sum()
+
+
+def ref_cw(z, y):
+    return np.delete(z, y).max() - z[y]
+
+
+def ref_dlr(z, y):
+    s = np.sort(z)[::-1]
+    rival = s[1] if z[y] == s[0] else s[0]
+    return -(z[y] - rival) / (s[0] - s[2] + 1e-12)
+
+
+REFERENCES = {"ce": ref_ce, "kl": ref_kl, "cw": ref_cw, "dlr": ref_dlr}
+
+
+def data(name, n=40, classes=6, dtype=torch.float64, scale=5.0):
+    z = torch.randn(n, classes, dtype=torch.float64).mul(scale).to(dtype)
+    if name == "kl":
+        return z, torch.randn(n, classes, dtype=torch.float64).mul(scale).to(dtype)
+    return z, torch.arange(n) % classes
+
+
+def by_hand(name, z, target):
+    z, target = z.double().numpy(), target.numpy()
+    return torch.tensor([REFERENCES[name](a, b) for a, b in zip(z, target, strict=True)])
+
+
+@pytest.mark.parametrize("scale", [0.01, 5.0, 1000.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_agrees_with_the_formula(name, scale):
+    z, target = data(name, scale=scale)
+    torch.testing.assert_close(LOSSES[name](z, target), by_hand(name, z, target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_low_precision_logits_are_raised_to_float32(name, dtype):
+    z, target = data(name, dtype=dtype)
+    loss = LOSSES[name](z, target)
+    assert loss.dtype == torch.float32
+    target = target.double() if name == "kl" else target
+    torch.testing.assert_close(loss.double(), by_hand(name, z, target), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_are_right(name):
+    z, target = data(name, n=5)
+    assert gradcheck(lambda z: LOSSES[name](z, target), z.requires_grad_())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_one_number_an_example_and_none_for_none(name):
+    z, target = data(name, n=7)
+    whole = LOSSES[name](z, target)
+    assert whole.shape == (7,)
+    alone = torch.cat([LOSSES[name](z[i : i + 1], target[i : i + 1]) for i in range(7)])
+    torch.testing.assert_close(whole, alone)
+    assert LOSSES[name](z[:0], target[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("loss", [cw, dlr])
+def test_margins_are_positive_exactly_when_fooled(loss):
+    z, y = data("cw", n=200)
+    assert torch.equal(loss(z, y) > 0, z.argmax(1) != y)
+
+
+def test_dlr_does_not_see_scale_or_shift():
+    z, y = data("dlr")
+    torch.testing.assert_close(dlr(7 * z - 3, y), dlr(z, y))
+
+
+def test_dlr_survives_equal_logits():
+    z = torch.ones(1, 4, requires_grad=True)
+    loss = dlr(z, torch.tensor([2]))
+    assert loss.item() == 0
+    loss.sum().backward()
+    assert bool(z.grad.isfinite().all())
+
+
+def test_kl_is_zero_and_flat_at_the_clean_logits():
+    z = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    loss = kl(z, z.detach().clone())
+    torch.testing.assert_close(loss, torch.zeros_like(loss))
+    loss.sum().backward()
+    assert z.grad.abs().max() < 1e-15
+
+
+def test_kl_sends_no_gradient_to_the_clean_logits():
+    clean = torch.randn(3, 5, requires_grad=True)
+    assert not kl(torch.randn(3, 5), clean).requires_grad
+
+
+def test_kl_is_the_divergence_from_clean_to_perturbed_not_the_reverse():
+    clean, z = torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, -1.0]])
+    p, q = clean.softmax(1), z.softmax(1)
+    torch.testing.assert_close(kl(z, clean), (p * (p / q).log()).sum(1))
+
+
+def test_extreme_logits_stay_finite():
+    z = torch.tensor([[1e4, -1e4, 0.0]])
+    assert ce(z, torch.tensor([1])).item() == 2e4
+    assert bool(kl(-z, z).isfinite().all())
+
+
+def test_too_few_classes_are_refused():
+    with pytest.raises(ValueError, match=r"'dlr' compares 3 classes or more, but the model has 2"):
+        dlr(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"'cw' compares 2 classes or more, but the model has 1"):
+        cw(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))

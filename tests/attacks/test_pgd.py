@@ -1,0 +1,322 @@
+"""PGD against worst cases known in closed form, and against the plainest PGD written out."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from awp_optim.attacks import PGD
+from awp_optim.attacks.losses import LOSSES
+
+EPS = {"linf": 0.05, "l2": 0.3}
+norms = pytest.mark.parametrize("norm", EPS)
+
+
+def test_the_contract():
+    parameters = inspect.signature(PGD).parameters
+    expected = {
+        "eps": 8 / 255,
+        "step_size": 2 / 255,
+        "steps": 10,
+        "norm": "linf",
+        "loss": "ce",
+        "random_start": True,
+        "restarts": 1,
+        "clip": (0, 1),
+        "model_mode": "eval",
+    }
+    assert {k: p.default for k, p in parameters.items()} == expected
+    assert list(parameters) == list(expected)
+
+
+# A linear model: logits s, -s and a constant far below, s = w.x + b. The lower s, the worse for
+# class 0; the higher, the worse for class 1, under every loss.
+
+D = 24
+W = torch.linspace(-1, 1.25, D, dtype=torch.float64)
+
+
+def linear(x):
+    s = x.flatten(1) @ W - 0.5 * W.sum()
+    return torch.stack([s, -s, torch.full_like(s, -20.0)], dim=1)
+
+
+def toward(y):
+    return torch.where(y == 0, -1.0, 1.0).double()[:, None] * W
+
+
+def unit(d, norm):
+    return d.sign() if norm == "linf" else d / d.norm(dim=1, keepdim=True)
+
+
+Y = torch.tensor([0, 1, 0, 1, 1])
+
+
+@norms
+@pytest.mark.parametrize("random_start", [True, False])
+@pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
+def test_reaches_the_worst_case_of_a_linear_model(norm, loss, random_start):
+    x = torch.rand(5, D, dtype=torch.float64) * 0.2 + 0.4
+    eps = EPS[norm]
+    attack = PGD(eps, eps, steps=60, norm=norm, loss=loss, random_start=random_start)
+    worst = x + eps * unit(toward(Y), norm)
+    torch.testing.assert_close(attack(linear, x, Y), worst, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
+def test_reaches_the_worst_case_at_the_edge_of_the_box(loss):
+    x = torch.rand(5, D, dtype=torch.float64).round()
+    x[:, ::3] = 0.02
+    attack = PGD(0.05, 0.0125, steps=30, loss=loss)
+    worst = (x + 0.05 * toward(Y).sign()).clamp(0, 1)
+    torch.testing.assert_close(attack(linear, x, Y), worst, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
+def test_reaches_nearly_the_worst_case_at_the_edge_of_the_box_in_l2(loss):
+    # Elements that cannot move outward stay; the others share the whole radius.
+    x = torch.full((5, D), 0.5, dtype=torch.float64)
+    x[:, :6] = (toward(Y)[:, :6] > 0).double()
+    eps = 0.3
+    free = toward(Y).clone()
+    free[:, :6] = 0
+    worst = x + eps * free / free.norm(dim=1, keepdim=True)
+    out = PGD(eps, eps / 100, steps=400, norm="l2", loss=loss, random_start=False)(linear, x, Y)
+    # The projection shares a step's length with elements that the box then takes back.
+    torch.testing.assert_close(out, worst, atol=2e-3, rtol=0)
+
+
+@norms
+def test_kl_goes_to_the_end_that_it_starts_toward(norm):
+    x = torch.full((40, D), 0.5, dtype=torch.float64)  # s = 0: both ends are equally bad
+    eps = EPS[norm]
+    torch.manual_seed(5)
+    start = PGD(eps, steps=0, norm=norm, loss="kl")(linear, x, None)
+    side = ((start - x) @ W).sign()
+    assert set(side.tolist()) == {-1.0, 1.0}
+    torch.manual_seed(5)
+    out = PGD(eps, eps, steps=60, norm=norm, loss="kl")(linear, x, None)
+    worst = x + eps * side[:, None] * unit(W[None], norm)
+    torch.testing.assert_close(out, worst, atol=1e-9, rtol=0)
+
+
+@norms
+def test_kl_with_restarts_finds_the_worse_end(norm):
+    # From s > 0 the farther divergence is downward (over the boundary), whatever the label says.
+    x = torch.full((30, D), 0.5, dtype=torch.float64) + 0.01 * W
+    eps = EPS[norm]
+    ends = [x + side * eps * unit(W[None], norm) for side in (-1, 1)]
+    clean = linear(x)
+    down, up = (LOSSES["kl"](linear(end), clean) for end in ends)
+    assert bool((down > up).all())
+    out = PGD(eps, eps, steps=60, norm=norm, loss="kl", restarts=15)(linear, x, None)
+    torch.testing.assert_close(out, ends[0], atol=1e-9, rtol=0)
+
+
+def plain_pgd(model, x, y, eps, step_size, steps, norm, loss="ce", random_start=True):
+    """The textbook, an example at a time after a common start; .backward() and nothing shared."""
+    start = torch.zeros_like(x)
+    if random_start and norm == "linf":
+        start = torch.empty_like(x).uniform_(-1, 1) * eps
+    elif random_start:
+        d = torch.empty_like(x).normal_()
+        r = torch.empty(len(x), dtype=x.dtype).uniform_(0, 1)
+        start = torch.stack([di / di.norm() * ri * eps for di, ri in zip(d, r, strict=True)])
+    out = []
+    for i in range(len(x)):
+        xi, xa = x[i : i + 1], (x[i : i + 1] + start[i]).clamp(0, 1)
+        target = model(xi).detach() if loss == "kl" else y[i : i + 1]
+        for _ in range(steps):
+            leaf = xa.clone().requires_grad_()
+            LOSSES[loss](model(leaf), target).mean().backward()
+            g = leaf.grad
+            step = g.sign() if norm == "linf" else g / g.norm()
+            delta = xa + step_size * step - xi
+            if norm == "linf":
+                delta = delta.clamp(-eps, eps)
+            elif delta.norm() > eps:
+                delta = delta / delta.norm() * eps
+            xa = (xi + delta).clamp(0, 1)
+        out.append(xa)
+    return torch.cat(out)
+
+
+@norms
+@pytest.mark.parametrize(
+    ("loss", "random_start"),
+    [("ce", True), ("ce", False), ("kl", True), ("cw", True), ("dlr", False)],
+)
+def test_agrees_with_plain_pgd_from_the_same_start(norm, loss, random_start, cnn64, batch64):
+    x, y = batch64
+    eps = EPS[norm]
+    torch.manual_seed(7)
+    expected = plain_pgd(cnn64, x, y, eps, eps / 4, 7, norm, loss, random_start)
+    torch.manual_seed(7)
+    out = PGD(eps, eps / 4, 7, norm, loss, random_start)(cnn64, x, y)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+
+
+def test_in_train_mode_batch_statistics_are_used(cnn64, batch64):
+    x, y = batch64
+    cnn64[6].p = 0.0  # dropout would draw random numbers
+    model, ours = copy.deepcopy(cnn64).train(), cnn64.eval()
+    expected = x
+    for _ in range(3):
+        leaf = expected.clone().requires_grad_()
+        cross_entropy(model(leaf), y, reduction="sum").backward()
+        expected = (expected + 2 / 255 * leaf.grad.sign()).clamp(x - 8 / 255, x + 8 / 255)
+        expected = expected.clamp(0, 1)
+    out = PGD(steps=3, random_start=False, model_mode="train")(ours, x, y)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    assert torch.equal(ours[1].running_mean, model[1].running_mean)
+    evaluated = PGD(steps=3, random_start=False)(ours, x, y)
+    assert not torch.allclose(out, evaluated)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["linf", "l2"]),
+    st.sampled_from(["ce", "kl", "cw", "dlr"]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.floats(1e-5, 2.0),
+    st.floats(1e-3, 10.0),
+    st.integers(1, 3),
+    st.sampled_from([(0.0, 1.0), (0.0, 0.7), (-1.0, 2.0), None]),
+    st.integers(0, 10**6),
+)
+def test_the_result_is_in_the_ball_and_the_box(norm, loss, dtype, eps, rate, steps, clip, seed):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(3, 2, 5, generator=g).mul(1.4).sub(0.2).clamp(0, 0.69).to(dtype)
+    w = torch.randn(10, 4, generator=g).to(dtype)
+    attack = PGD(eps, eps * rate, steps, norm, loss, clip=clip)
+    x_adv = attack(lambda x: torch.sin(x.flatten(1) * 3) @ w, x, torch.tensor([0, 1, 3]))
+    delta = (x_adv.double() - x.double()).flatten(1)
+    n = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert bool((n <= eps + 1e-15).all())
+    lo, hi = clip or (-torch.inf, torch.inf)
+    assert bool(((x_adv >= lo) & (x_adv <= hi)).all())
+
+
+@norms
+@pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
+def test_an_example_does_not_depend_on_its_batch(norm, loss, cnn64, batch64):
+    x, y = batch64
+    attack = PGD(EPS[norm], EPS[norm] / 4, 5, norm, loss, random_start=False)
+    whole = attack(cnn64, x, y)
+    halves = torch.cat([attack(cnn64, x[:2], y[:2]), attack(cnn64, x[2:], y[2:])])
+    torch.testing.assert_close(whole, halves, atol=1e-12, rtol=0)
+
+
+@norms
+def test_a_huge_neighbour_does_not_drown_an_example(norm):
+    # In float32, a mean over the batch or a shared norm would lose the small gradient.
+    x, y = torch.full((2, D), 0.5), torch.tensor([0, 0])
+    scale = torch.tensor([1e30, 1e-30])
+
+    def model(x):
+        return linear(x.double()).float() * scale[:, None]
+
+    out = PGD(EPS[norm], EPS[norm], 1, norm, "cw", random_start=False)(model, x, y)
+    torch.testing.assert_close(out[0], out[1])
+    assert not torch.equal(out[0], x[0])
+
+
+@norms
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_seed_makes_it_repeatable(norm, loss, cnn, batch):
+    attack = PGD(EPS[norm], EPS[norm] / 4, 3, norm, loss)
+    torch.manual_seed(11)
+    first, second = attack(cnn, *batch), attack(cnn, *batch)
+    assert not torch.equal(first, second)
+    torch.manual_seed(11)
+    assert torch.equal(attack(cnn, *batch), first)
+
+
+def test_steps_zero_is_the_random_start(batch):
+    x, y = batch
+    start = PGD(steps=0)(lambda x: pytest.fail("called"), x, y)
+    assert not torch.equal(start, x)
+    plain = PGD(steps=0, random_start=False)(lambda x: pytest.fail("called"), x, y)
+    assert torch.equal(plain, x)
+    assert plain.data_ptr() != x.data_ptr()
+
+
+def test_kl_needs_no_labels_and_ignores_them(cnn, batch):
+    x, y = batch
+    attack = PGD(loss="kl", restarts=2)
+    torch.manual_seed(0)
+    expected = attack(cnn, x, None)
+    torch.manual_seed(0)
+    assert torch.equal(attack(cnn, x, y), expected)
+
+
+@norms
+@pytest.mark.parametrize("loss", ["ce", "kl", "cw", "dlr"])
+def test_restarts_keep_the_worst_of_each_example(norm, loss, cnn, batch):
+    x, y = batch
+    eps, step_size = EPS[norm], EPS[norm] / 4
+    once = PGD(eps, step_size, 2, norm, loss)
+    torch.manual_seed(9)
+    tries = [once(cnn, x, y) for _ in range(5)]
+    with torch.no_grad():
+        target = cnn(x) if loss == "kl" else y
+        logits = [cnn(t) for t in tries]
+    values = torch.stack([LOSSES[loss](z, target) for z in logits])
+    fooled = torch.stack([z.argmax(1) != y for z in logits])
+    rank = values.double() + (0 if loss == "kl" else 1e6 * fooled)
+    best = rank.argmax(0)
+    assert len(set(best.tolist())) > 1  # the test would be empty otherwise
+    expected = torch.stack([tries[k][i] for i, k in enumerate(best.tolist())])
+    torch.manual_seed(9)
+    assert torch.equal(PGD(eps, step_size, 2, norm, loss, restarts=5)(cnn, x, y), expected)
+
+
+def test_being_fooled_beats_a_higher_loss():
+    # Two basins: left of 0.5 the loss is high but the label right, right of it the reverse.
+    x, y = torch.full((64, 1), 0.5), torch.zeros(64, dtype=torch.long)
+
+    def model(x):
+        left = x[:, 0] < 0.5
+        right_class = torch.where(left, 0.01, -0.01)
+        others = torch.where(left, 0.0, -5.0)  # many rivals just below make cross-entropy high
+        rivals = others[:, None].expand(-1, 50)
+        return torch.cat([right_class[:, None], 0 * x, rivals], dim=1) + 0 * x
+
+    left, right = model(torch.tensor([[0.4], [0.6]])).split(1)
+    zero = torch.zeros(1, dtype=torch.long)
+    assert cross_entropy(left, zero) > cross_entropy(right, zero)
+    assert (left.argmax().item(), right.argmax().item()) == (0, 1)
+    out = PGD(0.1, steps=0, restarts=12)(model, x, y)
+    assert bool((out >= 0.5).all())
+
+
+def test_a_restart_that_is_not_a_number_loses():
+    x, y = torch.full((64, 1), 0.5), torch.zeros(64, dtype=torch.long)
+
+    def model(x):
+        z = torch.where(x < 0.5, torch.nan, 1.0)
+        return torch.cat([z, 0 * z - 1], dim=1) + 0 * x
+
+    # argmax takes the NaN in column 0 for the largest, so that both sides count as right.
+    out = PGD(0.1, steps=0, restarts=12)(model, x, y)
+    assert bool((out >= 0.5).all())
+
+
+@norms
+def test_more_steps_and_a_wider_ball_are_worse(norm, cnn, batch):
+    x, y = batch
+
+    def loss(eps, steps):
+        attack = PGD(eps, EPS[norm] / 4, steps, norm, random_start=False)
+        with torch.no_grad():
+            return cross_entropy(cnn(attack(cnn, x, y)), y).item()
+
+    eps = EPS[norm]
+    assert loss(0, 1) < loss(eps / 4, 5) < loss(eps, 10)
+    assert loss(eps, 1) < loss(eps, 10)
