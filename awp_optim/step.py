@@ -41,7 +41,7 @@ class AdversarialStep:
 
     Args:
         model: maps inputs to logits.
-        optimizer: an :class:`~awp_optim.AWP`, or any torch optimizer for plain adversarial training.
+        optimizer: an :class:`~awp_optim.AWP`; or any torch optimizer, to train without AWP.
         attack: ``attack(model, x, y) -> x_adv``, such as :class:`~awp_optim.attacks.PGD`.
         objective: the loss to minimise.
         alternations: A of Algorithm 2, how often inputs and weights are perturbed in turn before
