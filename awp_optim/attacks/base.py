@@ -220,7 +220,8 @@ def uncached_autocast(device_type: str) -> Iterator[None]:
     What a pass without gradients left there would be reused by the caller's training pass, and cut
     its weights off their gradient.
     """
-    if not torch.is_autocast_enabled(device_type):
+    available = torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
         yield
         return
     dtype = torch.get_autocast_dtype(device_type)

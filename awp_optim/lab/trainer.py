@@ -162,7 +162,8 @@ def fit(
         in_channels=data.in_channels,
         mean=data.mean,
         std=data.std,
-    ).to(device, memory_format=torch.channels_last)  # faster convolutions, on CPUs too
+    ).to(device)
+    model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
     optimizer = AWP(
         model.parameters(),
         torch.optim.SGD,
@@ -193,7 +194,7 @@ def fit(
         order = torch.randperm(len(data.x_train), generator=shuffler).to(device)
         loss_sum = torch.zeros((), device=device)
         correct = torch.zeros((), device=device)
-        for i, index in enumerate(order.split(config.batch_size)):
+        for i, index in enumerate(torch.split(order, config.batch_size)):
             x, y = data.x_train[index], data.y_train[index]
             if config.augment:
                 x = random_crop_flip(x, generator=augmenter)
@@ -246,7 +247,7 @@ def measure(
     model.eval()
     sums = torch.zeros(4, device=x.device, dtype=torch.float64)
     try:
-        for xs, ys in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        for xs, ys in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
             images = _to_float(xs)
             adversarial = attack(model, images, ys)
             with torch.no_grad():

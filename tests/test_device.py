@@ -1,0 +1,176 @@
+"""What must hold on every device; on a GPU as soon as there is one (marked gpu).
+
+The meta device stands in for an accelerator where there is none: it computes nothing, so that any
+look at a value from the host is an error there.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from awp_optim import AWP, AdversarialStep
+from awp_optim.attacks import FGSM, PGD
+
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CUDA = pytest.param("cuda", marks=NEEDS_GPU)
+SGD = torch.optim.SGD
+
+
+def network(device="cpu", dtype=torch.float32):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 3),
+    )
+    return model.to(device, dtype)
+
+
+def batch(device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(8, 1, 6, 6, generator=generator)
+    return x.to(device, dtype), torch.randint(3, (8,), generator=generator).to(device)
+
+
+@pytest.fixture(params=["meta", CUDA])
+def strict_device(request):
+    """A device on which a host synchronisation is an error."""
+    if request.param == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    yield request.param
+    if request.param == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("direction", ["gradient", "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_two_steps_read_nothing_back(strict_device, foreach, norm, direction, dtype):
+    params = [
+        nn.Parameter(torch.empty(s, device=strict_device, dtype=dtype)) for s in [(3, 4), (5,)]
+    ]
+    opt = AWP(params, SGD, norm=norm, direction=direction, ascent_steps=2, foreach=foreach, lr=0.1)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    opt.first_step()
+    opt.first_step()
+    opt.second_step()
+    with opt.perturbed():
+        pass
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "kl", "cw", "dlr"])
+def test_attacks_read_nothing_back(strict_device, norm, loss):
+    model, (x, y) = network().to(strict_device), batch()
+    x, y = (t.to(strict_device) for t in (x, y))
+    PGD(norm=norm, loss=loss, steps=2, restarts=2)(model, x, y)
+    if loss != "kl":
+        FGSM(norm=norm, loss=loss)(model, x, y)
+
+
+@pytest.mark.parametrize("with_awp", [True, False])
+def test_a_step_reads_nothing_back(strict_device, with_awp):
+    model, (x, y) = network().to(strict_device), batch()
+    make = (lambda ps, **k: AWP(ps, SGD, **k)) if with_awp else SGD
+    step = AdversarialStep(
+        model, make(model.parameters(), lr=0.1), PGD(steps=2), clip_grad_norm=1.0
+    )
+    step(x.to(strict_device), y.to(strict_device))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_both_implementations_agree_and_the_centre_comes_back(device, dtype):
+    torch.manual_seed(0)
+    weights = [torch.randn(s).to(device, dtype) for s in [(30, 40), (2, 3, 3, 3)]]
+    grads = [[torch.randn(w.shape).to(device, dtype) for w in weights] for _ in range(3)]
+    grads[1][0][0, 0] = float("nan")
+    results = []
+    for foreach in (True, False):
+        params = [nn.Parameter(w.clone()) for w in weights]
+        opt = AWP(params, SGD, gamma=0.1, ascent_steps=2, foreach=foreach, lr=0.1)
+        for gs in grads:
+            for p, g in zip(params, gs):
+                p.grad = g.clone()
+            opt.first_step()
+        results.append([p.detach().clone() for p in params])
+        opt.restore()
+        assert all(torch.equal(p, w) for p, w in zip(params, weights))
+    for a, b, w in zip(*results, weights):
+        assert a.isfinite().all()
+        assert not torch.equal(a, w)
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("overflow", [(), (1,), (2,), (1, 2)])
+def test_gradscaler_with_half_precision_autocast(device, overflow):
+    model, (x, y) = network(device), batch(device)
+    opt = AWP(model.parameters(), SGD, gamma=0.02, lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler(device, init_scale=256.0)
+    centre = copy.deepcopy(model.state_dict())
+
+    def backward(number):
+        with torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss * (float("inf") if number in overflow else 1.0)).backward()
+
+    backward(1)
+    opt.first_step(zero_grad=True)
+    backward(2)
+    scaler.unscale_(opt)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(opt)
+    scaler.update()
+    assert not opt.is_perturbed
+    same = [torch.equal(p, centre[n]) for n, p in model.named_parameters()]
+    assert all(same) if overflow else not any(same)
+    assert len(opt.state) == (0 if overflow else 5)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_checkpoint_moves_between_devices(device):
+    data = batch()
+    model = network()
+    opt = AWP(model.parameters(), SGD, gamma=0.02, lr=0.1, momentum=0.9)
+    step = AdversarialStep(model, opt, PGD(steps=2, random_start=False))
+    for _ in range(3):
+        step(*data)
+    other = network(device)
+    other.load_state_dict(model.state_dict())
+    twin = AWP(other.parameters(), SGD, gamma=0.5, lr=0.9, momentum=0.1)
+    twin.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert {s["momentum_buffer"].device.type for s in twin.state.values()} == {device}
+    twin_step = AdversarialStep(other, twin, PGD(steps=2, random_start=False))
+    for _ in range(2):
+        step(*data)
+        twin_step(*(t.to(device) for t in data))
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_several_devices_in_one_optimizer():
+    params = [nn.Parameter(torch.randn(4, 4, device=d)) for d in ("cpu", "cuda")]
+    centre = [p.detach().clone() for p in params]
+    opt = AWP(params, SGD, gamma=0.1, lr=0.1)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    opt.first_step()
+    for p, c in zip(params, centre):
+        torch.testing.assert_close((p.detach() - c).norm(), 0.1 * c.norm())
+    opt.restore()
+    assert all(torch.equal(p, c) for p, c in zip(params, centre))
