@@ -94,7 +94,7 @@ def main() -> None:
             bar = progress.add_task(args.out.name, total=None)
 
             def report(row: Row) -> None:
-                console.print(describe(row, args.epochs), highlight=False)
+                console.print(describe(row, args.epochs), highlight=False, soft_wrap=True)
 
             _, rows = fit(
                 config,
@@ -114,6 +114,7 @@ def main() -> None:
         f"epoch {top['epoch'] + 1:.0f}, last {last['test_robust_acc']:.2%}; natural "
         f"{top['test_natural_acc']:.2%} and {last['test_natural_acc']:.2%}. All in {args.out}.",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -137,6 +137,7 @@ def main() -> None:
         f"{SETTING.train_steps} at eps {SETTING.eps}; with AWP (gamma {args.gamma:g}) and without, "
         f"{args.seeds} seeds each.",
         highlight=False,
+        soft_wrap=True,
     )
     start = time.perf_counter()
     settings = {**vars(SETTING), "epochs": args.epochs}
@@ -152,7 +153,7 @@ def main() -> None:
     }
     figures = {label: [summary(rows) for rows in seeds] for label, seeds in by_label.items()}
 
-    table = Table(title=f"Accuracy in %, mean ± standard deviation over {args.seeds} seeds")
+    table = Table(title="Accuracy in %, mean ± standard deviation over seeds")
     table.add_column("")
     for label in figures:
         table.add_column(label, justify="right")
@@ -171,11 +172,13 @@ def main() -> None:
         "less that on test images. Seconds "
         "an epoch are of runs side by side and drift with the machine; the time of a step is not.",
         highlight=False,
+        soft_wrap=True,
     )
     learning_curves(by_label, args.out, f"Digits, PGD-20 at eps {SETTING.eps}")
     console.print(
         f"Learning curves in {args.out}; {time.perf_counter() - start:.0f} s in all.",
         highlight=False,
+        soft_wrap=True,
     )
 
 
