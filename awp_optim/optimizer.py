@@ -391,7 +391,7 @@ class AWP(Optimizer):
                 if g is not None and g.layout != torch.strided:
                     g = g.to_dense()
                 foreach = type(p) in _PLAIN_TENSORS if self.foreach is None else self.foreach
-                at_centre = p not in self._live
+                at_centre = not self._live or p not in self._live
                 key = index, p.device, p.dtype, g.dtype if not random else None, foreach, at_centre
                 if key not in batches:
                     batches[key] = _Batch(group, [], [], foreach, at_centre)

@@ -49,8 +49,11 @@ def layer_norms(tensors: Tensors, norm: str = "l2", *, foreach: bool = True) -> 
     """
     if not foreach:
         return torch.stack([_norm(t, norm) for t in tensors])
-    small = iter(_foreach_norm([t for t in tensors if not _is_wide(t)], norm))
-    return torch.stack([_norm(t, norm) if _is_wide(t) else next(small) for t in tensors])
+    wide = {i for i, t in enumerate(tensors) if _is_wide(t)}
+    if not wide:
+        return torch.stack(_foreach_norm(tensors, norm))
+    rest = iter(_foreach_norm([t for i, t in enumerate(tensors) if i not in wide], norm))
+    return torch.stack([_norm(t, norm) if i in wide else next(rest) for i, t in enumerate(tensors)])
 
 
 def ascend_(
@@ -192,4 +195,4 @@ def _foreach_norm(tensors: Tensors, norm: str) -> Tensors:
 
 
 def _is_wide(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.numel() > _PIECE
+    return tensor.numel() > _PIECE and tensor.device.type == "cpu"

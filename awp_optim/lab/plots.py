@@ -51,6 +51,7 @@ def learning_curves(
     gap.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     for axes in (robust, gap):
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)

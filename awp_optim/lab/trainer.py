@@ -215,8 +215,11 @@ def fit(
             )
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
             start = time.perf_counter()
-            row |= measure(model, shown.x_train, shown.y_train, test_attack, "train_")
-            row |= measure(model, data.x_test, data.y_test, test_attack, "test_")
+            for part, x, y in (
+                ("train_", shown.x_train, shown.y_train),
+                ("test_", data.x_test, data.y_test),
+            ):
+                row |= measure(model, x, y, test_attack, part, config.batch_size)
             row["eval_seconds"] = time.perf_counter() - start
         rows.append(row)
         if folder:
@@ -228,7 +231,7 @@ def fit(
 
 
 def measure(
-    model: nn.Module, x: Tensor, y: Tensor, attack: PGD, prefix: str = "", batch_size: int = 500
+    model: nn.Module, x: Tensor, y: Tensor, attack: PGD, prefix: str = "", batch_size: int = 128
 ) -> Row:
     """Natural and robust loss and accuracy of ``model`` in eval mode.
 
