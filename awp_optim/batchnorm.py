@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
 __all__ = ["frozen_batch_norm"]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @contextmanager
@@ -22,7 +23,8 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
     affected, and no buffer is copied.
 
     Args:
-        model: any module; its BatchNorm layers (subclasses and SyncBatchNorm, too) are frozen.
+        model: any module; its BatchNorm layers are frozen (subclasses and SyncBatchNorm, too), and
+            InstanceNorm layers that track statistics. Lazy ones must have seen a batch before.
 
     Example:
         >>> import torch
@@ -32,15 +34,18 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
         >>> norm.num_batches_tracked.item()
         0
     """
+    norms = (m for m in model.modules() if isinstance(m, (_BatchNorm, _InstanceNorm)))
     tracking = [
-        m
-        for m in model.modules()
-        if isinstance(m, _BATCH_NORMS) and m.training and m.track_running_stats
+        m for m in norms if m.training and m.track_running_stats and not is_lazy(m.running_mean)
     ]
+    momenta = [m.momentum for m in tracking]
     try:
-        for m in tracking:  # in training mode, a BatchNorm that tracks nothing uses the batch
-            m.track_running_stats = False
+        for m in tracking:
+            if isinstance(m, _BatchNorm):  # one that tracks nothing uses the batch in training
+                m.track_running_stats = False
+            else:  # hands its statistics over all the same, to be moved by this share
+                m.momentum = 0.0
         yield
     finally:
-        for m in tracking:
-            m.track_running_stats = True
+        for m, momentum in zip(tracking, momenta, strict=True):
+            m.track_running_stats, m.momentum = True, momentum

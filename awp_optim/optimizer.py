@@ -12,10 +12,13 @@ with the gradients found there::
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -30,6 +33,28 @@ __all__ = ["AWP"]
 
 DIRECTIONS = ("gradient", "random")
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+# A compiled optimizer method loses what it assigns to the optimizer, here that the weights are
+# perturbed. torch.optim uses this for its own; the public decorator adds seconds to the import.
+_not_compiled = torch._disable_dynamo  # type: ignore[attr-defined]
+
+
+def _home_on_error(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an exception in a step, or in one of its hooks, bring the weights home on its way."""
+
+    @functools.wraps(step)
+    def guarded(self: AWP, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(self, *args, **kwargs)
+        except BaseException:
+            self.restore()
+            # GradScaler sets these for the time of the call, and leaves them behind on an error.
+            self.__dict__.pop("found_inf", None)
+            self.__dict__.pop("grad_scale", None)
+            raise
+
+    guarded.hooked = True  # type: ignore[attr-defined] # the hooks are inside, torch adds no more
+    return guarded
 
 
 class AWP(Optimizer):
@@ -49,14 +74,14 @@ class AWP(Optimizer):
             group may set its own ``gamma``, ``norm``, ``direction`` and ``min_ndim``.
         base_optimizer: a class, or a callable ``(param_groups, **base_kwargs) -> Optimizer``. For
             an optimizer already built see :meth:`wrap`.
-        gamma: size of the perturbation relative to each tensor's weight norm, >= 0. The paper uses
-            5e-3 to 1e-2. With 0 this is the base optimizer.
+        gamma: size of the perturbation relative to each tensor's weight norm, >= 0, a number or a
+            0-d tensor. The paper uses 5e-3 to 1e-2. With 0 this is the base optimizer.
         ascent_steps: calls of :meth:`first_step` before the second, K2 * A in the paper, >= 1.
         norm: "l2" (Frobenius) or "l1", measuring weights, gradients and perturbations.
         direction: "gradient", or "random" for the paper's RWP baseline, which needs no gradient.
         min_ndim: tensors with fewer dimensions stay unperturbed; 2 leaves out biases and norms.
         foreach: True for the ``torch._foreach_*`` implementation, False for the readable one, None
-            to use foreach for all but tensor subclasses. Passed on to a base optimizer that has it.
+            for foreach except with tensor subclasses. Passed on to a base optimizer that has it.
         **base_kwargs: for the base optimizer.
 
     Raises:
@@ -162,6 +187,7 @@ class AWP(Optimizer):
         """The directions in which weights are perturbed; empty where gamma is 0 in every group."""
         return frozenset(group["direction"] for group in self.param_groups if _is_active(group))
 
+    @_not_compiled
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         """One ascent of the weights, from ``w + v`` along the gradients in ``p.grad``.
@@ -203,17 +229,18 @@ class AWP(Optimizer):
             raise RuntimeError(
                 "second_step() needs a first_step() before it: the weights are not perturbed"
             )
-        self.step()  # as an attribute, so that hooks and learning-rate schedulers see it
+        self.step()  # the attribute, which learning-rate schedulers replace
         if zero_grad:
             self.zero_grad()
 
+    @_not_compiled
     @torch.no_grad()
     def restore(self) -> None:
         """Back to the centre, bit for bit, without an update; does nothing at the centre."""
         if not self._is_perturbed:
             return
-        for params, centres in self._backed_up:
-            torch._foreach_copy_(params, centres)
+        for params, centres, foreach in self._backed_up:
+            _copy_(params, centres, foreach)
         self._backed_up.clear()
         self._live.clear()
         self._overflows.clear()
@@ -239,6 +266,9 @@ class AWP(Optimizer):
         finally:
             self.restore()
 
+    @_home_on_error
+    @Optimizer.profile_hook_step
+    @functools.partial(_not_compiled, recursive=False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The second step or, with a closure, all of it.
@@ -254,17 +284,13 @@ class AWP(Optimizer):
         Raises:
             RuntimeError: without a closure at the centre (unless gamma is 0 everywhere), where it
                 would be a plain step; with a closure while perturbed.
+
+        After an exception, whoever raised it, the weights are at the centre.
         """
-        try:
-            loss = self._reach_perturbed(closure)
-            overflows = list(self._overflows)
-            self.restore()
-            self._update(overflows)
-        except BaseException:
-            # GradScaler sets these for the time of the call, and leaves them behind on an error.
-            self.__dict__.pop("found_inf", None)
-            self.__dict__.pop("grad_scale", None)
-            raise
+        loss = self._reach_perturbed(closure)
+        overflows = list(self._overflows)
+        self.restore()
+        self._update(overflows)
         return loss
 
     # ------------------------------------------------------------------ as any torch optimizer
@@ -363,7 +389,8 @@ class AWP(Optimizer):
         self._buffers: dict[Tensor, Tensor] = {}
         # While perturbed: which parameters have their centre in a buffer, and both in lists.
         self._live: set[Tensor] = set()
-        self._backed_up: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._backed_up: list[tuple[list[Tensor], list[Tensor], bool]] = []
+        self._skipped = 0
         # Whether the ascents met gradients that were not finite: 0-d tensors, read by none but AMP.
         self._overflows: list[Tensor] = []
 
@@ -402,20 +429,21 @@ class AWP(Optimizer):
 
     def _back_up(self, batches: list[_Batch]) -> None:
         """Copy the centres of all batches, before any weight moves: tensors may share memory."""
-        fresh = [batch.params for batch in batches if batch.at_centre]
-        for p in (p for params in fresh for p in params):
+        fresh = [batch for batch in batches if batch.at_centre]
+        for p in (p for batch in fresh for p in batch.params):
             buffer = self._buffers.get(p)
             if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (
                 p.shape,
                 p.dtype,
                 p.device,
             ):
-                self._buffers[p] = torch.empty_like(p)
-        for params in fresh:
-            centres = [self._buffers[p] for p in params]
-            torch._foreach_copy_(centres, params)
-            self._backed_up.append((params, centres))
-            self._live.update(params)
+                with torch.inference_mode(False):  # a buffer outlives the mode it was made in
+                    self._buffers[p] = torch.empty_like(p)
+        for batch in fresh:
+            centres = [self._buffers[p] for p in batch.params]
+            _copy_(centres, batch.params, batch.foreach)
+            self._backed_up.append((batch.params, centres, batch.foreach))
+            self._live.update(batch.params)
 
     def _ascend(self, batch: _Batch) -> None:
         group, params, grads, foreach, at_centre = batch
@@ -436,6 +464,8 @@ class AWP(Optimizer):
                 draw_norm = layer_norms([draw], norm, foreach=foreach)
                 ascend_([p], [draw], [w], w_norm.view(1), draw_norm, **settings)
         else:
+            if group.get("maximize"):  # the worst weights are those with the least of it
+                grads = [-g for g in grads]
             grad_norms = layer_norms(grads, norm, foreach=foreach)
             self._overflows.append(grad_norms.isfinite().all().logical_not())
             ascend_(params, grads, centres, weight_norms, grad_norms, **settings)
@@ -452,8 +482,8 @@ class AWP(Optimizer):
             return None
         if self._is_perturbed:
             raise RuntimeError(
-                "step(closure) starts at the centre, but the weights are perturbed: call "
-                "second_step() or restore() first"
+                "step(closure) starts at the centre, but the weights were perturbed (they are "
+                "restored now): call second_step() or restore() before it"
             )
         if hasattr(self, "found_inf"):
             raise RuntimeError(
@@ -461,17 +491,13 @@ class AWP(Optimizer):
             )
         directions = self.directions
         losses = []
-        try:
-            for _ in range(self.ascent_steps if directions else 0):
-                if "gradient" in directions:
-                    with torch.enable_grad():
-                        losses.append(closure())
-                self.first_step()
-            with torch.enable_grad():
-                losses.append(closure())
-        except BaseException:
-            self.restore()
-            raise
+        for _ in range(self.ascent_steps if directions else 0):
+            if "gradient" in directions:
+                with torch.enable_grad():
+                    losses.append(closure())
+            self.first_step()
+        with torch.enable_grad():
+            losses.append(closure())
         return losses[0]
 
     def _update(self, overflows: list[Tensor]) -> None:
@@ -482,23 +508,46 @@ class AWP(Optimizer):
         in any case.
         """
         base = self.base_optimizer
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is None:
+        if not hasattr(self, "found_inf"):
             base.step()
             return
         grad_scale: Tensor | None = self.grad_scale  # type: ignore[attr-defined]
+        found_inf = torch.as_tensor(self.found_inf)  # the number 0 where there was no gradient
+        total = found_inf
         for overflow in overflows:
-            found_inf = found_inf.maximum(overflow.to(found_inf))
-        if getattr(base, "_step_supports_amp_scaling", False):
-            base.grad_scale, base.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
+            total = total.maximum(overflow.to(total))
+        if getattr(base, "_step_supports_amp_scaling", False) and base.state:
+            base.grad_scale, base.found_inf = grad_scale, total  # type: ignore[attr-defined]
             try:
                 base.step()
             finally:
                 del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
-        elif not found_inf.item():  # the one read that GradScaler makes for any optimizer
+        elif total.item():  # the one read that GradScaler makes for most optimizers
+            self._count_skip(in_ascent_alone=not found_inf.item())
+        else:
+            self._skipped = 0
             if grad_scale is not None:
                 _unscale(self.param_groups, grad_scale)
             base.step()
+
+    def _count_skip(self, in_ascent_alone: bool) -> None:
+        """Warn of updates skipped in a row for overflows that GradScaler does not know of."""
+        self._skipped = self._skipped + 1 if in_ascent_alone else 0
+        if self._skipped == _SKIPPED_IN_A_ROW:
+            warnings.warn(
+                f"{self._skipped} updates in a row were skipped because gradients overflowed in "
+                "the ascent, but not at the perturbed weights, which is all that GradScaler sees: "
+                "lower its scale, for example by scaler.update(scaler.get_scale() / 4)",
+                stacklevel=5,
+            )
+
+
+def _copy_(targets: list[Tensor], sources: list[Tensor], foreach: bool) -> None:
+    if foreach:
+        torch._foreach_copy_(targets, sources)
+    else:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
 
 
 class _Batch(NamedTuple):
@@ -509,6 +558,7 @@ class _Batch(NamedTuple):
     at_centre: bool
 
 
+_SKIPPED_IN_A_ROW = 5
 _SETTINGS = ("gamma", "norm", "direction", "min_ndim")
 
 
@@ -519,9 +569,9 @@ def _check_settings(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"gamma as a tensor must be a 0-d float, got {gamma.shape} {gamma.dtype}"
             )
-    elif isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
+    elif isinstance(gamma, bool) or not isinstance(gamma, Real):
         raise TypeError(f"gamma must be a number or a 0-d tensor, got {gamma!r}")
-    elif not 0 <= gamma < math.inf:
+    elif not 0 <= float(gamma) < math.inf:
         raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {tuple(NORMS)}, got {norm!r}")
@@ -556,7 +606,7 @@ def _check_base(base: Any, settings: dict[str, Any]) -> None:
 
 def _is_active(group: dict[str, Any]) -> bool:
     """Whether a group is perturbed. A gamma in a tensor counts as not zero, unread."""
-    return isinstance(group["gamma"], Tensor) or group["gamma"] > 0
+    return isinstance(group["gamma"], Tensor) or group["gamma"] != 0
 
 
 def _own_groups(params: ParamsT) -> Any:

@@ -100,6 +100,11 @@ class AdversarialStep:
             raise ValueError(f"ascent must be 'exact', got {ascent!r}")
         if cuda_graph not in (False, "auto"):
             raise ValueError(f"cuda_graph must be False or 'auto', got {cuda_graph!r}")
+        if autocast is not None and autocast not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"autocast must be torch.bfloat16 or None, got {autocast!r}; float16 needs a loss "
+                "scale: write the loop with first_step() and GradScaler"
+            )
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm must be positive or None, got {clip_grad_norm!r}")
         self.model = model
@@ -122,6 +127,11 @@ class AdversarialStep:
             weights at the centre.
         """
         optimizer = self.optimizer
+        if isinstance(optimizer, AWP) and optimizer.is_perturbed:
+            raise RuntimeError(
+                "a step starts at the centre, but the weights are perturbed: call second_step() or "
+                "restore() of the optimizer first"
+            )
         awp = optimizer if isinstance(optimizer, AWP) and optimizer.directions else None
         try:
             if awp is None:

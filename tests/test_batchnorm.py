@@ -43,3 +43,25 @@ def test_the_statistics_move_again_after_an_exception():
     with pytest.raises(RuntimeError, match="inside"), frozen_batch_norm(norm):
         raise RuntimeError("inside")
     assert norm.track_running_stats
+
+
+class Own(nn.modules.batchnorm._BatchNorm):
+    def _check_input_dim(self, x):
+        pass
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        Own(3),
+        nn.SyncBatchNorm(3),
+        nn.InstanceNorm2d(3, track_running_stats=True),
+    ],
+)
+def test_all_that_keep_running_statistics_are_frozen(norm):
+    with frozen_batch_norm(norm):
+        norm(torch.randn(4, 3, 5, 5) + 5)
+    assert norm.num_batches_tracked == 0
+    assert norm.running_mean.eq(0).all()
+    norm(torch.randn(4, 3, 5, 5) + 5)
+    assert norm.running_mean.abs().min() > 0.1

@@ -488,13 +488,84 @@ def test_misuse_is_an_error_that_says_what_to_do(net):
         lambda: opt.load_state_dict({}),
         lambda: copy.deepcopy(opt),
         lambda: pickle.dumps(opt),
-        lambda: opt.step(lambda: backward(net, x, y)),
     ):
         with pytest.raises(RuntimeError, match=r"second_step\(\) or restore\(\) first"):
             call()
     assert opt.is_perturbed
-    opt.restore()
+    with pytest.raises(RuntimeError, match=r"starts at the centre"):
+        opt.step(lambda: backward(net, x, y))
+    assert not opt.is_perturbed
     assert_same_bits(net.parameters(), centre)
+
+
+@pytest.mark.parametrize("finish", ["second_step", "step", "closure"])
+def test_a_hook_that_fails_leaves_the_centre(net, finish):
+    opt = AWP(net.parameters(), SGD, gamma=0.1, lr=0.1)
+    opt.register_step_pre_hook(lambda *_: 1 / 0)
+    (x, y), *_ = batches(1)
+    centre = snapshot(net.parameters())
+    backward(net, x, y)
+    if finish == "closure":
+        with pytest.raises(ZeroDivisionError):
+            opt.step(lambda: backward(net, x, y))
+    else:
+        opt.first_step()
+        with pytest.raises(ZeroDivisionError):
+            getattr(opt, finish)()
+    assert not opt.is_perturbed
+    assert_same_bits(net.parameters(), centre)
+
+
+def test_a_base_that_maximizes_is_perturbed_towards_less(net):
+    (x, y), *_ = batches(1)
+    net.eval()
+    opt = AWP(net.parameters(), SGD, gamma=0.05, lr=0.1, maximize=True)
+    gain = -F.cross_entropy(net(x), y)
+    gain.backward()
+    with opt.perturbed(), torch.no_grad():
+        assert -F.cross_entropy(net(x), y) < gain
+
+
+def test_a_gamma_gone_bad_is_never_a_plain_step(net):
+    opt = AWP(net.parameters(), SGD, gamma=0.1, lr=0.1)
+    (x, y), *_ = batches(1)
+    for bad in (float("nan"), -0.1):
+        opt.param_groups[0]["gamma"] = bad
+        backward(net, x, y)
+        with pytest.raises(RuntimeError, match="plain step without perturbation"):
+            opt.step()
+        with pytest.raises(ValueError, match="gamma must be finite"):
+            opt.step(lambda: backward(net, x, y))
+
+
+def test_buffers_made_in_inference_mode_serve_afterwards(net):
+    opt = AWP(net.parameters(), SGD, gamma=0.1, lr=0.1)
+    data = batches(2)
+    backward(net, *data[0])
+    centre = snapshot(net.parameters())
+    with torch.inference_mode(), opt.perturbed():
+        net(data[0][0])
+    train(net, opt, data)
+    assert not torch.equal(net[0].weight, centre[0])
+
+
+def test_compiled_code_around_the_optimizer_changes_nothing(net):
+    other = copy.deepcopy(net)
+    data = batches(3)
+    train(other, AWP(other.parameters(), SGD, gamma=0.05, lr=0.1), data)
+    opt = AWP(net.parameters(), SGD, gamma=0.05, lr=0.1)
+    first, second = (
+        torch.compile(step, backend="eager") for step in (opt.first_step, opt.second_step)
+    )
+    compiled = torch.compile(net, backend="eager")
+    for x, y in data:
+        backward(compiled, x, y)
+        first(zero_grad=True)
+        assert opt.is_perturbed
+        backward(compiled, x, y)
+        second(zero_grad=True)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_step_without_closure_is_the_second_step_while_perturbed(net):
@@ -802,6 +873,43 @@ def test_an_overflow_in_any_pass_leaves_weights_and_state_untouched(net, overflo
     amp_step(net, opt, scaler, *data[2], clip=clip)  # and training goes on
     assert all(p.isfinite().all() for p in net.parameters())
     assert not torch.equal(net[0].weight, centre[0])
+
+
+def test_overflows_that_gradscaler_cannot_see_end_in_a_warning(net):
+    opt = AWP(net.parameters(), SGD, gamma=0.02, lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    (x, y), *_ = batches(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            amp_step(net, opt, scaler, x, y, overflow=(1,))
+            opt.zero_grad()
+    with pytest.warns(UserWarning, match=r"5 updates in a row .* scaler\.update"):
+        amp_step(net, opt, scaler, x, y, overflow=(1,))
+
+
+@pytest.mark.parametrize("base", [SGD, torch.optim.Adam])
+def test_an_overflow_in_the_very_first_step_makes_no_state(net, base):
+    """A fused SGD left to skip by itself would go on with a momentum it never wrote."""
+    kwargs = {"momentum": 0.9} if base is SGD else {}
+    opt = AWP(net.parameters(), base, gamma=0.02, lr=1e-2, fused=True, **kwargs)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    (x, y), *_ = batches(1)
+    amp_step(net, opt, scaler, x, y, overflow=(2,))
+    assert len(opt.state) == 0
+    opt.zero_grad()
+    amp_step(net, opt, scaler, x, y)
+    assert all(p.isfinite().all() and p.abs().max() < 10 for p in net.parameters())
+
+
+def test_gradscaler_without_any_gradient(net):
+    opt = AWP(net.parameters(), SGD, gamma=0.02, direction="random", lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    centre = snapshot(net.parameters())
+    opt.first_step()
+    scaler.step(opt)
+    assert_same_bits(net.parameters(), centre)
 
 
 def test_a_disabled_gradscaler_and_misuse_of_an_enabled_one(net):

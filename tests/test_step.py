@@ -216,6 +216,8 @@ def test_autocast_runs_the_forward_passes_in_its_dtype():
         ({"alternations": 2}, ValueError, r"ascent_steps=K2 \* 2"),
         ({"ascent": "wrong"}, ValueError, "ascent must be 'exact'"),
         ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm must be positive"),
+        ({"autocast": torch.float16}, ValueError, "float16 needs a loss scale"),
+        ({"autocast": True}, ValueError, r"autocast must be torch\.bfloat16"),
         ({"cuda_graph": "no"}, ValueError, "cuda_graph must be"),
     ],
 )
@@ -223,3 +225,12 @@ def test_bad_settings_are_named(net, kwargs, error, match):
     settings = {"optimizer": AWP(net.parameters(), SGD, lr=0.1), "attack": ATTACK, **kwargs}
     with pytest.raises(error, match=match):
         AdversarialStep(net, **settings)
+
+
+def test_a_step_does_not_start_from_perturbed_weights(net):
+    opt = AWP(net.parameters(), SGD, gamma=0.1, lr=0.1)
+    step = AdversarialStep(net, opt, ATTACK)
+    opt.first_step()
+    with pytest.raises(RuntimeError, match="starts at the centre"):
+        step(*batches(1)[0])
+    assert opt.is_perturbed

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD
+from awp_optim.attacks.base import in_mode
 from awp_optim.lab.augment import random_crop_flip
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.models import build_model
@@ -172,7 +173,8 @@ def fit(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    batches = math.ceil(len(data.x_train) / config.batch_size)
+    # BatchNorm cannot train on a single example: one left over is dropped, each epoch another.
+    batches = max(1, math.ceil((len(data.x_train) - 1) / config.batch_size))
     schedule, steps = SCHEDULES[config.schedule], config.epochs * batches
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i / steps))
     step = AdversarialStep(model, optimizer, config.attack(config.train_steps, config.attack_mode))
@@ -194,18 +196,21 @@ def fit(
         order = torch.randperm(len(data.x_train), generator=shuffler).to(device)
         loss_sum = torch.zeros((), device=device)
         correct = torch.zeros((), device=device)
-        for i, index in enumerate(torch.split(order, config.batch_size)):
+        seen = 0
+        for i in range(batches):
+            index = order[i * config.batch_size : (i + 1) * config.batch_size]
             x, y = data.x_train[index], data.y_train[index]
             if config.augment:
                 x = random_crop_flip(x, generator=augmenter)
             result = step(_to_float(x), y)
             scheduler.step()
             loss_sum += result.loss * len(y)
+            seen += len(y)
             correct += (result.logits.argmax(1) == y).sum()
             if on_step:
                 on_step(epoch * batches + i + 1, steps)
-        row["step_robust_loss"] = loss_sum.item() / len(order)  # waits for the device
-        row["step_robust_acc"] = correct.item() / len(order)
+        row["step_robust_loss"] = loss_sum.item() / seen  # waits for the device
+        row["step_robust_acc"] = correct.item() / seen
         row["train_seconds"] = time.perf_counter() - start
         if not math.isfinite(row["step_robust_loss"]):
             raise FloatingPointError(
@@ -236,7 +241,7 @@ def measure(
     """Natural and robust loss and accuracy of ``model`` in eval mode.
 
     Args:
-        model: maps images in [0, 1] to logits; left in the mode it was in.
+        model: maps images in [0, 1] to logits; its modules are left in the modes they were in.
         x: uint8 images, shape (N, C, H, W).
         y: labels, shape (N,).
         attack: makes the robust figures.
@@ -246,10 +251,8 @@ def measure(
     Returns:
         ``natural_loss``, ``natural_acc``, ``robust_loss``, ``robust_acc``; accuracies in [0, 1].
     """
-    training = model.training
-    model.eval()
     sums = torch.zeros(4, device=x.device, dtype=torch.float64)
-    try:
+    with in_mode(model, "eval"):
         for xs, ys in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
             images = _to_float(xs)
             adversarial = attack(model, images, ys)
@@ -258,8 +261,6 @@ def measure(
                     logits = model(inputs)
                     sums[2 * i] += F.cross_entropy(logits, ys, reduction="sum")
                     sums[2 * i + 1] += (logits.argmax(1) == ys).sum()
-    finally:
-        model.train(training)
     names = ("natural_loss", "natural_acc", "robust_loss", "robust_acc")
     return {prefix + n: v for n, v in zip(names, (sums / len(x)).tolist(), strict=True)}
 

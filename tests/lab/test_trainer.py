@@ -93,10 +93,12 @@ def test_training_lowers_the_loss(data):
 def test_measures_the_model_in_eval_mode(data):
     torch.manual_seed(0)
     model = build_model("preact_resnet_small", num_classes=10, in_channels=1)
+    model.bn.eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     attack = PGD(0.2, 0.1, 2, random_start=False)
     figures = measure(model, data.x_test, data.y_test, attack, "x_", batch_size=7)
     assert model.training
+    assert not model.bn.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     x = data.x_test.double() / 255
     model.double().eval()
@@ -107,6 +109,14 @@ def test_measures_the_model_in_eval_mode(data):
         assert figures[f"x_{kind}_loss"] == pytest.approx(loss, rel=1e-5)
         correct = (logits.argmax(1) == data.y_test).double().mean().item()
         assert figures[f"x_{kind}_acc"] == pytest.approx(correct)
+
+
+def test_a_single_example_left_over_is_dropped(data):
+    """BatchNorm cannot train on it where the last feature map is a single pixel."""
+    config = Config(**{**vars(CONFIG), "arch": "preact_resnet18", "epochs": 1, "batch_size": 3})
+    steps = []
+    fit(config, data.limit(7, 4), on_step=lambda *s: steps.append(s))
+    assert steps == [(1, 2), (2, 2)]
 
 
 def test_the_seed_decides_everything(data):
