@@ -36,7 +36,10 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
     """
     norms = (m for m in model.modules() if isinstance(m, (_BatchNorm, _InstanceNorm)))
     tracking = [
-        m for m in norms if m.training and m.track_running_stats and not is_lazy(m.running_mean)
+        m
+        for m in norms
+        if m.training and m.running_mean is not None and not is_lazy(m.running_mean)
+        if m.track_running_stats
     ]
     momenta = [m.momentum for m in tracking]
     try:
