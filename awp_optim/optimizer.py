@@ -417,7 +417,10 @@ class AWP(Optimizer):
                 seen.add(p)
                 if g is not None and g.layout != torch.strided:
                     g = g.to_dense()
-                foreach = type(p) in _PLAIN_TENSORS if self.foreach is None else self.foreach
+                is_plain = type(p) in _PLAIN_TENSORS
+                if not is_plain:
+                    _refuse_sharded(p)
+                foreach = is_plain if self.foreach is None else self.foreach
                 at_centre = not self._live or p not in self._live
                 key = index, p.device, p.dtype, g.dtype if not random else None, foreach, at_centre
                 if key not in batches:
@@ -502,6 +505,8 @@ class AWP(Optimizer):
 
     def _update(self, overflows: list[Tensor]) -> None:
         """The base optimizer's step, unless GradScaler or an ascent found an overflow.
+
+        An ascent looks at the gradients it uses: an overflow in a bias alone is none to it.
 
         GradScaler's protocol for optimizers with ``_step_supports_amp_scaling``: it sets
         ``found_inf`` and, where the gradients are still scaled, ``grad_scale``, and calls step()
@@ -607,6 +612,14 @@ def _check_base(base: Any, settings: dict[str, Any]) -> None:
 def _is_active(group: dict[str, Any]) -> bool:
     """Whether a group is perturbed. A gamma in a tensor counts as not zero, unread."""
     return isinstance(group["gamma"], Tensor) or group["gamma"] != 0
+
+
+def _refuse_sharded(p: Tensor) -> None:
+    if hasattr(p, "full_tensor"):
+        raise TypeError(
+            f"parameters of type {type(p).__name__}, sharded over processes as by FSDP2, are not "
+            "supported yet: train with DistributedDataParallel"
+        )
 
 
 def _own_groups(params: ParamsT) -> Any:

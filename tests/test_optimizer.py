@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -773,6 +773,45 @@ def test_parameters_that_share_memory_come_back_bit_for_bit():
     opt.first_step()
     opt.restore()
     assert torch.equal(flat, centre)
+
+
+def test_sharded_parameters_are_refused_before_anything_changes():
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("torch without distributed")
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shard = DTensor.from_local(torch.ones(2, 2), mesh, [Replicate()])
+        params = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(shard)]
+        opt = AWP(params, SGD, gamma=0.1, lr=0.1)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(TypeError, match="not supported yet: train with Dist"):
+            opt.first_step()
+        assert not opt.is_perturbed
+        assert torch.equal(params[0], torch.ones(2, 2))
+    finally:
+        distributed.destroy_process_group()
+
+
+class Labelled(Tensor):
+    """A subclass as libraries make them."""
+
+
+@pytest.mark.parametrize("foreach", [True, False, None])
+def test_tensor_subclasses_are_perturbed_as_others(foreach):
+    plain = nn.Parameter(torch.randn(3, 3))
+    labelled = nn.Parameter(plain.detach().clone().as_subclass(Labelled))
+    grad = torch.randn(3, 3)
+    for p in (plain, labelled):
+        p.grad = grad.clone()
+        opt = AWP([p], SGD, gamma=0.1, lr=0.1, foreach=foreach)
+        opt.first_step()
+    torch.testing.assert_close(labelled.as_subclass(Tensor), plain.detach())
+    opt.second_step()
 
 
 def test_dtypes_and_memory_formats_mix_in_one_optimizer():
