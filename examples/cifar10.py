@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from awp_optim.lab.data import ImageData, load_cifar10, load_digits
 from awp_optim.lab.models import MODELS
 from awp_optim.lab.plots import learning_curves
+from awp_optim.lab.progress import step_bars
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.trainer import METHODS, THREATS, Config, Row, best, fit
 
@@ -83,14 +83,7 @@ def main() -> None:
             train_eval=max(1, min(1000, len(data.x_train) // 4)),
             seed=args.seed,
         )
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("steps"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=console) as progress:
+        with step_bars(console) as progress:
             bar = progress.add_task(args.out.name, total=None)
 
             def report(row: Row) -> None:

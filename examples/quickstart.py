@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.plots import learning_curves
+from awp_optim.lab.progress import step_bars
 from awp_optim.lab.trainer import Config, Row, best, fit
 
 SETTING = Config(
@@ -57,17 +57,10 @@ def train_all(configs: dict[tuple[str, int], Config]) -> dict[tuple[str, int], l
     workers = min(cores, len(configs))
     # CUDA and threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-    )
     with (
         context.Manager() as manager,
         ProcessPoolExecutor(workers, mp_context=context) as pool,
-        Progress(*columns) as progress,
+        step_bars() as progress,
     ):
         news = manager.Queue()
         bars = {key: progress.add_task(f"{key[0]:6} seed {key[1]}", total=None) for key in configs}
