@@ -224,7 +224,7 @@ def fit(
                 ("train_", shown.x_train, shown.y_train),
                 ("test_", data.x_test, data.y_test),
             ):
-                row |= measure(model, x, y, test_attack, part, config.batch_size)
+                row |= measure(model, x, y, test_attack, part)
             row["eval_seconds"] = time.perf_counter() - start
         rows.append(row)
         if folder:
