@@ -34,13 +34,10 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
         >>> norm.num_batches_tracked.item()
         0
     """
-    norms = (m for m in model.modules() if isinstance(m, (_BatchNorm, _InstanceNorm)))
-    tracking = [
-        m
-        for m in norms
-        if m.training and m.running_mean is not None and not is_lazy(m.running_mean)
-        if m.track_running_stats
-    ]
+    norms = [m for m in model.modules() if isinstance(m, (_BatchNorm, _InstanceNorm))]
+    # Without statistics there is nothing to freeze, and lazy ones are not there yet.
+    norms = [m for m in norms if m.running_mean is not None and not is_lazy(m.running_mean)]
+    tracking = [m for m in norms if m.training and m.track_running_stats]
     momenta = [m.momentum for m in tracking]
     try:
         for m in tracking:

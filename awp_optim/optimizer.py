@@ -200,6 +200,7 @@ class AWP(Optimizer):
 
         Raises:
             ValueError: if a group's settings are not valid; nothing is changed.
+            TypeError: if a parameter is sharded over processes; the weights are at the centre.
         """
         for group in self.param_groups:
             _check_settings(group)
@@ -390,9 +391,10 @@ class AWP(Optimizer):
         # While perturbed: which parameters have their centre in a buffer, and both in lists.
         self._live: set[Tensor] = set()
         self._backed_up: list[tuple[list[Tensor], list[Tensor], bool]] = []
-        self._skipped = 0
         # Whether the ascents met gradients that were not finite: 0-d tensors, read by none but AMP.
         self._overflows: list[Tensor] = []
+        # Updates in a row that were skipped for these alone.
+        self._skipped = 0
 
     def _require_centre(self, what: str) -> None:
         if self._is_perturbed:
@@ -409,7 +411,7 @@ class AWP(Optimizer):
                 continue
             random, min_ndim = group["direction"] == "random", group["min_ndim"]
             for p in group["params"]:
-                g = p.grad
+                g = None if random else p.grad
                 if p.ndim < min_ndim or p.numel() == 0 or p in seen:
                     continue
                 if not p.requires_grad if random else g is None:
@@ -422,11 +424,11 @@ class AWP(Optimizer):
                     _refuse_sharded(p)
                 foreach = is_plain if self.foreach is None else self.foreach
                 at_centre = not self._live or p not in self._live
-                key = index, p.device, p.dtype, g.dtype if not random else None, foreach, at_centre
+                key = index, p.device, p.dtype, None if g is None else g.dtype, foreach, at_centre
                 if key not in batches:
                     batches[key] = _Batch(group, [], [], foreach, at_centre)
                 batches[key].params.append(p)
-                if not random:
+                if g is not None:
                     batches[key].grads.append(g)
         return list(batches.values())
 
