@@ -1,0 +1,1 @@
+"""What awp_optim costs, measured; see the README for the commands."""
