@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from types import SimpleNamespace
@@ -31,7 +31,9 @@ from awp_optim.perturbation import NORMS, arithmetic_dtype, ascend_, layer_norms
 
 __all__ = ["AWP"]
 
-DIRECTIONS = ("gradient", "random")
+DIRECTIONS = ("gradient", "random", "momentum")
+# Where base optimizers keep an average of gradients: SGD, RMSprop and Muon; the Adam family.
+_MOMENTA = ("momentum_buffer", "exp_avg")
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 # A compiled optimizer method loses what it assigns to the optimizer, here that the weights are
@@ -78,7 +80,11 @@ class AWP(Optimizer):
             0-d tensor. The paper uses 5e-3 to 1e-2. With 0 this is the base optimizer.
         ascent_steps: calls of :meth:`first_step` before the second, K2 * A in the paper, >= 1.
         norm: "l2" (Frobenius) or "l1", measuring weights, gradients and perturbations.
-        direction: "gradient", or "random" for the paper's RWP baseline, which needs no gradient.
+        direction: "gradient", the paper's; "momentum", along the base optimizer's average of the
+            gradients (SGD's momentum buffer, Adam's first moment), which saves the pass for the
+            ascent and gives up that v is adversarial to this batch: v is zero before the first
+            update, and weight decay is in it where the average has it, as SGD's; or "random" for
+            the paper's RWP baseline.
         min_ndim: tensors with fewer dimensions stay unperturbed; 2 leaves out biases and norms.
         foreach: True for the ``torch._foreach_*`` implementation, False for the readable one, None
             for foreach except with tensor subclasses. Passed on to a base optimizer that has it.
@@ -88,7 +94,7 @@ class AWP(Optimizer):
         TypeError: if ``base_optimizer`` does not give an optimizer, or gives one that has to call
             a closure itself (LBFGS).
         ValueError: if a setting is out of its range, or the base optimizer has a setting of the
-            same name.
+            same name; later, from :meth:`first_step`, if ``direction="momentum"`` finds none.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -189,7 +195,9 @@ class AWP(Optimizer):
 
     @_not_compiled
     @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
+    def first_step(
+        self, zero_grad: bool = False, *, along: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
         """One ascent of the weights, from ``w + v`` along the gradients in ``p.grad``.
 
         Call it ``ascent_steps`` times, each after a fresh backward pass; further calls stay inside
@@ -197,16 +205,30 @@ class AWP(Optimizer):
 
         Args:
             zero_grad: set the gradients to None afterwards.
+            along: tensors to ascend along instead of the gradients, by parameter, each shaped like
+                its parameter; a parameter that is not in it stays. For the groups whose direction
+                is "gradient".
 
         Raises:
-            ValueError: if a group's settings are not valid; nothing is changed.
+            ValueError: if a group's settings are not valid, a tensor in ``along`` has another shape
+                than its parameter, or the direction is "momentum" and the base optimizer has
+                none; nothing is changed.
             TypeError: if a parameter is sharded over processes; the weights are at the centre.
         """
-        for group in self.param_groups:
-            _check_settings(group)
+        self._check_groups()
+        on_momentum = [
+            g for g in self.param_groups if g["direction"] == "momentum" and _is_active(g)
+        ]
+        momenta = self._momenta(on_momentum)
+        for p, direction in (along or {}).items():
+            if direction.shape != p.shape:
+                raise ValueError(
+                    f"along holds a tensor of shape {tuple(direction.shape)} for a parameter of "
+                    f"shape {tuple(p.shape)}"
+                )
         try:
             self._is_perturbed = True
-            batches = self._gather()
+            batches = self._gather(along, momenta)
             self._back_up(batches)
             for batch in batches:
                 self._ascend(batch)
@@ -216,6 +238,26 @@ class AWP(Optimizer):
         torch.clear_autocast_cache()  # else it goes on with copies of the weights before
         if zero_grad:
             self.zero_grad()
+
+    def perturbation(self) -> dict[Tensor, Tensor]:
+        """v of every parameter that was perturbed, as new tensors; empty at the centre.
+
+        Half-precision weights are perturbed in their own dtype: this is v as they hold it.
+        """
+        with torch.no_grad():
+            return {p: p - self._buffers[p] for p in self._live}
+
+    def _check_groups(self) -> None:
+        for group in self.param_groups:
+            _check_settings(group)
+
+    def momenta(self) -> dict[Tensor, Tensor]:
+        """The base optimizer's average of the gradients, by parameter; empty before its first step.
+
+        Raises:
+            ValueError: the base optimizer keeps none.
+        """
+        return self._momenta(self.param_groups)
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Back to the centre, bit for bit, then the base optimizer's step.
@@ -395,6 +437,19 @@ class AWP(Optimizer):
         self._overflows: list[Tensor] = []
         # Updates in a row that were skipped for these alone.
         self._skipped = 0
+        # Whether the base optimizer has had occasion to build its state.
+        self._has_updated = False
+
+    def _host_state(self) -> HostState:
+        """What the host knows of where the weights are, to be put back after a replay."""
+        return HostState(
+            self._is_perturbed, set(self._live), list(self._backed_up), list(self._overflows)
+        )
+
+    def _set_host_state(self, state: HostState) -> None:
+        self._is_perturbed = state.is_perturbed
+        self._live, self._backed_up = set(state.live), list(state.backed_up)
+        self._overflows = list(state.overflows)
 
     def _require_centre(self, what: str) -> None:
         if self._is_perturbed:
@@ -402,7 +457,26 @@ class AWP(Optimizer):
                 f"{what} while the weights are perturbed: call second_step() or restore() first"
             )
 
-    def _gather(self) -> list[_Batch]:
+    def _momenta(self, groups: list[dict[str, Any]]) -> dict[Tensor, Tensor]:
+        momenta = {}
+        for p in (p for group in groups for p in group["params"]):
+            state = self.state.get(p, {})
+            found = (state[name] for name in _MOMENTA if state.get(name) is not None)
+            m = next(found, None)
+            if m is not None and m.shape == p.shape:
+                momenta[p] = m
+        switched_off = any(g.get("momentum", 1) == 0 and "betas" not in g for g in groups)
+        if groups and not momenta and (switched_off or self._has_updated):
+            raise ValueError(
+                "an ascent along the momentum needs a base optimizer that has one, such as "
+                f"SGD(momentum=0.9) or Adam; {type(self.base_optimizer).__name__} keeps none here "
+                f"(looked for {' and '.join(_MOMENTA)} in its state)"
+            )
+        return momenta
+
+    def _gather(
+        self, along: Mapping[Tensor, Tensor] | None, momenta: Mapping[Tensor, Tensor]
+    ) -> list[_Batch]:
         """The tensors to ascend, in batches of one group, device and dtype."""
         batches: dict[Any, _Batch] = {}
         seen = set()
@@ -410,8 +484,12 @@ class AWP(Optimizer):
             if not _is_active(group):
                 continue
             random, min_ndim = group["direction"] == "random", group["min_ndim"]
+            given = momenta if group["direction"] == "momentum" else along
+            # The worst weights are those with the least of what is maximised. (The base optimizer
+            # averages gradients that it has turned round itself.)
+            turned = given is None and group.get("maximize", False)
             for p in group["params"]:
-                g = None if random else p.grad
+                g = None if random else p.grad if given is None else given.get(p)
                 if p.ndim < min_ndim or p.numel() == 0 or p in seen:
                     continue
                 if not p.requires_grad if random else g is None:
@@ -419,6 +497,8 @@ class AWP(Optimizer):
                 seen.add(p)
                 if g is not None and g.layout != torch.strided:
                     g = g.to_dense()
+                if turned and g is not None:
+                    g = -g
                 is_plain = type(p) in _PLAIN_TENSORS
                 if not is_plain:
                     _refuse_sharded(p)
@@ -469,8 +549,6 @@ class AWP(Optimizer):
                 draw_norm = layer_norms([draw], norm, foreach=foreach)
                 ascend_([p], [draw], [w], w_norm.view(1), draw_norm, **settings)
         else:
-            if group.get("maximize"):  # the worst weights are those with the least of it
-                grads = [-g for g in grads]
             grad_norms = layer_norms(grads, norm, foreach=foreach)
             self._overflows.append(grad_norms.isfinite().all().logical_not())
             ascend_(params, grads, centres, weight_norms, grad_norms, **settings)
@@ -517,6 +595,7 @@ class AWP(Optimizer):
         base = self.base_optimizer
         if not hasattr(self, "found_inf"):
             base.step()
+            self._has_updated = True
             return
         grad_scale: Tensor | None = self.grad_scale  # type: ignore[attr-defined]
         found_inf = torch.as_tensor(self.found_inf)  # the number 0 where there was no gradient
@@ -536,6 +615,7 @@ class AWP(Optimizer):
             if grad_scale is not None:
                 _unscale(self.param_groups, grad_scale)
             base.step()
+            self._has_updated = True
 
     def _count_skip(self, in_ascent_alone: bool) -> None:
         """Warn of updates skipped in a row for overflows that GradScaler does not know of."""
@@ -555,6 +635,13 @@ def _copy_(targets: list[Tensor], sources: list[Tensor], foreach: bool) -> None:
     else:
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+
+class HostState(NamedTuple):
+    is_perturbed: bool
+    live: set[Tensor]
+    backed_up: list[tuple[list[Tensor], list[Tensor], bool]]
+    overflows: list[Tensor]
 
 
 class _Batch(NamedTuple):

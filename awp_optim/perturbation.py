@@ -26,6 +26,10 @@ NORMS = {"l1": 1, "l2": 2}
 # short, the L1 norm 15%. Norms of pieces of this many elements, combined, are right to about 1e-6.
 _PIECE = 2**18
 
+# Device types on which a layer is moved by one kernel; on a CPU nothing needs a veto.
+_FUSED = {"cuda"}
+_NHWC = torch.channels_last
+
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a tensor of ``dtype`` is perturbed: its own, but float32 for halves."""
@@ -90,8 +94,8 @@ def ascend_(
     radius = gamma * weight_norms
     finite = scale.isfinite() & grad_norms.isfinite()
     mask: Tensor | None = None
-    if scale.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Looking at host memory makes nobody wait: leave out the layers that do not move.
+    if _host_may_look(scale):
+        # Leave out the layers that do not move.
         moves = finite.tolist()
         if not all(moves):
             params, grads, centres = (
@@ -156,16 +160,55 @@ def _foreach_ascend_(
         if mask is None:
             torch._foreach_addcmul_(v, grads, scales)
         else:
-            # No foreach operation clears a NaN, and none fuses scales that lie on the device: a
-            # loop launches as little, and holds a temporary for one layer instead of all.
+            # No foreach operation clears a NaN, and none fuses scales that lie on the device.
+            skips = mask.logical_not().to(scale.dtype).unbind()
             for i, (v_l, g, s) in enumerate(zip(v, grads, scales, strict=True)):
-                v_l.addcmul_(_where(mask, i, g), s)
+                if _has_fused_add(v_l, g, s):
+                    _fused_add_(v_l, g, s, skips[i])
+                else:
+                    v_l.addcmul_(_where(mask, i, g), s)
     if not at_centre:
         torch._foreach_mul_(v, _shrink(layer_norms(v, norm), radius).unbind())
     if half or not at_centre:  # else v was added to the weights in place
         torch._foreach_add_(v, centres)
     if half:
         torch._foreach_copy_(params, v)
+
+
+def _host_may_look(t: Tensor) -> bool:
+    """Whether reading ``t`` makes nobody wait, and what is read is true of later runs, too."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _has_fused_add(v: Tensor, g: Tensor, scale: Tensor) -> bool:
+    return (
+        v.device.type in _FUSED
+        and v.dtype == g.dtype
+        and scale.dtype == torch.float32  # what the kernel reads
+        and v.stride() == g.stride()
+        and (v.is_contiguous() or (v.ndim == 4 and v.is_contiguous(memory_format=_NHWC)))
+    )
+
+
+def _fused_add_(v: Tensor, g: Tensor, scale: Tensor, skip: Tensor) -> None:
+    """``v += scale * g`` in one pass over each, or nothing where ``skip`` is 1.
+
+    This is the update of ``torch.optim.SGD(fused=True)``, the one kernel of torch that takes both
+    its factor and its veto from the device. Two kernels would read and write g once more.
+    """
+    torch._fused_sgd_(
+        [v],
+        [g],
+        [],
+        lr=scale,
+        weight_decay=0.0,
+        momentum=0.0,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=skip,
+    )
 
 
 def _shrink(norms: Tensor, radius: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ BELOW = {
     "perturbation": set(),
     "batchnorm": set(),
     "objectives": set(),
-    "attacks": {"attacks"},
+    "graphs": set(),
+    "attacks": {"attacks", "graphs"},
     "optimizer": {"perturbation"},
-    "step": {"attacks", "batchnorm", "objectives", "optimizer"},
+    "capturable": {"graphs"},
+    "step": {"attacks", "batchnorm", "capturable", "graphs", "objectives", "optimizer"},
     "__init__": {"batchnorm", "optimizer", "step"},
 }
 

@@ -345,7 +345,7 @@ def test_foreach_is_passed_to_a_base_that_has_it(net, foreach):
         ({"gamma": True}, TypeError, "gamma must be a number"),
         ({"gamma": torch.ones(2)}, ValueError, "0-d"),
         ({"norm": "linf"}, ValueError, r"norm must be one of \('l1', 'l2'\)"),
-        ({"direction": "up"}, ValueError, r"direction must be one of \('gradient', 'random'\)"),
+        ({"direction": "up"}, ValueError, r"direction must be one of \('gradient', 'random', 'momentum'\)"),
         ({"min_ndim": -1}, ValueError, "min_ndim must be an integer"),
         ({"ascent_steps": 0}, ValueError, "ascent_steps must be an integer >= 1"),
         ({"ascent_steps": 1.5}, ValueError, "ascent_steps must be an integer >= 1"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from .base import Attack, Victim, one_of, real
+from .base import Attack, Gradients, Model, Victim, one_of, real
 from .geometry import BALLS, Ball, Projection
 from .losses import LOSSES
 
@@ -34,6 +35,25 @@ class BallAttack(Attack):
             raise ValueError(f"eps must not be negative, got {self.eps!r}")
         one_of("norm", self.norm, BALLS)
         one_of("loss", self.loss, LOSSES)
+
+    def with_weight_gradients(
+        self, model: Model, x: Tensor, y: Tensor | None, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Gradients]:
+        """Perturb a batch, and take the weights' gradients in the attack's last backward pass.
+
+        They are of the attack's loss, summed over the batch, at the input before the last step and
+        in the mode of the attack. That costs a backward pass to the weights, where a pass of its
+        own at the perturbed input would cost a forward and the other backward pass more.
+
+        Args:
+            model, x, y: as in :meth:`Attack.__call__`.
+            weights: tensors that require gradients, such as the model's parameters.
+
+        Returns:
+            The perturbed batch, and a gradient for each of ``weights``; None where the loss does
+            not depend on it, and everywhere if the attack takes no gradient (``eps=0``, no steps).
+        """
+        return self._call(model, x, y, weights)
 
     @property
     def _ball(self) -> Ball:
@@ -66,13 +86,16 @@ class BallAttack(Attack):
         project: Projection,
         step_size: float,
         steps: int,
+        *,
+        last: bool = True,
     ) -> Tensor:
         """Eq. (14), ``steps`` times from ``x_adv``: steepest ascent by ``step_size``, projection.
 
-        In L_inf the ascent is eta_1 * sign(g), in L_2 it is eta_1 * g/|g|.
+        In L_inf the ascent is eta_1 * sign(g), in L_2 it is eta_1 * g/|g|. ``last`` says that no
+        other climb follows.
         """
         loss = LOSSES[self.loss]
-        for _ in range(steps):
-            g = victim.gradient(x_adv, loss, target)
+        for i in range(steps):
+            g = victim.gradient(x_adv, loss, target, last=last and i == steps - 1)
             x_adv = project(x_adv.add(self._ball.ascent(g), alpha=step_size))
         return x_adv

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
 from typing import Any
@@ -16,6 +16,7 @@ from .geometry import DTYPES, at_least_float32, limits, round_toward
 from .losses import Loss
 
 Model = Callable[[Tensor], Tensor]
+Gradients = tuple[Tensor | None, ...]
 MODEL_MODES = ("eval", "train")
 
 
@@ -74,6 +75,11 @@ class Attack(ABC):
             ValueError: their shapes or devices do not fit, or, checked on the CPU only, where
                 looking is free, ``x`` leaves ``clip`` or a label is not among the model's classes.
         """
+        return self._call(model, x, y, ())[0]
+
+    def _call(
+        self, model: Model, x: Tensor, y: Tensor | None, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Gradients]:
         self._check(x, y)
         with torch.inference_mode(False), torch.no_grad():
             # Autograd refuses inference tensors; a clone made here is an ordinary tensor.
@@ -81,10 +87,11 @@ class Attack(ABC):
             if y is not None:
                 y = y.to(torch.int64, copy=y.is_inference())
             if x.numel() == 0:
-                return x.clone()
+                return x.clone(), (None,) * len(weights)
             with in_mode(model, self.model_mode):
-                victim = Victim(model, x, y)
-                return victim.shown(self._perturb(victim, at_least_float32(x), y))
+                victim = Victim(model, x, y, weights)
+                x_adv = victim.shown(self._perturb(victim, at_least_float32(x), y))
+                return x_adv, victim.weight_gradients
 
     @abstractmethod
     def _perturb(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
@@ -143,9 +150,13 @@ class Attack(ABC):
 class Victim:
     """The model during one call of an attack: what it says at a point, and which way is up."""
 
-    def __init__(self, model: Model, x: Tensor, y: Tensor | None) -> None:
+    def __init__(
+        self, model: Model, x: Tensor, y: Tensor | None, weights: Sequence[Tensor] = ()
+    ) -> None:
         self._model = model
         self._x = x
+        self._weights = list(weights)
+        self.weight_gradients: Gradients = (None,) * len(self._weights)
         # The number of classes is known at the first forward pass only. Reading labels is free on
         # the CPU, elsewhere it would wait for the device.
         self._largest_label = -1 if y is None or y.device.type != "cpu" else int(y.max())
@@ -159,19 +170,23 @@ class Victim:
         with torch.no_grad(), uncached_autocast(z.device.type):
             return self._forward(self.shown(z))
 
-    def gradient(self, z: Tensor, loss: Loss, target: Tensor) -> Tensor:
+    def gradient(self, z: Tensor, loss: Loss, target: Tensor, *, last: bool = False) -> Tensor:
         """The gradient at ``z`` of each example's ``loss(logits, target)``, in the dtype of ``z``.
 
         One forward pass and one backward pass to the input alone: no weight's gradient is computed.
+        But in the ``last`` one of an attack, those that its caller asked for.
         """
         with torch.enable_grad():
             shown = self.shown(z).detach().requires_grad_()
             # The view, because tools that hook a module's input (FlopCounterMode, say) cannot hook
             # a leaf that autograd.grad was asked for.
             total = loss(self._forward(shown.view_as(shown)), target).sum()
+            weights = self._weights if last else []
             g = None
             if total.requires_grad:
-                (g,) = torch.autograd.grad(total, shown, allow_unused=True)
+                g, *rest = torch.autograd.grad(total, [shown, *weights], allow_unused=True)
+                if last:
+                    self.weight_gradients = tuple(rest)
         if g is None:
             raise ValueError(
                 "the model's logits do not depend on its input through autograd, so there is no"

@@ -80,12 +80,12 @@ class PGD(BallAttack):
         if self.steps == 0 and self.restarts == 1:
             return self._start(x, project)
         target = self._target(victim, x, y)
-        x_adv = self._run(victim, x, target, project)
         if self.restarts == 1:
-            return x_adv
+            return self._run(victim, x, target, project)
+        x_adv = self._run(victim, x, target, project, last=False)
         fooled, loss = self._outcome(victim, x_adv, target)
-        for _ in range(self.restarts - 1):
-            other = self._run(victim, x, target, project)
+        for i in range(2, self.restarts + 1):
+            other = self._run(victim, x, target, project, last=i == self.restarts)
             other_fooled, other_loss = self._outcome(victim, other, target)
             worse = (other_fooled & ~fooled) | ((other_fooled == fooled) & (other_loss > loss))
             x_adv = torch.where(worse.view(-1, *[1] * (x.ndim - 1)), other, x_adv)
@@ -96,10 +96,12 @@ class PGD(BallAttack):
         """Line 6 of Algorithm 2: x + eps * delta, cut by the box."""
         return project(x + self._ball.random(x, self.eps) if self.random_start else x)
 
-    def _run(self, victim: Victim, x: Tensor, target: Tensor, project: Projection) -> Tensor:
+    def _run(
+        self, victim: Victim, x: Tensor, target: Tensor, project: Projection, last: bool = True
+    ) -> Tensor:
         """One start and the climb from it."""
         start = self._start(x, project)
-        return self._climb(victim, start, target, project, self.step_size, self.steps)
+        return self._climb(victim, start, target, project, self.step_size, self.steps, last=last)
 
     def _outcome(self, victim: Victim, x_adv: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """For each example, whether it is misclassified (for "kl", no matter) and its loss."""

@@ -1,0 +1,59 @@
+"""Attacks replayed as CUDA graphs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from awp_optim.graphs import Graphs, module_key
+
+from .base import Attack, Model, describe
+
+
+class Captured:
+    """An attack that runs as one CUDA graph: ``Captured(PGD(steps=20))(model, x, y)``.
+
+    On a GPU the kernels of a small network take less time than their launches; a graph launches
+    them all at once. From the third call on that is for the same model in the same state and for
+    inputs of the same shape, a call is a replay, with fresh random numbers. On other devices, and
+    wherever capturing fails, it is the attack as it is.
+
+    Hooks on modules and Python code in the model's forward run when the attack is captured, not
+    when it is replayed.
+
+    Args:
+        attack: an attack of this package.
+        cuda_graph: True, False or "auto"; True makes it an error if there can be no graph.
+
+    Raises:
+        TypeError: ``attack`` is none.
+        ValueError: ``cuda_graph`` is none of the three.
+
+    >>> import torch
+    >>> from awp_optim.attacks import PGD
+    >>> attack = Captured(PGD(eps=0.1, step_size=0.05))
+    >>> attack(lambda x: x * 3, torch.tensor([[0.5, 0.5]]), torch.tensor([0]))
+    tensor([[0.4000, 0.6000]])
+    """
+
+    def __init__(self, attack: Attack, cuda_graph: bool | str = "auto") -> None:
+        if not isinstance(attack, Attack):
+            raise TypeError(f"attack must be one of this package's, got {describe(attack)}")
+        self.attack = attack
+        self._graphs = Graphs(cuda_graph, f"the attack {attack}")
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor | None) -> Tensor:
+        """Perturb a batch, as :meth:`Attack.__call__`."""
+        self.attack._check(x, y)
+        if x.numel() == 0 or not self._graphs.applies_to(x.device):
+            return self.attack(model, x, y)
+
+        def function(x: Tensor, y: Tensor | None = None) -> tuple[Tensor]:
+            return (self.attack(model, x, y),)
+
+        inputs = (x.detach(),) if y is None else (x.detach(), y)
+        # The graph must not outlive its model: another could get its identity.
+        (x_adv,) = self._graphs(function, inputs, module_key(model), keep=lambda: model)
+        return x_adv
+
+    def __repr__(self) -> str:
+        return f"Captured({self.attack})"
