@@ -90,3 +90,38 @@ def cpu_graphs(monkeypatch):
     monkeypatch.setitem(graphs.RECORDERS, "cpu", Counting)
     monkeypatch.setattr(perturbation, "_host_may_look", lambda t: False)
     return Counting
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+            ],
+        ),
+    ]
+)
+def graph_device(request, monkeypatch):
+    """A device that captures, and what counts ``captures`` and ``replays`` there."""
+    if request.param == "cpu":
+        return "cpu", request.getfixturevalue("cpu_graphs")
+
+    class Counting(graphs.CudaRecorder):
+        captures = 0
+        replays = 0
+
+        def record(self, function):
+            Counting.captures += 1
+            outputs, replay = super().record(function)
+
+            def counted():
+                Counting.replays += 1
+                replay()
+
+            return outputs, counted
+
+    monkeypatch.setitem(graphs.RECORDERS, "cuda", Counting)
+    return "cuda", Counting

@@ -1,0 +1,458 @@
+"""A captured step is the step: with CUDA graphs, or on a CPU with what stands in for them."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from awp_optim import AWP, AdversarialStep, graphs
+from awp_optim.attacks import FGSM, PGD, Captured
+from awp_optim.graphs import CaptureError, Graphs
+from awp_optim.objectives import MART, TRADES
+
+SGD = torch.optim.SGD
+
+
+def network(device="cpu", dtype=torch.float64):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 3),
+    )
+    return model.to(device, dtype)
+
+
+def batches(n, device="cpu", size=8):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(n, size, 1, 6, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (n, size), generator=generator)
+    return list(zip(x.to(device), y.to(device)))
+
+
+def awp(model, base=SGD, **kwargs):
+    kwargs = {"gamma": 0.0625, "lr": 0.125, "momentum": 0.875, **kwargs}
+    return AWP(model.parameters(), base, **kwargs)
+
+
+def attack(device, **kwargs):
+    # A GPU's graph may draw other random numbers than the launches it stands for.
+    return PGD(0.1, 0.04, steps=3, random_start=device == "cpu", **kwargs)
+
+
+def run(step, data, before=lambda i: None):
+    torch.manual_seed(3)
+    outputs = []
+    for i, (x, y) in enumerate(data):
+        before(i)
+        outputs.append(step(x, y))
+    return outputs
+
+
+def assert_same(a, b, outputs_a=(), outputs_b=(), rtol=None):
+    """Exactly, but for the order of sums on a GPU."""
+    cuda = next(a.parameters()).is_cuda
+    rtol = rtol if rtol is not None else 1e-7 if cuda else 1e-12
+    for i, (ours, theirs) in enumerate(zip(outputs_a, outputs_b, strict=True)):
+        for name, s, t in zip(ours._fields, ours, theirs):
+            torch.testing.assert_close(
+                s, t, rtol=rtol, atol=rtol, msg=lambda m, n=name, i=i: f"{n} of step {i}: {m}"
+            )
+    for (name, s), t in zip(a.state_dict().items(), b.state_dict().values()):
+        torch.testing.assert_close(s, t, rtol=rtol, atol=rtol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def trained(device, mode, data, make=awp, before=lambda i, opt, model: None, **kwargs):
+    model = network(device)
+    opt = make(model)
+    settings = {"attack": attack(device), **kwargs}
+    step = AdversarialStep(model, opt, cuda_graph=mode, **settings)
+    outputs = run(step, data, lambda i: before(i, opt, model))
+    return model, outputs, step
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"ascent": "attack"},
+        {"ascent": "momentum"},
+        {"interval": 3},
+        {"interval": 2, "ascent": "attack"},
+        {"clip_grad_norm": 0.5},
+        {"objective": TRADES(), "attack": PGD(0.1, 0.04, steps=2, loss="kl")},
+        {"objective": MART()},
+        {"attack": PGD(0.1, 0.04, steps=2, random_start=False, model_mode="train")},
+        {"attack": FGSM(0.1, norm="l2")},
+    ],
+    ids=str,
+)
+def test_captured_equals_the_readable_step(graph_device, kwargs):
+    device, counts = graph_device
+    if device == "cuda" and kwargs.get("objective") == TRADES():
+        pytest.skip("the random start decides")
+    data = batches(10, device)
+    readable, truth, _ = trained(device, False, data, lambda m: awp(m, foreach=False), **kwargs)
+    model, outputs, _ = trained(device, True, data, **kwargs)
+    assert_same(model, readable, outputs, truth)
+    assert counts.captures == (1 if "interval" not in kwargs else 2)
+    assert counts.replays >= 5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: SGD(m.parameters(), lr=0.125),
+        lambda m: SGD(m.parameters(), lr=0.125, momentum=0.5, nesterov=True, weight_decay=0.125),
+        lambda m: awp(m, momentum=0.0, norm="l1"),
+        lambda m: awp(m, ascent_steps=2),
+        lambda m: awp(m, direction="momentum"),
+        lambda m: AWP(m.parameters(), torch.optim.Adam, gamma=0.0625, lr=0.0625),
+        lambda m: AWP(m.parameters(), torch.optim.RMSprop, gamma=0.0625, lr=0.0625),
+        lambda m: AWP(
+            [{"params": [m[0].weight], "gamma": 0.25, "lr": 0.5}, {"params": m[4].parameters()}],
+            SGD,
+            gamma=0.0,
+            lr=0.125,
+        ),
+    ],
+)
+def test_any_optimizer(graph_device, make):
+    device, counts = graph_device
+    data = batches(8, device)
+    eager, truth, _ = trained(device, False, data, make)
+    model, outputs, _ = trained(device, True, data, make)
+    assert_same(model, eager, outputs, truth, rtol=1e-7)
+    assert counts.captures == 1
+    assert counts.replays >= 4
+
+
+def test_algorithm_2_with_alternations(graph_device):
+    device, counts = graph_device
+    data, make = batches(6, device), lambda m: awp(m, ascent_steps=4)
+    eager, truth, _ = trained(device, False, data, make, alternations=2)
+    model, outputs, _ = trained(device, True, data, make, alternations=2)
+    assert_same(model, eager, outputs, truth)
+    assert counts.captures == 1
+
+
+def test_learning_rate_and_gamma_change_without_a_new_graph(graph_device):
+    device, counts = graph_device
+    data = batches(10, device)
+
+    def before(i, opt, model):
+        opt.param_groups[0]["lr"] = 2.0**-i
+        opt.param_groups[0]["gamma"] = 0.25 if i % 2 else 0.03125
+
+    eager, truth, _ = trained(device, False, data, before=before)
+    model, outputs, step = trained(device, True, data, before=before)
+    assert_same(model, eager, outputs, truth)
+    assert counts.captures == 1
+    assert step.optimizer.param_groups[0]["lr"] == 2.0**-9  # the caller's number, not a tensor
+    assert step.optimizer.param_groups[0]["fused"] is None
+
+
+def test_a_scheduler_drives_a_captured_step(graph_device):
+    device, counts = graph_device
+    results = []
+    for mode in (False, True):
+        model = network(device)
+        opt = awp(model)
+        step = AdversarialStep(model, opt, attack(device), cuda_graph=mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+            torch.manual_seed(3)
+            for x, y in batches(8, device):
+                step(x, y)
+                scheduler.step()
+        results.append(model)
+    assert_same(*results)
+    assert counts.captures == 1
+
+
+def test_tensors_as_learning_rate_and_gamma_are_read_at_every_replay(graph_device):
+    device, counts = graph_device
+    data = batches(8, device)
+    lr, gamma = (torch.tensor(v, device=device) for v in (0.125, 0.0625))
+
+    def make(model):
+        return AWP(model.parameters(), SGD, gamma=gamma, lr=lr, fused=True)
+
+    def before(i, opt, model):
+        lr.fill_(2.0**-i)
+        gamma.fill_(2.0 ** -(i + 2))
+
+    eager, truth, _ = trained(device, False, data, make, before)
+    model, outputs, _ = trained(device, True, data, make, before)
+    assert_same(model, eager, outputs, truth)
+    assert counts.captures == 1
+
+
+def test_another_setting_moves_the_update_out_of_the_graph(graph_device):
+    device, counts = graph_device
+    data = batches(16, device)
+
+    def before(i, opt, model):
+        opt.param_groups[0]["weight_decay"] = 0.25 if i >= 5 else 0.0
+        opt.param_groups[0]["momentum"] = 0.5 + 2.0**-i if i >= 10 else 0.875
+
+    eager, truth, _ = trained(device, False, data, before=before)
+    model, outputs, _ = trained(device, True, data, before=before)
+    assert_same(model, eager, outputs, truth)
+    assert counts.captures == 2  # then every change is free
+
+
+def test_hooks_on_the_update_run_at_every_step(graph_device):
+    device, counts = graph_device
+    model, seen = network(device), []
+    opt = awp(model)
+    opt.base_optimizer.register_step_post_hook(lambda *a: seen.append("base"))
+    opt.register_step_pre_hook(lambda *a: seen.append("awp"))
+    run(AdversarialStep(model, opt, attack(device), cuda_graph=True), batches(8, device))
+    assert seen == ["awp", "base"] * 8
+    assert counts.replays >= 4
+    eager, _, _ = trained(device, False, batches(8, device))
+    assert_same(model, eager)
+
+
+def test_a_smaller_last_batch(graph_device):
+    device, counts = graph_device
+    data = [(x[:n], y[:n]) for (x, y), n in zip(batches(16, device), [8, 8, 8, 5] * 4)]
+    eager, truth, _ = trained(device, False, data)
+    model, outputs, _ = trained(device, True, data)
+    assert_same(model, eager, outputs, truth)
+    assert [len(out.logits) for out in outputs[:4]] == [8, 8, 8, 5]
+    assert counts.captures == 2  # a graph each, once they have come often enough
+
+
+def test_what_the_caller_changes_meanwhile(graph_device):
+    """Modes, frozen weights, gamma switched on, state loaded: each asks for other kernels."""
+    device, counts = graph_device
+    data = batches(40, device)
+    saved = copy.deepcopy(awp(network(device)).state_dict())
+
+    def before(i, opt, model):
+        if i in (5, 10):
+            model.train(i != 5)
+        if i in (15, 20):
+            model[0].weight.requires_grad_(i != 15)
+            opt.zero_grad()
+        if i in (25, 30):
+            opt.param_groups[0]["gamma"] = 0.0 if i == 25 else 0.0625
+        if i == 35:
+            state = opt.state_dict()
+            opt.load_state_dict(copy.deepcopy(state))  # the same numbers in other memory
+            for p in model.parameters():
+                p.data = p.data.clone()
+        assert saved["param_groups"][0].keys() == opt.state_dict()["param_groups"][0].keys()
+
+    eager, truth, _ = trained(device, False, data, before=before)
+    model, outputs, _ = trained(device, True, data, before=before)
+    assert_same(model, eager, outputs, truth)
+    assert counts.captures >= 5
+
+
+def test_every_replay_draws_fresh_random_numbers(graph_device):
+    device, counts = graph_device
+    model = network(device)
+    step = AdversarialStep(
+        model, awp(model, lr=0.0, momentum=0.0), PGD(0.1, steps=0), cuda_graph=True
+    )
+    (x, y), *_ = batches(1, device)
+    x_advs = [step(x, y).x_adv for _ in range(8)]
+    assert counts.replays >= 5
+    deltas = torch.stack([x_adv - x for x_adv in x_advs])
+    assert len(torch.unique(deltas[:, 0, 0, 2, 2])) == 8  # and outputs are the caller's own
+    assert deltas.abs().max() <= 0.1 + 1e-12
+
+
+def test_after_a_replay_all_is_as_after_a_step(graph_device):
+    device, _ = graph_device
+    data = batches(6, device)
+    eager, _, _ = trained(device, False, data)
+    model, outputs, step = trained(device, True, data)
+    for p, q in zip(model.parameters(), eager.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9)
+    assert not step.optimizer.is_perturbed
+    assert model[1].num_batches_tracked == 6
+    assert not any(t.requires_grad for t in outputs[-1])
+    step.optimizer.state_dict()  # refuses while perturbed
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_capture_that_fails_changes_nothing(graph_device, inside, monkeypatch):
+    device, _ = graph_device
+    model = network(device)
+    opt = awp(model)
+    if not inside:
+        opt.register_step_pre_hook(lambda *a: None)
+    step = AdversarialStep(model, opt, attack(device), cuda_graph=True)
+    run(step, batches(3, device))
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict()["state"])
+    descend = step._descend
+
+    def failing(*args):
+        if step._graphs.is_recording:
+            raise ValueError("a reason")
+        return descend(*args)
+
+    monkeypatch.setattr(step, "_descend", failing)
+    with pytest.raises(CaptureError, match=r"training step cannot be captured.*a reason"):
+        step(*batches(1, device)[0])
+    assert not opt.is_perturbed
+    after = model.state_dict(), opt.state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_auto_does_without_where_capturing_fails(graph_device, monkeypatch):
+    device, _ = graph_device
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            if step._graphs.is_recording:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().forward(x)
+
+    eager, truth, _ = trained(device, False, batches(8, device))
+    model = Net(*network(device))
+    step = AdversarialStep(model, awp(model), attack(device))
+    with pytest.warns(UserWarning, match="runs without one from now on") as warned:
+        outputs = run(step, batches(8, device))
+    assert len(warned) == 1
+    assert_same(model, eager, outputs, truth)
+
+
+@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(()).item()])
+def test_random_numbers_of_the_host_are_no_matter_for_a_graph(graph_device, draw):
+    device, _ = graph_device
+    if device == "cpu" and draw is not random.random:
+        pytest.skip("on a CPU the device's generator is the host's")
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) * (0.5 + draw())
+
+    model = Net(*network(device))
+    step = AdversarialStep(model, awp(model), attack(device), cuda_graph=True)
+    with pytest.raises(CaptureError, match="draws random numbers on the host"):
+        run(step, batches(8, device))
+    assert not step.optimizer.is_perturbed
+
+
+def test_an_error_in_the_update_after_a_replay_brings_the_weights_home(graph_device):
+    device, counts = graph_device
+    model, fail = network(device), []
+    opt = awp(model)
+
+    def hook(*args):
+        if fail:
+            raise KeyboardInterrupt
+
+    opt.register_step_pre_hook(hook)
+    step = AdversarialStep(model, opt, attack(device), cuda_graph=True)
+    run(step, batches(6, device))
+    assert counts.replays
+    before = [p.detach().clone() for p in model.parameters()]
+    fail.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        step(*batches(1, device)[0])
+    assert not opt.is_perturbed
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_settings_are_checked_before_a_replay(graph_device):
+    device, _ = graph_device
+    model, _, step = trained(device, True, batches(6, device))
+    before = [p.detach().clone() for p in model.parameters()]
+    step.optimizer.param_groups[0]["gamma"] = -1.0
+    with pytest.raises(ValueError, match="gamma must be finite"):
+        step(*batches(1, device)[0])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_a_graph_where_there_are_none_is_an_error():
+    model = network()
+    step = AdversarialStep(model, awp(model), attack("cpu"), cuda_graph=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="no CUDA graphs"):
+        step(*batches(1)[0])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_auto_leaves_functions_of_the_callers_own_alone(graph_device):
+    device, counts = graph_device
+    data, calls = batches(6, device), []
+
+    def own(model, x, y):
+        calls.append(1)
+        return x
+
+    trained(device, "auto", data, attack=own)
+    assert len(calls) == 6
+    assert counts.captures == 0
+    trained(device, "auto", data)
+    assert counts.captures == 1
+
+
+def test_only_so_many_graphs_are_kept(graph_device, monkeypatch):
+    device, counts = graph_device
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    call = Graphs(True, "it")
+    for _ in range(4):
+        for n in (1, 2, 3):
+            x = torch.arange(n, device=device, dtype=torch.float64)
+            (y,) = call(lambda x: (x * 2,), (x,), "key")
+            assert torch.equal(y, x * 2)
+    assert len(call._graphs) == 2
+    assert counts.captures == 6
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+@pytest.mark.parametrize("model_mode", ["eval", "train"])
+def test_a_captured_attack_is_the_attack(graph_device, loss, model_mode):
+    device, counts = graph_device
+    model, twin = network(device), network(device)
+    plain = PGD(0.1, 0.04, steps=3, loss=loss, model_mode=model_mode, random_start=loss == "kl")
+    captured = Captured(plain, cuda_graph=True)
+    for i, (x, y) in enumerate(batches(6, device)):
+        y = None if loss == "kl" else y
+        results = []
+        for m, a in ((model, captured), (twin, plain)):
+            torch.manual_seed(i)
+            results.append(a(m, x, y))
+        if device == "cpu" or loss == "ce":
+            torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert counts.captures == 1
+    assert counts.replays == 4
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert_same(model, twin, rtol=1e-6)
+    # The weights may change in place, and another model is another model.
+    for m in (model, twin):
+        with torch.no_grad():
+            m[0].weight.mul_(-1)
+    torch.manual_seed(0)
+    ours = captured(model, x, y)
+    torch.manual_seed(0)
+    theirs = plain(twin, x, y)
+    if device == "cpu" or loss == "ce":
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert captured(network(device), x, y).shape == x.shape
+    assert counts.captures == 1
+
+
+def test_captured_takes_an_attack():
+    with pytest.raises(TypeError, match="attack must be one of this package's"):
+        Captured(lambda m, x, y: x)
+    with pytest.raises(ValueError, match="cuda_graph must be"):
+        Captured(PGD(), cuda_graph="maybe")
+    with pytest.raises(ValueError, match="no CUDA graphs"):
+        Captured(PGD(), cuda_graph=True)(network(), *batches(1)[0])
