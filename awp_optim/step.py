@@ -245,7 +245,7 @@ class AdversarialStep:
         if awp and not awp.directions:
             awp = None
         for _ in range(1 if again or not awp else self.alternations):
-            x_adv, gradients = self._attack(x, y)
+            x_adv, gradients = self._attack(x, y, with_gradients=awp is not None and not again)
             if awp:
                 self._ascend(awp, x_adv, x, y, self._kept if again else gradients)
         if awp and self.interval > 1 and not again:
@@ -253,9 +253,12 @@ class AdversarialStep:
         loss, logits = self._descend(x_adv, x, y)
         return loss, logits, x_adv
 
-    def _attack(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[Tensor, Tensor] | None]:
+    def _attack(
+        self, x: Tensor, y: Tensor, with_gradients: bool
+    ) -> tuple[Tensor, dict[Tensor, Tensor] | None]:
         """The adversarial examples and, if it is to come from there, what to ascend along."""
-        weights = _ascended(self.optimizer) if self.ascent == "attack" else []
+        with_gradients = with_gradients and self.ascent == "attack"
+        weights = _ascended(self.optimizer) if with_gradients else []
         with self._autocast(x):
             if not weights:
                 return self.attack(self.model, x, y), None

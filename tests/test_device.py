@@ -80,14 +80,18 @@ def test_attacks_read_nothing_back(strict_device, norm, loss):
         FGSM(norm=norm, loss=loss)(model, x, y)
 
 
-@pytest.mark.parametrize("with_awp", [True, False])
-def test_a_step_reads_nothing_back(strict_device, with_awp):
+@pytest.mark.parametrize(
+    "kwargs", [None, {}, {"ascent": "attack"}, {"ascent": "momentum"}, {"interval": 2}]
+)
+@pytest.mark.parametrize("cuda_graph", [False, "auto"])
+def test_a_step_reads_nothing_back(strict_device, kwargs, cuda_graph):
     model, (x, y) = network().to(strict_device), batch()
-    make = (lambda ps, **k: AWP(ps, SGD, **k)) if with_awp else SGD
-    step = AdversarialStep(
-        model, make(model.parameters(), lr=0.1), PGD(steps=2), clip_grad_norm=1.0
-    )
-    step(x.to(strict_device), y.to(strict_device))
+    make = SGD if kwargs is None else lambda ps, **k: AWP(ps, SGD, **k)
+    opt = make(model.parameters(), lr=0.1, momentum=0.9)
+    settings = {"clip_grad_norm": 1.0, "cuda_graph": cuda_graph, **(kwargs or {})}
+    step = AdversarialStep(model, opt, PGD(steps=2), **settings)
+    for _ in range(8):  # until it is replayed
+        step(x.to(strict_device), y.to(strict_device))
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

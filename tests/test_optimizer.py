@@ -345,7 +345,11 @@ def test_foreach_is_passed_to_a_base_that_has_it(net, foreach):
         ({"gamma": True}, TypeError, "gamma must be a number"),
         ({"gamma": torch.ones(2)}, ValueError, "0-d"),
         ({"norm": "linf"}, ValueError, r"norm must be one of \('l1', 'l2'\)"),
-        ({"direction": "up"}, ValueError, r"direction must be one of \('gradient', 'random', 'momentum'\)"),
+        (
+            {"direction": "up"},
+            ValueError,
+            r"direction must be one of \('gradient', 'random', 'momentum'\)",
+        ),
         ({"min_ndim": -1}, ValueError, "min_ndim must be an integer"),
         ({"ascent_steps": 0}, ValueError, "ascent_steps must be an integer >= 1"),
         ({"ascent_steps": 1.5}, ValueError, "ascent_steps must be an integer >= 1"),
@@ -1136,3 +1140,129 @@ def test_an_optimizer_no_longer_used_is_freed(net):
     del opt
     gc.collect()
     assert gone() is None
+
+
+# ---------------------------------------------------------------- other directions
+
+
+def along_momentum(p, m, gamma):
+    """Eq. (10) with the momentum in place of the gradient."""
+    return gamma * p.detach().norm() * m / m.norm()
+
+
+@pytest.mark.parametrize(
+    ("base", "kwargs", "name"),
+    [
+        (SGD, {"momentum": 0.9, "weight_decay": 0.1}, "momentum_buffer"),
+        (SGD, {"momentum": 0.9, "maximize": True}, "momentum_buffer"),
+        (torch.optim.RMSprop, {"momentum": 0.9}, "momentum_buffer"),
+        (torch.optim.Adam, {}, "exp_avg"),
+        (torch.optim.AdamW, {"amsgrad": True}, "exp_avg"),
+        (torch.optim.NAdam, {}, "exp_avg"),
+    ],
+)
+def test_the_momentum_direction_is_the_base_optimizers_average(net, base, kwargs, name):
+    opt = AWP(net.parameters(), base, gamma=0.05, direction="momentum", lr=0.01, **kwargs)
+    twin = copy.deepcopy(net)
+    plain = base(twin.parameters(), lr=0.01, **kwargs)
+    (x, y), *rest = batches(3)
+    with opt.perturbed():
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters()))
+        backward(net, x, y)
+        opt.second_step(zero_grad=True)
+    backward(twin, x, y)
+    plain.step()
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q)  # nothing on the first step
+    for x, y in rest:
+        expected = {
+            p: along_momentum(p, opt.state[p][name], 0.05) for p in net.parameters() if p.ndim > 1
+        }
+        opt.first_step()
+        v = opt.perturbation()
+        assert v.keys() == expected.keys()
+        for p, v_p in v.items():
+            torch.testing.assert_close(v_p, expected[p], rtol=1e-4, atol=1e-6)
+        backward(net, x, y)
+        opt.second_step(zero_grad=True)
+    assert opt.perturbation() == {}
+
+
+def test_the_momentum_of_a_loaded_checkpoint_serves_at_once(net):
+    (x, y), *_ = batches(1)
+    plain = SGD(net.parameters(), lr=0.1, momentum=0.9)
+    backward(net, x, y)
+    plain.step()
+    opt = AWP(net.parameters(), SGD, direction="momentum", lr=0.1, momentum=0.9)
+    opt.load_state_dict(plain.state_dict())
+    opt.first_step()
+    assert len(opt.perturbation()) == 3
+
+
+@pytest.mark.parametrize(
+    ("base", "kwargs", "steps"),
+    [(SGD, {}, 0), (torch.optim.Adagrad, {}, 1), (torch.optim.RMSprop, {}, 0)],
+)
+def test_a_base_without_momentum_is_named(net, base, kwargs, steps):
+    opt = AWP(net.parameters(), base, direction="momentum", lr=0.1, **kwargs)
+    (x, y), *_ = batches(1)
+    backward(net, x, y)
+    for _ in range(steps):
+        opt.first_step()
+        opt.second_step()
+    before = snapshot(net.parameters())
+    with pytest.raises(ValueError, match=f"{base.__name__} keeps none"):
+        opt.first_step()
+    assert not opt.is_perturbed
+    assert_same_bits(net.parameters(), before)
+
+
+def test_directions_mix_by_group(net):
+    groups = [
+        {"params": net[0].parameters(), "direction": "momentum"},
+        {"params": net[3].parameters(), "direction": "gradient"},
+        {"params": net[5].parameters(), "direction": "random"},
+    ]
+    opt = AWP(groups, SGD, gamma=0.1, lr=0.1, momentum=0.9)
+    assert opt.directions == {"momentum", "gradient", "random"}
+    (x, y), *_ = batches(1)
+    for step in range(2):
+        backward(net, x, y)
+        opt.first_step(zero_grad=True)
+        assert len(opt.perturbation()) == 2 + step
+        backward(net, x, y)
+        opt.second_step(zero_grad=True)
+
+
+def test_a_closure_is_called_once_for_the_momentum_direction(net):
+    opt = AWP(net.parameters(), SGD, direction="momentum", lr=0.1, momentum=0.9)
+    calls = []
+    (x, y), *_ = batches(1)
+
+    def closure():
+        calls.append(opt.is_perturbed)
+        opt.zero_grad()
+        return backward(net, x, y)
+
+    opt.step(closure)
+    opt.step(closure)
+    assert calls == [True, True]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_ascends_along_given_tensors_instead_of_the_gradients(net, maximize):
+    opt = AWP(net.parameters(), SGD, gamma=0.1, lr=0.1, maximize=maximize)
+    (x, y), *_ = batches(1)
+    backward(net, x, y)
+    w = net[3].weight
+    given = torch.randn_like(w)
+    opt.first_step(along={w: given})
+    ((moved, v),) = opt.perturbation().items()
+    assert moved is w
+    opt.restore()
+    torch.testing.assert_close(v, 0.1 * w.detach().norm() * given / given.norm())
+    before = snapshot(net.parameters())
+    with pytest.raises(ValueError, match="along holds a tensor of shape"):
+        opt.first_step(along={w: given[0]})
+    assert_same_bits(net.parameters(), before)
+    assert not opt.is_perturbed

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_flatten
 
+from awp_optim import AWP, perturbation
 from awp_optim.perturbation import ascend_, layer_norms
 
 SHAPES = [(3, 4), (2, 3, 3, 3), (5, 1), (1, 1), (7,), ()]
@@ -47,11 +49,13 @@ def ascend(params, grads, centres, norm, foreach, **kwargs):
     )
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "device", "fused"])
 def where_the_norms_are(request, monkeypatch):
     """On an accelerator (or under a compiler) layers are masked, on the CPU they are left out."""
-    if request.param == "device":
+    if request.param != "host":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if request.param == "fused":  # the CPU has the kernel, too
+        monkeypatch.setattr(perturbation, "_FUSED", {"cpu"})
 
 
 @pytest.mark.usefixtures("where_the_norms_are")
@@ -188,3 +192,35 @@ def test_gamma_may_be_a_tensor(foreach):
     ascend([by_number], [g], [w], "l2", foreach, gamma=0.1, steps=1, at_centre=True)
     ascend([by_tensor], [g], [w], "l2", foreach, gamma=torch.tensor(0.1), steps=1, at_centre=True)
     torch.testing.assert_close(by_number, by_tensor)
+
+
+def test_the_masked_ascent_reads_and_writes_each_weight_once(monkeypatch):
+    """No where and no temporary: five kernels a layer, norms and copies included, nine passes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.empty_like.default:
+                return out  # the buffer, once
+            tensors = [t for t in tree_flatten((args, kwargs, out))[0] if is_big(t)]
+            writes = "_fused_sgd_" in str(func) or "copy_" in str(func)
+            self.bytes += len({t.data_ptr() for t in tensors})
+            self.bytes += "_fused_sgd_" in str(func)  # the weight is read and written
+            assert writes or "norm" in str(func) or not tensors, func
+            return out
+
+    is_big = lambda t: isinstance(t, torch.Tensor) and t.numel() > 100  # noqa: E731
+    monkeypatch.setattr(perturbation, "_host_may_look", lambda t: False)
+    monkeypatch.setattr(perturbation, "_FUSED", {"cpu"})
+    p = torch.nn.Parameter(torch.randn(20, 30))
+    opt = AWP([p], torch.optim.SGD, gamma=0.1, lr=0.1)
+    p.grad = torch.randn(20, 30)
+    with Count() as count:
+        opt.first_step()
+        opt.restore()
+    assert count.bytes == 9

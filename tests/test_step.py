@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD
+from awp_optim.objectives import TRADES
 
 SGD = torch.optim.SGD
 ATTACK = PGD(eps=0.1, step_size=0.04, steps=3)
@@ -135,22 +137,171 @@ def test_a_plain_optimizer_gives_plain_adversarial_training(net):
             torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-9, atol=1e-9)
 
 
+class Passes(TorchDispatchMode):
+    """Counts the convolutions of each kind: forward, to the input, to the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward, self.to_weight, self.backward = 0, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default:
+            self.forward += 1
+        elif func is torch.ops.aten.convolution_backward.default:
+            self.backward += 1
+            self.to_weight += args[-1][1]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
-    ("kind", "training", "attacking"), [("at", 1, 3), ("awp", 2, 3), ("rwp", 1, 3)]
+    ("kind", "kwargs", "passes", "to_weight"),
+    [
+        ("at", {}, 11, 1),
+        ("awp", {}, 12, 2),
+        ("awp", {"ascent": "attack"}, 11, 2),
+        ("awp", {"ascent": "momentum"}, 11, 1),
+        ("momentum", {}, 11, 1),
+        ("random", {}, 11, 1),
+    ],
 )
-def test_counts_no_pass_too_many(net, kind, training, attacking):
-    """Forward passes by the mode they run in, backward passes by the layer's weight gradient."""
+def test_counts_no_pass_too_many(kind, kwargs, passes, to_weight):
+    """PGD-10: forward passes, backward passes, and how many of these reach the weights."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), Net()).double()  # the second has an input to reach
+    awp = lambda **k: AWP(net.parameters(), SGD, gamma=0.01, lr=0.1, momentum=0.9, **k)  # noqa: E731
     opt = {
         "at": lambda: SGD(net.parameters(), lr=0.1),
-        "awp": lambda: AWP(net.parameters(), SGD, gamma=0.01, lr=0.1),
-        "rwp": lambda: AWP(net.parameters(), SGD, gamma=0.01, direction="random", lr=0.1),
+        "awp": awp,
+        "momentum": lambda: awp(direction="momentum"),
+        "random": lambda: awp(direction="random"),
     }[kind]()
-    forwards, weight_gradients = [], []
+    step = AdversarialStep(net, opt, PGD(steps=10), **kwargs)
+    (x, y), *_ = batches(1)
+    step(x, y)  # the first has no momentum
+    with Passes() as count:
+        step(x, y)
+    convolutions = 2
+    assert count.forward == passes * convolutions
+    assert count.backward == passes * convolutions
+    assert count.to_weight == to_weight * convolutions
+
+
+def test_the_trades_attack_computes_its_clean_logits_once(net):
+    opt = SGD(net.parameters(), lr=0.1)
+    forwards = []
     net.register_forward_hook(lambda m, i, o: forwards.append(m.training))
-    net[0].weight.register_hook(lambda g: weight_gradients.append(1))
-    AdversarialStep(net, opt, ATTACK)(*batches(1)[0])
-    assert forwards == [False] * attacking + [True] * training
-    assert len(weight_gradients) == training
+    AdversarialStep(net, opt, PGD(steps=4, loss="kl"), TRADES())(*batches(1)[0])
+    assert forwards == [False] * (1 + 4) + [True] * 2
+
+
+def test_ascent_along_the_attacks_last_gradient(net):
+    opt = AWP(net.parameters(), SGD, gamma=0.05, lr=0.1)
+    (x, y), *_ = batches(1)
+    attack = PGD(eps=0.1, step_size=0.04, steps=3, random_start=False)
+    x_before = PGD(eps=0.1, step_size=0.04, steps=2, random_start=False)(net, x, y)
+    twin = copy.deepcopy(net).eval()
+    F.cross_entropy(twin(x_before), y, reduction="sum").backward()
+    expected = {
+        p: 0.05 * q.detach().norm() * q.grad / q.grad.norm()
+        for p, q in zip(net.parameters(), twin.parameters())
+        if p.ndim > 1
+    }
+    seen = {}
+    net.register_forward_hook(lambda *a: seen.update(opt.perturbation()))  # the last is at w + v
+    AdversarialStep(net, opt, attack, ascent="attack")(x, y)
+    assert seen.keys() == expected.keys()
+    for p, v in seen.items():
+        torch.testing.assert_close(v, expected[p], rtol=1e-9, atol=1e-12)
+    assert net[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("ascent", ["exact", "attack"])
+def test_interval_keeps_the_direction_at_the_present_size(net, ascent):
+    opt = AWP(net.parameters(), SGD, gamma=0.05, ascent_steps=1, lr=0.1, momentum=0.9)
+    step = AdversarialStep(net, opt, ATTACK, ascent=ascent, interval=3)
+    seen = {}
+    net.register_forward_hook(lambda *a: seen.update(opt.perturbation()))
+    passes = []
+    directions = []
+    for x, y in batches(7):
+        size = {p: p.detach().norm() for p in net.parameters() if p.ndim > 1}
+        with Passes() as count:
+            step(x, y)
+        passes.append(count.to_weight)
+        for p, v in seen.items():
+            torch.testing.assert_close(v.norm(), 0.05 * size[p])
+        directions.append(torch.cat([(v / v.norm()).flatten() for v in seen.values()]))
+    assert passes == [2, 1, 1, 2, 1, 1, 2]
+    for i in range(1, 7):
+        assert torch.allclose(directions[i], directions[i - 1]) == (i % 3 != 0)
+
+
+def test_interval_goes_on_from_its_state(net):
+    data = batches(5)
+    results = []
+    for resumed in (False, True):
+        model = copy.deepcopy(net)
+        opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.1)
+        step = AdversarialStep(model, opt, ATTACK, interval=3)
+        torch.manual_seed(3)
+        for i, (x, y) in enumerate(data):
+            if resumed and i == 2:
+                state = copy.deepcopy(step.state_dict())
+                step = AdversarialStep(model, opt, ATTACK, interval=3)
+                step.load_state_dict(state)
+            step(x, y)
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    other = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="a step with other parameters"):
+        AdversarialStep(other, SGD(other.parameters()), ATTACK).load_state_dict(state)
+
+
+def test_ascent_along_the_momentum_is_the_momentum_direction(net):
+    results = []
+    for direction, ascent in (("gradient", "momentum"), ("momentum", "exact")):
+        model = copy.deepcopy(net)
+        opt = AWP(model.parameters(), SGD, direction=direction, gamma=0.1, lr=0.1, momentum=0.9)
+        torch.manual_seed(3)
+        step = AdversarialStep(model, opt, ATTACK, ascent=ascent)
+        for x, y in batches(4):
+            step(x, y)
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    opt = AWP(net.parameters(), SGD, lr=0.1)
+    with pytest.raises(ValueError, match="SGD keeps none"):
+        AdversarialStep(net, opt, ATTACK, ascent="momentum")(*batches(1)[0])
+
+
+@pytest.mark.parametrize("ascent", ["exact", "attack", "momentum"])
+def test_a_compiled_model_trains_alike(net, ascent):
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = copy.deepcopy(net)
+        opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.1, momentum=0.9)
+        call = torch.compile(model, backend="aot_eager") if compiled else model
+        step = AdversarialStep(call, opt, ATTACK, ascent=ascent)
+        torch.manual_seed(3)
+        outputs = [step(x, y) for x, y in batches(10)]
+        results.append((model.state_dict(), [tuple(out) for out in outputs]))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ascent", ["exact", "attack", "momentum"])
+def test_channels_last_trains_alike_and_stays(net, ascent):
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = copy.deepcopy(net).to(memory_format=memory_format)
+        opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.1, momentum=0.9)
+        step = AdversarialStep(model, opt, ATTACK, ascent=ascent)
+        torch.manual_seed(3)
+        for x, y in batches(10):
+            out = step(x.to(memory_format=memory_format), y)
+        assert out.x_adv.is_contiguous(memory_format=memory_format)
+        assert model[0].weight.is_contiguous(memory_format=memory_format)
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def test_batch_norm_counts_the_pass_at_the_perturbed_weights_alone(net):

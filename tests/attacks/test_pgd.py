@@ -320,3 +320,56 @@ def test_more_steps_and_a_wider_ball_are_worse(norm, cnn, batch):
     eps = EPS[norm]
     assert loss(0, 1) < loss(eps / 4, 5) < loss(eps, 10)
     assert loss(eps, 1) < loss(eps, 10)
+
+
+def last_gradients(model, x_before, y, weights, loss):
+    """Of the attack's loss at an input, in the mode the model is in."""
+    return torch.autograd.grad(LOSSES[loss](model(x_before), y).sum(), weights)
+
+
+@pytest.mark.parametrize("model_mode", ["eval", "train"])
+@pytest.mark.parametrize("loss", ["ce", "cw", "kl"])
+def test_weight_gradients_are_those_at_the_input_before_the_last_step(
+    cnn64, batch64, model_mode, loss
+):
+    for module in cnn64.modules():
+        module.p = 0.0  # no dropout
+    x, y = batch64
+    weights = list(cnn64.parameters())
+    settings = {"eps": 0.05, "step_size": 0.02, "loss": loss, "model_mode": model_mode}
+    before = copy.deepcopy(cnn64)
+    torch.manual_seed(5)
+    x_adv, gradients = PGD(steps=3, **settings).with_weight_gradients(cnn64, x, y, weights)
+    torch.manual_seed(5)
+    torch.testing.assert_close(x_adv, PGD(steps=3, **settings)(copy.deepcopy(before), x, y))
+    torch.manual_seed(5)
+    x_before = PGD(steps=2, **settings)(copy.deepcopy(before), x, y)
+    before.train(model_mode == "train")
+    target = before(x).detach() if loss == "kl" else y
+    truth = last_gradients(before, x_before, target, list(before.parameters()), loss)
+    torch.testing.assert_close(gradients, truth, rtol=1e-9, atol=1e-12)
+    assert not cnn64.training
+    assert all(p.grad is None for p in weights)
+
+
+def test_weight_gradients_are_of_the_last_restart(cnn64, batch64):
+    x, y = batch64
+    weights = list(cnn64.parameters())
+    seen = []
+    attack = PGD(0.05, 0.02, steps=2, restarts=3)
+    hook = cnn64[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+    _, gradients = attack.with_weight_gradients(cnn64, x, y, weights)
+    hook.remove()
+    # Two steps and a look, three times: the last step starts from the last but one.
+    assert len(seen) == 9
+    truth = last_gradients(cnn64, seen[-2], y, weights, "ce")
+    torch.testing.assert_close(gradients, truth, rtol=1e-9, atol=1e-12)
+
+
+def test_weight_gradients_that_there_are_not(cnn, batch):
+    unused = torch.nn.Parameter(torch.ones(2))
+    _, (used, not_used) = PGD(steps=1).with_weight_gradients(cnn, *batch, [cnn[0].weight, unused])
+    assert used.shape == cnn[0].weight.shape
+    assert not_used is None
+    for attack in (PGD(eps=0), PGD(steps=0)):
+        assert attack.with_weight_gradients(cnn, *batch, [unused])[1] == (None,)
