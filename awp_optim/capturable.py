@@ -70,11 +70,12 @@ def may_capture_update(optimizer: Optimizer, base: Optimizer, device: torch.devi
     if _has_hooks(optimizer, base):
         return False
     if type(base) is torch.optim.SGD:
-        return all(
-            p.device == device and p.is_floating_point() and not group["differentiable"]
-            for group in base.param_groups
-            for p in group["params"]
-        )
+        params = [p for group in base.param_groups for p in group["params"]]
+        fits = all(p.device == device and p.is_floating_point() for p in params)
+        fits = fits and not any(group["differentiable"] for group in base.param_groups)
+        # The fused update starts all momenta at once, or none.
+        started = {len(base.state.get(p, ())) > 0 for p in params if p.requires_grad}
+        return fits and len(started) <= 1
     return all(group.get("capturable", False) for group in base.param_groups)
 
 

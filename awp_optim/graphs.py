@@ -52,28 +52,31 @@ class CudaRecorder:
     to the next: :class:`Graphs` copies what goes in and what comes out.
     """
 
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
-        self._stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             outputs = function()
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current.wait_stream(self._stream)
         return outputs
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
         # Not "global": the threads of a data loader may go on with pinning memory.
-        with torch.cuda.graph(
+        capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
+        )
+        with torch.cuda.device(self._device), capture:
             outputs = function()
         return outputs, graph.replay
 
 
-RECORDERS: dict[str, Callable[[], Recorder]] = {"cuda": CudaRecorder}
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
 """How to capture, by type of device; on others there are no graphs."""
 
 
@@ -95,7 +98,7 @@ class Graphs:
         self._mode = mode
         self._name = name
         self.is_recording = False
-        self._recorder: Recorder | None = None
+        self._recorders: dict[torch.device, Recorder] = {}
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: Counter[Hashable] = Counter()
 
@@ -141,19 +144,25 @@ class Graphs:
             CaptureError: the mode is True and the function cannot be captured. Nothing has run.
         """
         device = inputs[0].device
-        if self._recorder is None:
-            self._recorder = RECORDERS[device.type]()
-        key = (key, _surroundings(device), *((t.shape, t.stride(), t.dtype) for t in inputs))
+        recorder = self._recorders.get(device)
+        if recorder is None:
+            recorder = self._recorders[device] = RECORDERS[device.type](device)
+        key = (
+            key,
+            device,
+            _surroundings(device),
+            *((t.shape, t.stride(), t.dtype) for t in inputs),
+        )
         graph = self._graphs.get(key)
         if graph is None and self._seen[key] < WARMUP:
             if len(self._seen) > 16 * MAX_GRAPHS:
                 self._seen.clear()
             self._seen[key] += 1
-            return self._recorder.warm_up(lambda: function(*inputs))
+            return recorder.warm_up(lambda: function(*inputs))
         if graph is None:
             try:
                 self.is_recording = True
-                graph = _Graph(self._recorder, function, inputs, keep)
+                graph = _Graph(recorder, function, inputs, keep)
             except BaseException as error:
                 self.is_recording = False
                 discard()
@@ -186,7 +195,7 @@ class _Graph:
         keep: Callable[[], Any],
     ) -> None:
         with torch.inference_mode(False):
-            self._inputs = [torch.empty_like(t).copy_(t) for t in inputs]
+            self._inputs = [torch.empty_like(t).copy_(t.detach()) for t in inputs]
         torch.clear_autocast_cache()  # what is cached lives outside of the graph
         host = _host_randomness()
         try:

@@ -239,13 +239,17 @@ class AWP(Optimizer):
         if zero_grad:
             self.zero_grad()
 
-    def perturbation(self) -> dict[Tensor, Tensor]:
-        """v of every parameter that was perturbed, as new tensors; empty at the centre.
+    def perturbation(self, out: Mapping[Tensor, Tensor] | None = None) -> dict[Tensor, Tensor]:
+        """v of every parameter that was perturbed; empty at the centre.
 
         Half-precision weights are perturbed in their own dtype: this is v as they hold it.
+
+        Args:
+            out: what an earlier call gave; its tensors are written to again.
         """
-        with torch.no_grad():
-            return {p: p - self._buffers[p] for p in self._live}
+        out = out or {}
+        with torch.inference_mode(False), torch.no_grad():
+            return {p: torch.sub(p, w, out=out.get(p)) for p, w in self._live.items()}
 
     def _check_groups(self) -> None:
         for group in self.param_groups:
@@ -430,8 +434,8 @@ class AWP(Optimizer):
         self._is_perturbed = False
         # One buffer for every parameter perturbed so far, allocated once.
         self._buffers: dict[Tensor, Tensor] = {}
-        # While perturbed: which parameters have their centre in a buffer, and both in lists.
-        self._live: set[Tensor] = set()
+        # While perturbed: the centre of each perturbed parameter, and both in lists.
+        self._live: dict[Tensor, Tensor] = {}
         self._backed_up: list[tuple[list[Tensor], list[Tensor], bool]] = []
         # Whether the ascents met gradients that were not finite: 0-d tensors, read by none but AMP.
         self._overflows: list[Tensor] = []
@@ -443,12 +447,12 @@ class AWP(Optimizer):
     def _host_state(self) -> HostState:
         """What the host knows of where the weights are, to be put back after a replay."""
         return HostState(
-            self._is_perturbed, set(self._live), list(self._backed_up), list(self._overflows)
+            self._is_perturbed, dict(self._live), list(self._backed_up), list(self._overflows)
         )
 
     def _set_host_state(self, state: HostState) -> None:
         self._is_perturbed = state.is_perturbed
-        self._live, self._backed_up = set(state.live), list(state.backed_up)
+        self._live, self._backed_up = dict(state.live), list(state.backed_up)
         self._overflows = list(state.overflows)
 
     def _require_centre(self, what: str) -> None:
@@ -528,7 +532,7 @@ class AWP(Optimizer):
             centres = [self._buffers[p] for p in batch.params]
             _copy_(centres, batch.params, batch.foreach)
             self._backed_up.append((batch.params, centres, batch.foreach))
-            self._live.update(batch.params)
+            self._live.update(zip(batch.params, centres, strict=True))
 
     def _ascend(self, batch: _Batch) -> None:
         group, params, grads, foreach, at_centre = batch
@@ -639,7 +643,7 @@ def _copy_(targets: list[Tensor], sources: list[Tensor], foreach: bool) -> None:
 
 class HostState(NamedTuple):
     is_perturbed: bool
-    live: set[Tensor]
+    live: dict[Tensor, Tensor]
     backed_up: list[tuple[list[Tensor], list[Tensor], bool]]
     overflows: list[Tensor]
 

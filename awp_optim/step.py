@@ -244,10 +244,12 @@ class AdversarialStep:
         awp = self.optimizer if isinstance(self.optimizer, AWP) else None
         if awp and not awp.directions:
             awp = None
+        self.optimizer.zero_grad()  # memory that the attack can do without
         for _ in range(1 if again or not awp else self.alternations):
             x_adv, gradients = self._attack(x, y, with_gradients=awp is not None and not again)
             if awp:
                 self._ascend(awp, x_adv, x, y, self._kept if again else gradients)
+            del gradients  # they have the size of the weights
         if awp and self.interval > 1 and not again:
             self._keep(awp)
         loss, logits = self._descend(x_adv, x, y)
@@ -306,14 +308,7 @@ class AdversarialStep:
 
     def _keep(self, awp: AWP) -> None:
         """Remember v; in place, for a graph goes on reading from where it lies."""
-        v = awp.perturbation()
-        for p in self._kept.keys() - v.keys():
-            del self._kept[p]
-        for p, v_p in v.items():
-            if p in self._kept:
-                self._kept[p].copy_(v_p)
-            else:
-                self._kept[p] = v_p
+        self._kept = awp.perturbation(self._kept)
 
     # ------------------------------------------------------------------ as a graph
 
@@ -386,7 +381,7 @@ class _Kept(NamedTuple):
     memory: Any
 
 
-_AT_CENTRE = HostState(False, set(), [], [])
+_AT_CENTRE = HostState(False, {}, [], [])
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 

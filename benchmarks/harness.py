@@ -70,20 +70,20 @@ def _host_seconds(call: Callable[[], Any]) -> float:
 
 
 def _device_seconds(call: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a figure must be read with: command, commit, date, versions, device, threads."""
     is_cuda = torch.device(device).type == "cuda"
     return {
-        "command": " ".join(["python", *(a.removeprefix(f"{ROOT}/") for a in sys.argv)]),
+        "command": " ".join(["python", *(a.removeprefix(f"{ROOT}/") for a in sys.orig_argv[1:])]),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "torch": torch.__version__,

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, nop
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -184,6 +186,31 @@ def test_counts_no_pass_too_many(kind, kwargs, passes, to_weight):
     assert count.forward == passes * convolutions
     assert count.backward == passes * convolutions
     assert count.to_weight == to_weight * convolutions
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("ascent", ["exact", "attack"])
+def test_a_compiled_attack_computes_no_weight_gradients_either(net, in_place, ascent):
+    """Compiled, a backward pass computes all there are; only the weights can tell it not to."""
+    masks = []
+
+    def backward(graph, example):
+        nodes = [n for n in graph.graph.nodes if "convolution_backward" in str(n.target)]
+        return make_boxed_func(
+            lambda *args: (masks.extend(n.args[-1][1] for n in nodes), graph(*args))[1]
+        )
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=backward)
+    model = copy.deepcopy(net)
+    if in_place:
+        model.compile(backend=backend)
+    call = model if in_place else torch.compile(model, backend=backend)
+    opt = AWP(model.parameters(), SGD, gamma=0.01, lr=0.1)
+    step = AdversarialStep(call, opt, PGD(steps=10), ascent=ascent)
+    step(*batches(1)[0])
+    assert masks == {"exact": [False] * 10 + [True] * 2, "attack": [False] * 9 + [True] * 2}[ascent]
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_the_trades_attack_computes_its_clean_logits_once(net):

@@ -157,6 +157,9 @@ class Victim:
         self._x = x
         self._weights = list(weights)
         self.weight_gradients: Gradients = (None,) * len(self._weights)
+        # A compiled backward pass computes all gradients there are, asked for or not.
+        compiled = isinstance(model, nn.Module) and any(map(_is_compiled, model.modules()))
+        self._costly = list(model.parameters()) if compiled else []  # type: ignore[attr-defined]
         # The number of classes is known at the first forward pass only. Reading labels is free on
         # the CPU, elsewhere it would wait for the device.
         self._largest_label = -1 if y is None or y.device.type != "cpu" else int(y.max())
@@ -176,12 +179,12 @@ class Victim:
         One forward pass and one backward pass to the input alone: no weight's gradient is computed.
         But in the ``last`` one of an attack, those that its caller asked for.
         """
-        with torch.enable_grad():
+        weights = self._weights if last else []
+        with torch.enable_grad(), without_gradients([] if weights else self._costly):
             shown = self.shown(z).detach().requires_grad_()
             # The view, because tools that hook a module's input (FlopCounterMode, say) cannot hook
             # a leaf that autograd.grad was asked for.
             total = loss(self._forward(shown.view_as(shown)), target).sum()
-            weights = self._weights if last else []
             g = None
             if total.requires_grad:
                 g, *rest = torch.autograd.grad(total, [shown, *weights], allow_unused=True)
@@ -226,6 +229,26 @@ def in_mode(model: Model, mode: str) -> Iterator[None]:
     finally:
         for module, training in was:
             module.training = training
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, the parameters require no gradients."""
+    required = [p for p in parameters if p.requires_grad]
+    try:
+        for p in required:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in required:
+            p.requires_grad_(True)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs through torch.compile, as a wrapper or by its compile()."""
+    return (
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+    )
 
 
 @contextmanager
