@@ -2,6 +2,7 @@
 
     python examples/cifar10.py --out runs/at-awp                     # the paper's AT-AWP
     python examples/cifar10.py --out runs/at --gamma 0               # plain adversarial training
+    python examples/cifar10.py --out runs/fast --precision bfloat16  # faster on a recent GPU
     python examples/cifar10.py --limit 512 --epochs 2 --out runs/try # a look at it, on a CPU
 
 The data come from a torchvision folder in --data-dir, else from torchvision's download, else from
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -23,9 +25,10 @@ from awp_optim.lab.models import MODELS
 from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.schedules import SCHEDULES
-from awp_optim.lab.trainer import METHODS, THREATS, Config, Row, best, fit
+from awp_optim.lab.trainer import METHODS, PRECISIONS, THREATS, Config, Row, best, fit
 
 DATASETS = ("cifar10", "digits")
+ASCENTS = ("exact", "attack", "momentum")
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +40,8 @@ def parse_args() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--method", choices=METHODS, default="at", help="(default %(default)s)")
     add("--gamma", type=float, default=1e-2, help="AWP's size, 0 for none (default %(default)s)")
+    add("--ascent", choices=ASCENTS, default="exact", help="AWP's (default %(default)s)")
+    add("--interval", type=int, default=1, help="steps between ascents (default %(default)s)")
     add("--arch", choices=sorted(MODELS), default="preact_resnet18", help="(default %(default)s)")
     add("--dataset", choices=DATASETS, default="cifar10", help="(default %(default)s)")
     add("--data-dir", type=Path, default=Path("data"), help="(default %(default)s)")
@@ -47,9 +52,11 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, default=0.1, help="(default %(default)s)")
     add("--epochs", type=int, default=200, help="(default %(default)s)")
     add("--batch-size", type=int, default=128, help="(default %(default)s)")
+    add("--precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
     add("--eval-every", type=int, default=1, help="epochs (default %(default)s)")
     add("--limit", type=int, help="use this many training and test images at the most")
     add("--seed", type=int, default=0, help="(default %(default)s)")
+    add("--max-minutes", type=float, help="stop after the epoch in which they are over")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     return parser.parse_args()
 
@@ -64,12 +71,18 @@ def load(args: argparse.Namespace) -> ImageData:
 def main() -> None:
     args = parse_args()
     console = Console()
+    deadline = time.monotonic() + 60 * (args.max_minutes or 0)
+    # Matrix products and convolutions in TF32 on a GPU that has it, by the fastest algorithm.
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     threat = THREATS[args.threat]
     try:
         data = load(args)
         config = Config(
             method=args.method,
             gamma=args.gamma,
+            ascent=args.ascent,
+            interval=args.interval,
             arch=args.arch,
             norm=threat.norm,
             eps=threat.eps if args.eps is None else args.eps,
@@ -77,6 +90,7 @@ def main() -> None:
             epochs=args.epochs,
             batch_size=args.batch_size,
             lr=args.lr,
+            precision=args.precision,
             schedule=args.schedule,
             augment=args.dataset != "digits",
             eval_every=args.eval_every,
@@ -96,12 +110,18 @@ def main() -> None:
                 resume=args.resume,
                 on_step=lambda done, steps: progress.update(bar, completed=done, total=steps),
                 on_epoch=report,
+                stop=lambda: args.max_minutes is not None and time.monotonic() >= deadline,
             )
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    if len(rows) < args.epochs:
+        console.print(f"{len(rows)} of {args.epochs} epochs; go on with --resume.")
+    if not any("test_robust_acc" in row for row in rows):
+        return
     label = "AT" if args.gamma == 0 else f"AT-AWP, gamma {args.gamma:g}"
     learning_curves({label: [rows]}, args.out / "curves.png", f"{data.name}, {args.arch}")
-    top, last = best(rows), rows[-1]
+    top = best(rows)
+    last = [row for row in rows if "test_robust_acc" in row][-1]
     console.print(
         f"Robust test accuracy (PGD-{config.test_steps}): best {top['test_robust_acc']:.2%} after "
         f"epoch {top['epoch'] + 1:.0f}, last {last['test_robust_acc']:.2%}; natural "

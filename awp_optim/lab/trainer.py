@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awp_optim import AWP, AdversarialStep
-from awp_optim.attacks import PGD
+from awp_optim.attacks import PGD, Captured
 from awp_optim.attacks.base import in_mode
 from awp_optim.lab.augment import random_crop_flip
 from awp_optim.lab.data import ImageData
@@ -30,6 +30,7 @@ from awp_optim.lab.schedules import SCHEDULES
 
 __all__ = [
     "METHODS",
+    "PRECISIONS",
     "THREATS",
     "Config",
     "Row",
@@ -41,6 +42,10 @@ __all__ = [
 ]
 
 METHODS = ("at",)
+PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+"""Autocast's dtype by name; the weights and the optimizer are in float32 either way."""
+
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 Row = dict[str, float]
 """One line of ``metrics.csv``.
@@ -75,12 +80,14 @@ class Config:
     Args:
         method: "at".
         gamma: AWP's; 0 trains without it. The paper's case study uses 1e-2.
+        ascent, interval: of :class:`~awp_optim.AdversarialStep`; the paper's are "exact" and 1.
         arch: a name in :data:`awp_optim.lab.models.MODELS`.
         norm, eps, step_size: the threat, for training and testing.
         train_steps, test_steps: PGD steps.
         attack_mode: the mode in which the training attack runs; "train" as the published scripts.
         epochs, batch_size: as they say.
         lr, momentum, weight_decay: of SGD.
+        precision: "float32", or "bfloat16" for autocast in training and testing.
         schedule: a name in :data:`awp_optim.lab.schedules.SCHEDULES`, stepped after every batch.
         augment: random crop (4 pixels of padding) and horizontal flip.
         train_eval: how many training images the ``train_*`` figures are measured on.
@@ -93,6 +100,8 @@ class Config:
 
     method: str = "at"
     gamma: float = 0.0
+    ascent: str = "exact"
+    interval: int = 1
     arch: str = "preact_resnet18"
     norm: str = "linf"
     eps: float = 8 / 255
@@ -105,6 +114,7 @@ class Config:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    precision: str = "float32"
     schedule: str = "piecewise"
     augment: bool = True
     train_eval: int = 1000
@@ -114,6 +124,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {tuple(PRECISIONS)}, got {self.precision!r}"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, got {self.schedule!r}")
         for name in ("epochs", "batch_size", "train_eval", "eval_every"):
@@ -133,6 +147,7 @@ def fit(
     resume: bool = False,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[Row], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[nn.Module, list[Row]]:
     """Train, and evaluate as it goes.
 
@@ -141,12 +156,14 @@ def fit(
         data: images and labels, on the device to train on.
         out: the run folder; None writes nothing.
         resume: go on from ``last.pt`` in ``out`` if it is there. The result is the one that a run
-            without a break would have had.
+            without a break would have had; with ``interval`` above 1 the directions kept from
+            before the break are found anew.
         on_step: called after each step with the number of steps done and to do, in all.
         on_epoch: called after each epoch with its row.
+        stop: asked after each epoch; True ends the run there, to go on later with ``resume``.
 
     Returns:
-        The model at the end, and a row for every epoch (see :data:`Row`).
+        The model at the end, and a row for every epoch so far (see :data:`Row`).
 
     Raises:
         FileExistsError: ``out`` holds a run already and ``resume`` is False.
@@ -177,8 +194,17 @@ def fit(
     batches = max(1, math.ceil((len(data.x_train) - 1) / config.batch_size))
     schedule, steps = SCHEDULES[config.schedule], config.epochs * batches
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i / steps))
-    step = AdversarialStep(model, optimizer, config.attack(config.train_steps, config.attack_mode))
-    test_attack = config.attack(config.test_steps, "eval")
+    autocast = PRECISIONS[config.precision]
+    step = AdversarialStep(
+        model,
+        optimizer,
+        config.attack(config.train_steps, config.attack_mode),
+        ascent=config.ascent,
+        interval=config.interval,
+        autocast=autocast,
+    )
+    test_attack = Captured(config.attack(config.test_steps, "eval"))
+    test_batch = 1000 if device.type == "cuda" else 128
     shown = data.limit(min(config.train_eval, len(data.x_train)))
 
     rows: list[Row] = []
@@ -224,7 +250,7 @@ def fit(
                 ("train_", shown.x_train, shown.y_train),
                 ("test_", data.x_test, data.y_test),
             ):
-                row |= measure(model, x, y, test_attack, part)
+                row |= measure(model, x, y, test_attack, part, test_batch, autocast)
             row["eval_seconds"] = time.perf_counter() - start
         rows.append(row)
         if folder:
@@ -232,11 +258,19 @@ def fit(
             folder.save(model, optimizer, scheduler, rows, random)
         if on_epoch:
             on_epoch(row)
+        if stop and stop():
+            break
     return model, rows
 
 
 def measure(
-    model: nn.Module, x: Tensor, y: Tensor, attack: PGD, prefix: str = "", batch_size: int = 128
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    prefix: str = "",
+    batch_size: int = 128,
+    autocast: torch.dtype | None = None,
 ) -> Row:
     """Natural and robust loss and accuracy of ``model`` in eval mode.
 
@@ -247,12 +281,17 @@ def measure(
         attack: makes the robust figures.
         prefix: put before the names.
         batch_size: images at a time.
+        autocast: run the forward passes in this dtype; None in the model's own.
 
     Returns:
         ``natural_loss``, ``natural_acc``, ``robust_loss``, ``robust_acc``; accuracies in [0, 1].
     """
     sums = torch.zeros(4, device=x.device, dtype=torch.float64)
-    with in_mode(model, "eval"):
+    # Without autocast's cache of cast weights, which a captured attack would go on reading.
+    precision = torch.autocast(
+        x.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+    )
+    with in_mode(model, "eval"), precision:
         for xs, ys in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
             images = _to_float(xs)
             adversarial = attack(model, images, ys)
@@ -301,7 +340,8 @@ class _RunFolder:
                 raise FileExistsError(
                     f"{path} already holds a run: go on with --resume, or choose another folder"
                 )
-            before = json.loads((path / "config.json").read_text())
+            # A folder may be older than a setting: it had what is now the default.
+            before = {**asdict(Config()), **json.loads((path / "config.json").read_text())}
             changed = [k for k in self.about if self.about[k] != before.get(k)]
             if changed:
                 raise ValueError(

@@ -14,9 +14,12 @@ from awp_optim.lab.models import (
     MODELS,
     Normalize,
     PreActResNet,
+    WideResNet,
     build_model,
     preact_resnet18,
     preact_resnet_small,
+    wide_resnet28_10,
+    wide_resnet34_10,
 )
 
 
@@ -155,6 +158,101 @@ class TestPreActResNet:
     def test_statistics_of_other_channels(self):
         with pytest.raises(ValueError, match="mean and std have 3 channels, the images 1"):
             preact_resnet18(in_channels=1)
+
+
+def wide_count(depth, k, num_classes):
+    """Counted from Table 1 of the wide ResNet paper, for RGB images, without dropout."""
+    total, before = 9 * 3 * 16, 16
+    for width in (16 * k, 32 * k, 64 * k):
+        for j in range((depth - 4) // 6):
+            total += 2 * before + 9 * before * width + 2 * width + 9 * width * width
+            total += before * width if j == 0 and before != width else 0
+            before = width
+    return total + 2 * before + before * num_classes + num_classes
+
+
+class TestWideResNet:
+    @pytest.mark.parametrize(
+        ("build", "depth", "published"),
+        [(wide_resnet28_10, 28, 36_479_194), (wide_resnet34_10, 34, 46_160_474)],
+    )
+    def test_published_parameter_counts(self, build, depth, published):
+        with torch.device("meta"):
+            model = build()
+        assert count(model) == published == wide_count(depth, 10, 10)
+
+    @pytest.mark.parametrize(("depth", "width", "classes"), [(10, 1, 4), (16, 2, 7)])
+    def test_parameter_count_in_general(self, depth, width, classes):
+        assert count(WideResNet(depth, width, num_classes=classes)) == wide_count(
+            depth, width, classes
+        )
+
+    @pytest.mark.parametrize("width", [1, 2])  # with 1, the first block's shortcut is the identity
+    def test_forward_equals_the_layout_written_out(self, width):
+        """The network again, in float64, as functions of its state dict under the usual names."""
+        torch.manual_seed(0)
+        model = WideResNet(16, width, num_classes=5, mean=0.4, std=0.3).double()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # nothing at its neutral value
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.bias, -0.5, 0.5)
+        s = model.state_dict()
+
+        def bn_relu(x, name):  # with the batch's statistics, as in training
+            mean = x.mean((0, 2, 3), keepdim=True)
+            var = x.var((0, 2, 3), correction=0, keepdim=True)
+            scale, shift = (s[f"{name}.{p}"].view(1, -1, 1, 1) for p in ("weight", "bias"))
+            return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
+
+        def block(x, name, stride):
+            a = bn_relu(x, f"{name}.bn1")
+            out = F.conv2d(a, s[f"{name}.conv1.weight"], stride=stride, padding=1)
+            out = F.conv2d(bn_relu(out, f"{name}.bn2"), s[f"{name}.conv2.weight"], padding=1)
+            projection = s.get(f"{name}.convShortcut.weight")
+            return out + (x if projection is None else F.conv2d(a, projection, stride=stride))
+
+        images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+        x = (images - s["normalize.mean"]) / s["normalize.std"]
+        x = F.conv2d(x, s["conv1.weight"], padding=1)
+        for stage, stride in ((1, 1), (2, 2), (3, 2)):
+            x = block(block(x, f"block{stage}.layer.0", stride), f"block{stage}.layer.1", 1)
+        x = bn_relu(x, "bn1").mean((2, 3)) @ s["fc.weight"].T + s["fc.bias"]
+        torch.testing.assert_close(model(images), x)
+        names = {name.split(".")[0] for name in s}
+        assert names == {"normalize", "conv1", "block1", "block2", "block3", "bn1", "fc"}
+
+    def test_sizes_on_the_way(self):
+        model, sizes = WideResNet(10, 2, num_classes=6).eval(), []
+        for stage in ("conv1", "block1", "block2", "block3"):
+            module = model.get_submodule(stage)
+            module.register_forward_hook(lambda *call: sizes.append(tuple(call[2].shape[1:])))
+        with torch.no_grad():
+            assert model(torch.rand(2, 3, 32, 32)).shape == (2, 6)
+            assert model(torch.rand(2, 3, 9, 13)).shape == (2, 6)
+        assert sizes[:4] == [(16, 32, 32), (32, 32, 32), (64, 16, 16), (128, 8, 8)]
+
+    def test_initialisation(self):
+        torch.manual_seed(0)
+        model = WideResNet(10, 8)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+                fan_out = module.out_channels * module.kernel_size[0] ** 2
+                assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+        assert not model.fc.bias.any()
+
+    @pytest.mark.parametrize(
+        ("bad", "match"),
+        [
+            ({"depth": 30}, "6n \\+ 4"),
+            ({"depth": 4}, "6n \\+ 4"),
+            ({"width": 0}, "at least 1"),
+            ({"num_classes": 0}, "at least 1"),
+            ({"mean": (0.1, 0.2), "std": (0.3, 0.4)}, "2 channels, the images 3"),
+        ],
+    )
+    def test_bad_sizes(self, bad, match):
+        with pytest.raises(ValueError, match=match):
+            WideResNet(**{"depth": 10, "width": 1, **bad})
 
 
 class TestNormalize:

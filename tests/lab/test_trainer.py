@@ -148,6 +148,68 @@ def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after):
     )
 
 
+def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path):
+    model, rows = fit(CONFIG, data, tmp_path / "whole")
+    _, first = fit(CONFIG, data, tmp_path / "parts", stop=lambda: True)
+    assert without_times(first) == without_times(rows[:1])
+    torch.manual_seed(77)
+    resumed, both = fit(CONFIG, data, tmp_path / "parts", resume=True, stop=lambda: False)
+    assert without_times(both) == without_times(rows)
+    for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(data, tmp_path):
+    fit(CONFIG, data, tmp_path, stop=lambda: True)
+    file = tmp_path / "config.json"
+    about = json.loads(file.read_text())
+    for name in ("precision", "ascent", "interval"):
+        del about[name]
+    file.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="precision was float32, is bfloat16"):
+        fit(Config(**{**vars(CONFIG), "precision": "bfloat16"}), data, tmp_path, resume=True)
+    _, rows = fit(CONFIG, data, tmp_path, resume=True)
+    assert len(rows) == CONFIG.epochs
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_is_that_of_every_pass(data, precision, monkeypatch):
+    seen = []
+
+    def watched(*args, **kwargs):
+        model = build_model(*args, **kwargs)
+        model.conv1.register_forward_hook(lambda *call: seen.append((call[0].training, call[2])))
+        return model
+
+    monkeypatch.setattr(trainer, "build_model", watched)
+    config = Config(**{**vars(CONFIG), "precision": precision, "epochs": 1})
+    model, rows = fit(config, data)
+    assert {training for training, _ in seen} == {True, False}
+    assert {out.dtype for _, out in seen} == {getattr(torch, precision)}
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert math.isfinite(rows[0]["test_robust_loss"])
+
+
+def test_the_step_and_the_evaluation_get_their_settings(data, monkeypatch):
+    steps, captured = [], []
+
+    class Step(trainer.AdversarialStep):
+        def __init__(self, *args, **kwargs):
+            steps.append(kwargs)
+            super().__init__(*args, **kwargs)
+
+    class Captured(trainer.Captured):
+        def __call__(self, model, x, y):
+            captured.append(len(y))
+            return super().__call__(model, x, y)
+
+    monkeypatch.setattr(trainer, "AdversarialStep", Step)
+    monkeypatch.setattr(trainer, "Captured", Captured)
+    fit(Config(**{**vars(CONFIG), "ascent": "attack", "interval": 2, "epochs": 1}), data)
+    assert steps == [{"ascent": "attack", "interval": 2, "autocast": None}]
+    assert captured == [20, 40]
+
+
 def test_a_folder_in_use_and_changed_settings_are_refused(data, tmp_path):
     config = Config(**{**vars(CONFIG), "epochs": 1})
     fit(config, data, tmp_path)
@@ -189,6 +251,7 @@ def test_a_checkpoint_is_never_half_written(data, tmp_path, monkeypatch):
     [
         ({"method": "trades5"}, "method must be one of"),
         ({"schedule": "linear"}, "schedule must be one of"),
+        ({"precision": "float16"}, "precision must be one of"),
         ({"epochs": 0}, "epochs must be at least 1"),
     ],
 )
@@ -209,3 +272,16 @@ def test_schedules_are_the_papers():
     assert rate["cyclic"][40] == pytest.approx(0.05)
     assert rate["cyclic"][140] == pytest.approx(0.05)
     assert set(rate["constant"]) == {0.1}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_by_graphs_equals_an_eager_one(data, precision, request):
+    config = Config(**{**vars(CONFIG), "precision": precision})
+    model, rows = fit(config, data)
+    graphs = request.getfixturevalue("cpu_graphs")
+    captured, rows_captured = fit(config, data)
+    assert graphs.replays > 5
+    for a, b in zip(without_times(rows), without_times(rows_captured), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    for a, b in zip(model.state_dict().values(), captured.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
