@@ -1,0 +1,128 @@
+"""AT and AT-AWP as they are usually run today: eager, with a proxy network, in the simplest way.
+
+Written from the description in Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust
+Generalization" (NeurIPS 2020): Algorithm 2, Eq. (10) and (11), with K2 = A = 1. It is the baseline
+that :class:`awp_optim.AdversarialStep` is measured against, so it has the habits that cost time:
+
+* the attack calls ``loss.backward()``, which computes every weight's gradient, too;
+* v comes from a proxy network, a copy of the model that takes an SGD step of its own, uphill;
+* the weights go to w + v, are updated there, and v is subtracted again, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+__all__ = ["ReferenceStep"]
+
+_TINY = 1e-20  # keeps the normalisation of a difference that is zero from dividing by zero
+
+
+class ReferenceStep:
+    """One training step, ``loss = step(x, y)``; L_inf, cross-entropy.
+
+    The attack runs in eval mode, all else in train mode. The update is made at w + v (Eq. 11), so
+    weight decay acts on w + v; without it the weights equal AdversarialStep's but for rounding.
+
+    Args:
+        model: maps inputs in ``clip`` to logits.
+        optimizer: a plain torch optimizer of the model's parameters.
+        gamma: size of the weight perturbation relative to each tensor's norm; 0 is plain AT, which
+            needs no proxy network.
+        eps: radius of the attack.
+        step_size: length of one of its steps.
+        steps: how many there are.
+        random_start: whether it starts at a random point of the ball.
+        clip: the box of valid inputs.
+        proxy_lr: learning rate of the proxy's step. The direction of v does not depend on it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        gamma: float,
+        eps: float = 8 / 255,
+        step_size: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        clip: tuple[float, float] = (0.0, 1.0),
+        proxy_lr: float = 0.01,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.gamma = gamma
+        self.eps = eps
+        self.step_size = step_size
+        self.steps = steps
+        self.random_start = random_start
+        self.clip = clip
+        if gamma:
+            self.proxy = copy.deepcopy(model)
+            self.proxy_optimizer = SGD(self.proxy.parameters(), lr=proxy_lr)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Train on one batch; returns the loss at w + v, detached."""
+        x_adv = self._attack(x, y)
+        v = self._ascend(x_adv, y) if self.gamma else {}
+        loss = self._descend(x_adv, y)
+        self._update(v)
+        return loss.detach()
+
+    def _attack(self, x: Tensor, y: Tensor) -> Tensor:
+        """PGD. Its backward passes leave gradients in the weights, too, which nobody asked for."""
+        self.model.eval()
+        delta = torch.zeros_like(x)
+        if self.random_start:
+            delta.uniform_(-self.eps, self.eps)
+        delta = (x + delta).clamp(*self.clip) - x
+        for _ in range(self.steps):
+            delta.requires_grad_()
+            loss = F.cross_entropy(self.model(x + delta), y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            assert delta.grad is not None
+            delta = delta.detach() + self.step_size * delta.grad.sign()
+            delta = delta.clamp(-self.eps, self.eps)
+            delta = (x + delta).clamp(*self.clip) - x
+        self.model.train()
+        return x + delta
+
+    def _ascend(self, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Eq. (10): v by name, from where a step of the proxy leads; the weights go to w + v."""
+        self.proxy.load_state_dict(self.model.state_dict())
+        self.proxy.train()
+        loss = -F.cross_entropy(self.proxy(x_adv), y)
+        self.proxy_optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.proxy_optimizer.step()
+        moved = self.proxy.state_dict()
+        v = {}
+        for name, w in self.model.named_parameters():
+            if w.ndim > 1:  # neither biases nor the layers that normalise
+                difference = moved[name] - w.detach()
+                v[name] = w.detach().norm() * difference / (difference.norm() + _TINY)
+        self._move(v, self.gamma)
+        return v
+
+    def _descend(self, x_adv: Tensor, y: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(x_adv), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def _update(self, v: dict[str, Tensor]) -> None:
+        """Eq. (11): the update at w + v, then v is taken away."""
+        self.optimizer.step()
+        self._move(v, -self.gamma)
+
+    @torch.no_grad()
+    def _move(self, v: dict[str, Tensor], by: float) -> None:
+        for name, w in self.model.named_parameters():
+            if name in v:
+                w.add_(by * v[name])
