@@ -99,7 +99,8 @@ def cosines(seed: int, epochs: int) -> list[dict[str, float]]:
     by_epoch = []
     for _ in range(epochs):
         found: dict[str, list[float]] = {}
-        for index in torch.randperm(len(data.x_train)).split(SETTING.batch_size)[:batches]:
+        order = torch.randperm(len(data.x_train))
+        for index in torch.split(order, SETTING.batch_size)[:batches]:
             x, y = data.x_train[index] / 255, data.y_train[index]
             x_adv, gradients = attack.with_weight_gradients(model, x, y, weights)
             shortcuts = {
@@ -109,14 +110,14 @@ def cosines(seed: int, epochs: int) -> list[dict[str, float]]:
             shortcuts |= {f"kept {k}": past[-k] for k in (1, 2, 3) if len(past) >= k}
             opt.zero_grad()
             with frozen_batch_norm(model):
-                at(model(x_adv), y).backward()
+                at(model(x_adv), y).backward()  # type: ignore[no-untyped-call]
             opt.first_step(zero_grad=True)
             exact = opt.perturbation()
             for name, v in shortcuts.items():
                 if v:  # there is no momentum before the first update
                     found.setdefault(name, []).append(_cosine(v, exact))
             past = [*past, exact][-3:]
-            at(model(x_adv), y).backward()
+            at(model(x_adv), y).backward()  # type: ignore[no-untyped-call]
             opt.second_step(zero_grad=True)
             scheduler.step()
         by_epoch.append({name: statistics.mean(values) for name, values in found.items()})
@@ -133,7 +134,7 @@ def _v(opt: AWP, along: Any) -> Vector:
 def _cosine(a: Vector, b: Vector) -> float:
     """Of all layers together."""
     dot, aa, bb = (sum((s[p] * t[p]).sum().item() for p in a) for s, t in ((a, b), (a, a), (b, b)))
-    return dot / (aa * bb) ** 0.5
+    return float(dot / (aa * bb) ** 0.5)
 
 
 def spread(values: list[float]) -> str:
