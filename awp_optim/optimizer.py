@@ -482,8 +482,11 @@ class AWP(Optimizer):
         self, along: Mapping[Tensor, Tensor] | None, momenta: Mapping[Tensor, Tensor]
     ) -> list[_Batch]:
         """The tensors to ascend, in batches of one group, device and dtype."""
+        # With thousands of small tensors this loop takes as long as the arithmetic: it looks at
+        # each tensor as little as it can.
         batches: dict[Any, _Batch] = {}
-        seen = set()
+        seen: set[int] = set()
+        live, forced = self._live, self.foreach
         for index, group in enumerate(self.param_groups):
             if not _is_active(group):
                 continue
@@ -494,50 +497,55 @@ class AWP(Optimizer):
             turned = given is None and group.get("maximize", False)
             for p in group["params"]:
                 g = None if random else p.grad if given is None else given.get(p)
-                if p.ndim < min_ndim or p.numel() == 0 or p in seen:
-                    continue
                 if not p.requires_grad if random else g is None:
                     continue
-                seen.add(p)
-                if g is not None and g.layout != torch.strided:
+                if p.ndim < min_ndim or id(p) in seen or p.numel() == 0:
+                    continue
+                seen.add(id(p))
+                if g is not None and g.layout is not torch.strided:
                     g = g.to_dense()
                 if turned and g is not None:
                     g = -g
                 is_plain = type(p) in _PLAIN_TENSORS
                 if not is_plain:
                     _refuse_sharded(p)
-                foreach = is_plain if self.foreach is None else self.foreach
-                at_centre = not self._live or p not in self._live
-                key = index, p.device, p.dtype, None if g is None else g.dtype, foreach, at_centre
-                if key not in batches:
-                    batches[key] = _Batch(group, [], [], foreach, at_centre)
-                batches[key].params.append(p)
+                foreach = is_plain if forced is None else forced
+                device, dtype = p.device, p.dtype
+                centre = live.get(p) if live else None
+                key = index, device, dtype, None if g is None else g.dtype, foreach, centre is None
+                batch = batches.get(key)
+                if batch is None:
+                    batch = batches[key] = _Batch(group, [], [], [], foreach, centre is None)
+                batch.params.append(p)
+                batch.centres.append(self._buffer(p, dtype, device) if centre is None else centre)
                 if g is not None:
-                    batches[key].grads.append(g)
+                    batch.grads.append(g)
         return list(batches.values())
+
+    def _buffer(self, p: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Where the centre of a parameter is kept."""
+        buffer = self._buffers.get(p)
+        if (
+            buffer is None
+            or buffer.dtype is not dtype
+            or buffer.shape != p.shape
+            or buffer.device != device
+        ):
+            with torch.inference_mode(False):  # a buffer outlives the mode it was made in
+                buffer = self._buffers[p] = torch.empty_like(p)
+        return buffer
 
     def _back_up(self, batches: list[_Batch]) -> None:
         """Copy the centres of all batches, before any weight moves: tensors may share memory."""
-        fresh = [batch for batch in batches if batch.at_centre]
-        for p in (p for batch in fresh for p in batch.params):
-            buffer = self._buffers.get(p)
-            if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (
-                p.shape,
-                p.dtype,
-                p.device,
-            ):
-                with torch.inference_mode(False):  # a buffer outlives the mode it was made in
-                    self._buffers[p] = torch.empty_like(p)
-        for batch in fresh:
-            centres = [self._buffers[p] for p in batch.params]
-            _copy_(centres, batch.params, batch.foreach)
-            self._backed_up.append((batch.params, centres, batch.foreach))
-            self._live.update(zip(batch.params, centres, strict=True))
+        for _, params, centres, _, foreach, at_centre in batches:
+            if at_centre:
+                _copy_(centres, params, foreach)
+                self._backed_up.append((params, centres, foreach))
+                self._live.update(zip(params, centres, strict=True))
 
     def _ascend(self, batch: _Batch) -> None:
-        group, params, grads, foreach, at_centre = batch
+        group, params, centres, grads, foreach, at_centre = batch
         norm = group["norm"]
-        centres = [self._buffers[p] for p in params]
         weight_norms = layer_norms(centres, norm, foreach=foreach)
 
         settings: dict[str, Any] = {
@@ -651,6 +659,7 @@ class HostState(NamedTuple):
 class _Batch(NamedTuple):
     group: dict[str, Any]
     params: list[Tensor]
+    centres: list[Tensor]
     grads: list[Tensor]  # empty for random directions
     foreach: bool
     at_centre: bool

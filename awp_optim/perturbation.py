@@ -53,7 +53,8 @@ def layer_norms(tensors: Tensors, norm: str = "l2", *, foreach: bool = True) -> 
     """
     if not foreach:
         return torch.stack([_norm(t, norm) for t in tensors])
-    wide = {i for i, t in enumerate(tensors) if _is_wide(t)}
+    on_cpu = len(tensors) > 0 and tensors[0].device.type == "cpu"
+    wide = {i for i, t in enumerate(tensors) if t.numel() > _PIECE} if on_cpu else None
     if not wide:
         return torch.stack(_foreach_norm(tensors, norm))
     rest = iter(_foreach_norm([t for i, t in enumerate(tensors) if i not in wide], norm))
