@@ -10,6 +10,14 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "awp_optim" / "__init__.py
 
 EXAMPLES = ["torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "rich"]
 EVAL = ["pyautoattack"]
+BENCH = [
+    *EXAMPLES,
+    "pytest",
+    "pytest-benchmark",
+    "torchattacks",
+    "adversarial-robustness-toolbox",
+    "pytorch_optimizer",
+]
 TEST = [
     *EXAMPLES,
     *EVAL,
@@ -36,8 +44,9 @@ setup(
     extras_require={
         "examples": EXAMPLES,
         "eval": EVAL,
+        "bench": BENCH,
         "test": TEST,
-        "all": sorted({*EXAMPLES, *EVAL, *TEST}),
+        "all": sorted({*EXAMPLES, *EVAL, *BENCH, *TEST}),
     },
     classifiers=[
         "Intended Audience :: Science/Research",

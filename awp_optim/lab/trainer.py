@@ -156,8 +156,7 @@ def fit(
         data: images and labels, on the device to train on.
         out: the run folder; None writes nothing.
         resume: go on from ``last.pt`` in ``out`` if it is there. The result is the one that a run
-            without a break would have had; with ``interval`` above 1 the directions kept from
-            before the break are found anew.
+            without a break would have had.
         on_step: called after each step with the number of steps done and to do, in all.
         on_epoch: called after each epoch with its row.
         stop: asked after each epoch; True ends the run there, to go on later with ``resume``.
@@ -213,6 +212,7 @@ def fit(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
+        step.load_state_dict(saved.get("step", step.state_dict()))  # files of before have none
         rows = saved["rows"]
         _set_random_states(saved["random"], device, shuffler, augmenter)
     for epoch in range(len(rows), config.epochs):
@@ -255,7 +255,7 @@ def fit(
         rows.append(row)
         if folder:
             random = _random_states(device, shuffler, augmenter)
-            folder.save(model, optimizer, scheduler, rows, random)
+            folder.save(model, optimizer, scheduler, step, rows, random)
         if on_epoch:
             on_epoch(row)
         if stop and stop():
@@ -361,7 +361,13 @@ class _RunFolder:
         return saved
 
     def save(
-        self, model: nn.Module, optimizer: AWP, scheduler: Any, rows: list[Row], random: Any
+        self,
+        model: nn.Module,
+        optimizer: AWP,
+        scheduler: Any,
+        step: AdversarialStep,
+        rows: list[Row],
+        random: Any,
     ) -> None:
         if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
             content = {"model": model.state_dict(), "config": self.about, "row": rows[-1]}
@@ -372,6 +378,7 @@ class _RunFolder:
             "row": rows[-1],
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
+            "step": step.state_dict(),
             "rows": rows,
             "random": random,
         }

@@ -129,17 +129,20 @@ def test_the_seed_decides_everything(data):
 
 
 @pytest.mark.parametrize("broken_after", [1, 2])
-def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after):
-    model, rows = fit(CONFIG, data, tmp_path / "whole")
+@pytest.mark.parametrize("interval", [1, 4])
+def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after, interval):
+    # Steps of an epoch are no multiple of 4: a direction is kept from one to the next.
+    config = Config(**{**vars(CONFIG), "interval": interval})
+    model, rows = fit(config, data, tmp_path / "whole")
 
     def stop(row):
         if row["epoch"] + 1 == broken_after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(CONFIG, data, tmp_path / "broken", on_epoch=stop)
+        fit(config, data, tmp_path / "broken", on_epoch=stop)
     torch.manual_seed(77)
-    resumed, rows_resumed = fit(CONFIG, data, tmp_path / "broken", resume=True)
+    resumed, rows_resumed = fit(config, data, tmp_path / "broken", resume=True)
     for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert without_times(rows_resumed) == without_times(rows)
