@@ -26,6 +26,9 @@ NORMS = {"l1": 1, "l2": 2}
 # short, the L1 norm 15%. Norms of pieces of this many elements, combined, are right to about 1e-6.
 _PIECE = 2**18
 
+# From so many of so few elements on, tensors of one shape are copied side by side for their norms.
+_SMALL, _FEW = 2**12, 8
+
 # Device types on which a layer is moved by one kernel; on a CPU nothing needs a veto.
 _FUSED = {"cuda"}
 _NHWC = torch.channels_last
@@ -53,12 +56,40 @@ def layer_norms(tensors: Tensors, norm: str = "l2", *, foreach: bool = True) -> 
     """
     if not foreach:
         return torch.stack([_norm(t, norm) for t in tensors])
-    on_cpu = len(tensors) > 0 and tensors[0].device.type == "cpu"
-    wide = {i for i, t in enumerate(tensors) if t.numel() > _PIECE} if on_cpu else None
-    if not wide:
+    if len(tensors) == 0 or tensors[0].device.type != "cpu":
         return torch.stack(_foreach_norm(tensors, norm))
-    rest = iter(_foreach_norm([t for i, t in enumerate(tensors) if i not in wide], norm))
-    return torch.stack([_norm(t, norm) if i in wide else next(rest) for i, t in enumerate(tensors)])
+    return _layer_norms_on_cpu(tensors, norm)
+
+
+def _layer_norms_on_cpu(tensors: Tensors, norm: str) -> Tensor:
+    """Where an operation on a list is a loop: wide tensors in pieces, small ones side by side."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, t in enumerate(tensors):
+        by_shape.setdefault(t.shape, []).append(i)
+    norms: list[Tensor] = []
+    order: list[int] = []
+    one_by_one: list[int] = []
+    for shape, indices in by_shape.items():
+        numel = shape.numel()
+        if numel > _PIECE:
+            norms += [_norm(tensors[i], norm)[None] for i in indices]
+        elif numel > _SMALL or len(indices) < _FEW:
+            one_by_one += indices
+            continue
+        else:
+            stacked = torch.stack([tensors[i] for i in indices]).reshape(len(indices), -1)
+            wider = _wider(stacked.dtype)
+            norms.append(torch.linalg.vector_norm(stacked, NORMS[norm], 1, dtype=wider))
+        order += indices
+    if one_by_one:
+        one_by_one.sort()
+        norms.append(torch.stack(_foreach_norm([tensors[i] for i in one_by_one], norm)))
+        order += one_by_one
+    if len(norms) == 1:
+        return norms[0]
+    in_order = torch.empty(len(tensors), dtype=norms[0].dtype)
+    in_order[order] = torch.cat(norms)
+    return in_order
 
 
 def ascend_(
@@ -233,9 +264,13 @@ def _norm(tensor: Tensor, norm: str) -> Tensor:
 def _foreach_norm(tensors: Tensors, norm: str) -> Tensors:
     if not tensors:
         return ()
-    dtype = tensors[0].dtype
+    return torch._foreach_norm(tensors, NORMS[norm], dtype=_wider(tensors[0].dtype))
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype to take a norm in, where it is another."""
     wider = arithmetic_dtype(dtype)
-    return torch._foreach_norm(tensors, NORMS[norm], dtype=None if wider == dtype else wider)
+    return None if wider == dtype else wider
 
 
 def _is_wide(tensor: Tensor) -> bool:

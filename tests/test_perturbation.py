@@ -224,3 +224,27 @@ def test_the_masked_ascent_reads_and_writes_each_weight_once(monkeypatch):
         opt.first_step()
         opt.restore()
     assert count.bytes == 9
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(3, 4)] * 20,
+        [(3, 4), (2, 3, 3, 3)] * 10 + [(5,), ()] * 9 + [(70, 70)] * 9,
+        [(2, 600, 600), (7,), (3, 3), (7,)],
+        [(0, 3)] * 9,
+    ],
+)
+def test_norms_of_many_layers_are_those_of_each_in_order(shapes, dtype, norm):
+    tensors = [t.mul(i + 1).to(dtype) for i, t in enumerate(layers(torch.float64, shapes=shapes))]
+    tensors = [
+        t.to(memory_format=torch.channels_last) if t.ndim == 4 and i % 3 else t
+        for i, t in enumerate(tensors)
+    ]
+    exact = torch.complex128 if dtype.is_complex else torch.float64
+    truth = [t.to(exact).abs().pow(ORDER[norm]).sum() ** (1 / ORDER[norm]) for t in tensors]
+    ours = layer_norms(tensors, norm)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(ours.double(), torch.stack(truth), rtol=2e-5, atol=0)
