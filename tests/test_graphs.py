@@ -261,6 +261,28 @@ def test_what_the_caller_changes_meanwhile(graph_device):
     assert counts.captures >= 5
 
 
+@pytest.mark.parametrize("surrounding", [False, True])
+def test_bf16_and_channels_last(graph_device, surrounding):
+    """By the step's own autocast or by one around it, whose cache of weights must not be used."""
+    device, counts = graph_device
+    results = []
+    for mode in (False, True):
+        model = network(device, torch.float32).to(memory_format=torch.channels_last)
+        kwargs = {} if surrounding else {"autocast": torch.bfloat16}
+        step = AdversarialStep(model, awp(model), attack(device), cuda_graph=mode, **kwargs)
+        torch.manual_seed(3)
+        for x, y in batches(8, device):
+            x = x.float().to(memory_format=torch.channels_last)
+            with torch.autocast(device, torch.bfloat16, enabled=surrounding):
+                model(x).sum()  # fills the cache
+                out = step(x, y)
+        assert out.x_adv.is_contiguous(memory_format=torch.channels_last)
+        assert out.logits.dtype == torch.bfloat16
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+    assert counts.captures == 1
+
+
 def test_a_weight_that_joins_later(graph_device):
     """Some momenta are there, others not: more than the fused update can do."""
     device, counts = graph_device
