@@ -27,24 +27,12 @@ from torch import Tensor
 from awp_optim import AWP, frozen_batch_norm
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
-from awp_optim.lab.trainer import Config, best, fit
+from awp_optim.lab.trainer import best, fit
 from awp_optim.objectives import at
 from benchmarks.harness import RESULTS, environment, write_json
+from examples import quickstart
 
-# The setting of examples/quickstart.py.
-SETTING = Config(
-    arch="preact_resnet_small",
-    eps=0.2,
-    step_size=0.05,
-    attack_mode="eval",
-    batch_size=32,
-    augment=False,
-    train_eval=450,
-    eval_every=5,
-    epochs=40,
-    gamma=1e-2,
-)
-TRAIN_IMAGES = 450
+SETTING = replace(quickstart.SETTING, epochs=40, gamma=1e-2)  # as it runs without arguments
 
 MODES: dict[str, dict[str, Any]] = {
     "AT": {"gamma": 0.0},
@@ -62,7 +50,7 @@ def train(mode: str, seed: int, epochs: int) -> dict[str, float]:
     """One run's figures, in percent."""
     torch.set_num_threads(1)
     config = replace(SETTING, seed=seed, epochs=epochs, **MODES[mode])
-    rows = fit(config, load_digits().limit(TRAIN_IMAGES))[1]
+    rows = fit(config, load_digits().limit(quickstart.TRAIN_IMAGES))[1]
     top, last = best(rows), rows[-1]
     return {
         "robust, best": 100 * top["test_robust_acc"],
@@ -79,7 +67,7 @@ def cosines(seed: int, epochs: int) -> list[dict[str, float]]:
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    data = load_digits().limit(TRAIN_IMAGES)
+    data = load_digits().limit(quickstart.TRAIN_IMAGES)
     model = build_model(SETTING.arch, num_classes=data.num_classes, in_channels=data.in_channels)
     opt = AWP(
         model.parameters(),
@@ -202,7 +190,11 @@ def main() -> None:
     modes = list(dict.fromkeys(["exact", *args.modes]))
     result: dict[str, Any] = {
         "environment": environment(),
-        "setting": {**vars(SETTING), "epochs": args.epochs, "train_images": TRAIN_IMAGES},
+        "setting": {
+            **vars(SETTING),
+            "epochs": args.epochs,
+            "train_images": quickstart.TRAIN_IMAGES,
+        },
         "runs": {mode: {} for mode in modes},
         "cosines": {},
     }
