@@ -446,13 +446,15 @@ def test_only_so_many_graphs_are_kept(graph_device, monkeypatch):
     device, counts = graph_device
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     call = Graphs(True, "it")
-    for _ in range(4):
-        for n in (1, 2, 3):
-            x = torch.arange(n, device=device, dtype=torch.float64)
-            (y,) = call(lambda x: (x * 2,), (x,), "key")
-            assert torch.equal(y, x * 2)
+    # Each is captured at its third call; 3 takes the place of 2, which was used before 1.
+    for n in (1, 1, 1, 2, 2, 2, 1, 3, 3, 3, 1):
+        x = torch.arange(n, device=device, dtype=torch.float64)
+        (y,) = call(lambda x: (x * 2,), (x,), "key")
+        assert torch.equal(y, x * 2)
     assert len(call._graphs) == 2
-    assert counts.captures == 6
+    assert counts.captures == 3
+    call(lambda x: (x * 2,), (torch.ones(2, device=device, dtype=torch.float64),), "key")
+    assert counts.captures == 4
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
