@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from awp_optim.graphs import as_key
+from awp_optim.optimizer import AWP
 
 __all__ = ["Dials", "frozen_settings", "may_capture_update", "structure"]
 
@@ -67,12 +68,17 @@ class Dials:
 
 def may_capture_update(optimizer: Optimizer, base: Optimizer, device: torch.device) -> bool:
     """Whether the update can be part of a graph: nothing of it happens on the host alone."""
-    if _has_hooks(optimizer, base):
+    own_step = optimizer is not base and type(optimizer) is not AWP
+    if own_step or _has_hooks(optimizer, base):
         return False
     if type(base) is torch.optim.SGD:
         params = [p for group in base.param_groups for p in group["params"]]
         fits = all(p.device == device and p.is_floating_point() for p in params)
-        fits = fits and not any(group["differentiable"] for group in base.param_groups)
+        for group in base.param_groups:
+            lr = group["lr"]
+            # Of the learning rate the fused update reads float32, as it lies on the device.
+            readable = not _is_live(lr, device) or lr.dtype == torch.float32
+            fits = fits and readable and not group["differentiable"]
         # The fused update starts all momenta at once, or none.
         started = {len(base.state.get(p, ())) > 0 for p in params if p.requires_grad}
         return fits and len(started) <= 1

@@ -7,6 +7,7 @@ where, must be in the key of the call: each key has a graph of its own.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import warnings
@@ -60,10 +61,11 @@ class CudaRecorder:
     def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            outputs = function()
-        current.wait_stream(self._stream)
-        return outputs
+        try:
+            with torch.cuda.stream(self._stream):
+                return function()
+        finally:  # after an error, too: the caller will bring its weights home
+            current.wait_stream(self._stream)
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
@@ -71,9 +73,30 @@ class CudaRecorder:
         capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self._device), capture:
-            outputs = function()
+        sync_debug_mode = torch.cuda.get_sync_debug_mode()
+        try:
+            # The stream once more: older versions do not leave theirs if ending the capture fails.
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream), capture:
+                # Code that reads from the device then fails before it spoils the capture.
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    outputs = function()
+                finally:
+                    torch.cuda.set_sync_debug_mode(sync_debug_mode)
+        except BaseException:
+            self._recover()
+            raise
         return outputs, graph.replay
+
+    def _recover(self) -> None:
+        """After a spoiled capture the generator and the allocator may think it still goes on."""
+        pool, self._pool = self._pool, torch.cuda.graph_pool_handle()
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self._device.index, pool)
+        # Ending a capture in order is what resets the generator.
+        orderly = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream)
+        with contextlib.suppress(Exception), torch.cuda.device(self._device), orderly:
+            torch.zeros(1, device=self._device)
 
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
@@ -180,8 +203,7 @@ class Graphs:
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        before_replay(graph.kept)
-        return graph.replay(inputs)
+        return graph.replay(inputs, before_replay)
 
 
 class _Graph:
@@ -209,9 +231,10 @@ class _Graph:
                 "which a replay would repeat; draw them on the device"
             )
 
-    def replay(self, inputs: Sequence[Tensor]) -> Tensors:
+    def replay(self, inputs: Sequence[Tensor], before_replay: Callable[[Any], None]) -> Tensors:
         for buffer, t in zip(self._inputs, inputs, strict=True):
             buffer.copy_(t, non_blocking=True)
+        before_replay(self.kept)  # last, for it may speak of what only the replay makes true
         self._replay()
         return tuple(t.clone() for t in self._outputs)
 
@@ -223,16 +246,20 @@ def as_key(value: Any) -> Hashable:
     return value if isinstance(value, Hashable) else repr(value)
 
 
-def module_key(model: Any) -> Hashable:
-    """What of a model decides which kernels run on which memory: modes, weights, buffers."""
-    if not isinstance(model, nn.Module):
-        return id(model)
+def module_key(model: nn.Module) -> Hashable:
+    """What of a model decides which kernels run on which memory, with which numbers."""
     tensors = (*model.parameters(), *model.buffers())
     return (
         id(model),
-        tuple(module.training for module in model.modules()),
+        tuple(_host_settings(module) for module in model.modules()),
         tuple((t.data_ptr(), t.requires_grad) for t in tensors),
     )
+
+
+def _host_settings(module: nn.Module) -> Hashable:
+    """The mode, and the numbers of BatchNorm and dropout that are no tensors."""
+    settings = module.__dict__
+    return module.training, as_key(settings.get("momentum")), as_key(settings.get("p"))
 
 
 def _surroundings(device: torch.device) -> Hashable:

@@ -409,6 +409,7 @@ class AWP(Optimizer):
             state_dict = state_dict if changed is None else changed
         settings = [{name: group[name] for name in _SETTINGS} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
+        self._has_updated = False  # it may be of the time before
         for group, before in zip(self.param_groups, settings, strict=True):
             for name, value in before.items():  # a plain optimizer's checkpoint has none
                 group.setdefault(name, value)

@@ -215,6 +215,7 @@ def _host_may_look(t: Tensor) -> bool:
 def _has_fused_add(v: Tensor, g: Tensor, scale: Tensor) -> bool:
     return (
         v.device.type in _FUSED
+        and v.is_floating_point()  # not complex
         and v.dtype == g.dtype
         and scale.dtype == torch.float32  # what the kernel reads
         and v.stride() == g.stride()

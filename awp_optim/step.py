@@ -53,7 +53,8 @@ class AdversarialStep:
       training mode, of the objective: 26.
     - ``ascent="attack"``: v from the gradient in the attack's last iteration, one backward pass to
       the weights more: 24. It is of the attack's loss, in the attack's mode and at the input before
-      the last step; in eval mode BatchNorm normalises otherwise than in the descent.
+      the last step; in eval mode BatchNorm normalises otherwise than in the descent. With
+      DistributedDataParallel it is of each process's own batch: every process has its own v.
     - ``ascent="momentum"``: v along the base optimizer's average of past gradients: 23. It knows
       nothing of this batch, and is zero in the first step. Measured, it was nearly orthogonal to
       the exact v and did little; see the README before you use it.
@@ -67,8 +68,9 @@ class AdversarialStep:
     calls. The update is part of the graph for ``torch.optim.SGD`` and for optimizers built with
     ``capturable=True``, as long as they have no hooks and no setting but learning rate and gamma
     changes; else it runs after the replay, which takes a few launches more. What a graph cannot
-    know is what only the host does: hooks on modules and Python code in the model's forward run
-    when it is captured, not when it is replayed.
+    know is what only the host does: hooks on modules, Python code in the model's forward, code
+    wrapped around ``optimizer.step``: it runs when a step is captured, not when it is replayed.
+    Every kind of call keeps the memory of its gradients, and its replays write to the same ones.
 
     Args:
         model: maps inputs to logits.
@@ -138,6 +140,10 @@ class AdversarialStep:
                 "ascent='attack' needs an attack that takes gradients, such as PGD, got "
                 f"{attack!r:.80}"
             )
+        if ascent == "attack" and (
+            getattr(attack, "eps", 1) == 0 or getattr(attack, "steps", 1) == 0
+        ):
+            raise ValueError(f"ascent='attack' needs gradients, and {attack} takes none")
         if ascent == "attack" and ascents != alternations:
             raise ValueError(
                 f"ascent='attack' has one gradient for each attack: build the optimizer as "
@@ -154,9 +160,11 @@ class AdversarialStep:
             )
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm must be positive or None, got {clip_grad_norm!r}")
-        if cuda_graph is True and isinstance(model, _DISTRIBUTED):
+        distributed = [m for m in model.modules() if isinstance(m, _DISTRIBUTED)]
+        if cuda_graph is True and distributed:
             raise ValueError(
-                f"cuda_graph=True does not go with {type(model).__name__}: leave it at 'auto'"
+                f"cuda_graph=True does not go with {type(distributed[0]).__name__}: leave it at "
+                "'auto'"
             )
         self.model = model
         self.optimizer = optimizer
@@ -172,7 +180,7 @@ class AdversarialStep:
         self._kept: dict[Tensor, Tensor] = {}  # v when it was last computed, for interval > 1
         eager = (
             not isinstance(attack, Attack)
-            or isinstance(model, _DISTRIBUTED)
+            or len(distributed) > 0
             or any(getattr(module, "sparse", False) for module in model.modules())
         )
         self._graphs = Graphs(
@@ -236,7 +244,11 @@ class AdversarialStep:
                 "were when it was saved"
             )
         self._steps = state_dict["steps"]
-        self._kept = {parameters[i]: v.detach().to(parameters[i]).clone() for i, v in kept.items()}
+        loaded = {}
+        for i, v in kept.items():
+            p = parameters[i]
+            loaded[p] = self._kept.get(p, torch.empty_like(p.detach())).copy_(v)
+        self._kept = loaded
 
     # ------------------------------------------------------------------ the step itself
 
@@ -338,12 +350,14 @@ class AdversarialStep:
             return _Kept(
                 [(p, p.grad) for p in _parameters(optimizer)],
                 awp._host_state() if awp else None,
-                (awp and dict(awp._buffers), dict(self._kept), self.attack, self.objective),
+                dict(self._kept),
+                (awp and dict(awp._buffers), self.attack, self.objective),
             )
 
         def before_replay(kept: _Kept) -> None:
             for p, grad in kept.gradients:
                 p.grad = grad
+            self._kept = dict(kept.kept)
             if awp and kept.awp:
                 awp._set_host_state(kept.awp)
 
@@ -352,10 +366,12 @@ class AdversarialStep:
             if awp:
                 awp._set_host_state(_AT_CENTRE)
 
-        key = (again, settings if inside else None, self._key())
+        kept_at = tuple((id(p), v.data_ptr()) for p, v in self._kept.items())
+        key = (again and kept_at, settings if inside else None, self._key())
         loss, logits, x_adv = self._graphs(
-            function, (x, y), key, keep=keep, before_replay=before_replay, discard=discard
+            function, (x.detach(), y), key, keep=keep, before_replay=before_replay, discard=discard
         )
+        torch.clear_autocast_cache()  # the weights are others now
         if not inside:
             self._update()
         return loss, logits, x_adv
@@ -369,7 +385,7 @@ class AdversarialStep:
             tuple(as_key(p) for p in _parameters(optimizer)),
             tuple(as_key(t) for t in state if isinstance(t, Tensor)),
             tuple(structure(group) for group in optimizer.param_groups),
-            (id(self.attack), id(self.objective)),
+            (id(self.attack), id(self.objective), _settings_of(self.objective)),
             (self.ascent, self.alternations, self.autocast, self.clip_grad_norm),
         )
 
@@ -379,11 +395,18 @@ class _Kept(NamedTuple):
 
     gradients: list[tuple[Tensor, Tensor | None]]
     awp: HostState | None
+    kept: dict[Tensor, Tensor]
     memory: Any
 
 
 _AT_CENTRE = HostState(False, {}, [], [])
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def _settings_of(objective: Any) -> Hashable:
+    return tuple(
+        (name, as_key(value)) for name, value in getattr(objective, "__dict__", {}).items()
+    )
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -7,6 +7,7 @@ look at a value from the host is an error there.
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -42,56 +43,66 @@ def batch(device="cpu", dtype=torch.float32):
     return x.to(device, dtype), torch.randint(3, (8,), generator=generator).to(device)
 
 
-@pytest.fixture(params=["meta", CUDA])
-def strict_device(request):
-    """A device on which a host synchronisation is an error."""
-    if request.param == "cuda":
+strict_devices = pytest.mark.parametrize("device", ["meta", CUDA])
+
+
+@contextmanager
+def no_synchronisation(device):
+    """Inside, a host synchronisation is an error; on the meta device it always is."""
+    if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
-    yield request.param
-    if request.param == "cuda":
-        torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
+@strict_devices
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-@pytest.mark.parametrize("direction", ["gradient", "random"])
+@pytest.mark.parametrize("direction", ["gradient", "momentum", "random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_two_steps_read_nothing_back(strict_device, foreach, norm, direction, dtype):
-    params = [
-        nn.Parameter(torch.empty(s, device=strict_device, dtype=dtype)) for s in [(3, 4), (5,)]
-    ]
-    opt = AWP(params, SGD, norm=norm, direction=direction, ascent_steps=2, foreach=foreach, lr=0.1)
+def test_the_two_steps_read_nothing_back(device, foreach, norm, direction, dtype):
+    params = [nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in [(3, 4), (5,)]]
+    settings = {"norm": norm, "direction": direction, "foreach": foreach}
+    opt = AWP(params, SGD, ascent_steps=2, lr=0.1, momentum=0.9, **settings)
     for p in params:
         p.grad = torch.empty_like(p)
-    opt.first_step()
-    opt.first_step()
-    opt.second_step()
-    with opt.perturbed():
-        pass
+    with no_synchronisation(device):
+        for _ in range(2):
+            opt.first_step()
+            opt.first_step()
+            opt.second_step()
+        with opt.perturbed():
+            pass
 
 
+@strict_devices
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("loss", ["ce", "kl", "cw", "dlr"])
-def test_attacks_read_nothing_back(strict_device, norm, loss):
-    model, (x, y) = network().to(strict_device), batch()
-    x, y = (t.to(strict_device) for t in (x, y))
-    PGD(norm=norm, loss=loss, steps=2, restarts=2)(model, x, y)
-    if loss != "kl":
-        FGSM(norm=norm, loss=loss)(model, x, y)
+def test_attacks_read_nothing_back(device, norm, loss):
+    model, (x, y) = network().to(device), batch(device)
+    with no_synchronisation(device):
+        PGD(norm=norm, loss=loss, steps=2, restarts=2)(model, x, y)
+        if loss != "kl":
+            FGSM(norm=norm, loss=loss)(model, x, y)
 
 
+@strict_devices
 @pytest.mark.parametrize(
     "kwargs", [None, {}, {"ascent": "attack"}, {"ascent": "momentum"}, {"interval": 2}]
 )
 @pytest.mark.parametrize("cuda_graph", [False, "auto"])
-def test_a_step_reads_nothing_back(strict_device, kwargs, cuda_graph):
-    model, (x, y) = network().to(strict_device), batch()
+def test_a_step_reads_nothing_back(device, kwargs, cuda_graph):
+    model, (x, y) = network().to(device), batch(device)
     make = SGD if kwargs is None else lambda ps, **k: AWP(ps, SGD, **k)
     opt = make(model.parameters(), lr=0.1, momentum=0.9)
     settings = {"clip_grad_norm": 1.0, "cuda_graph": cuda_graph, **(kwargs or {})}
     step = AdversarialStep(model, opt, PGD(steps=2), **settings)
-    for _ in range(8):  # until it is replayed
-        step(x.to(strict_device), y.to(strict_device))
+    with no_synchronisation(device):
+        for _ in range(8):  # until it is replayed
+            step(x, y)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

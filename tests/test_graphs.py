@@ -283,6 +283,126 @@ def test_bf16_and_channels_last(graph_device, surrounding):
     assert counts.captures == 1
 
 
+def test_several_steps_in_one_autocast_region(graph_device):
+    """What the caller computes between them sees the weights of now."""
+    device, counts = graph_device
+    model = network(device, torch.float32)
+    step = AdversarialStep(model, awp(model), attack(device), cuda_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        for x, y in batches(8, device):
+            step(x.float(), y)
+            ours = model(x.float())
+            with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+                assert torch.equal(ours, model(x.float()))
+    assert counts.replays >= 4
+
+
+class Weighted:
+    """An objective with a number that the caller changes as training goes on."""
+
+    needs_natural = False
+    factor = 1.0
+
+    def __call__(self, logits_adv, logits_nat, y):
+        return self.factor * nn.functional.cross_entropy(logits_adv, y)
+
+
+@pytest.mark.parametrize("what", ["objective", "momentum of a BatchNorm", "dropout"])
+def test_numbers_of_the_host_are_part_of_the_key(graph_device, what):
+    device, counts = graph_device
+    if device == "cuda" and what == "dropout":
+        pytest.skip("a graph may draw other random numbers")
+    results = []
+    for mode in (False, True):
+        model = network(device)
+        model.insert(3, nn.Dropout(0.0))
+        objective = Weighted()
+        opt = awp(model)
+        step = AdversarialStep(model, opt, attack(device), objective, cuda_graph=mode)
+        torch.manual_seed(3)
+        for i, (x, y) in enumerate(batches(10, device)):
+            if i == 5 and what == "objective":
+                objective.factor = 0.25
+            elif i == 5 and what == "dropout":
+                model[3].p = 0.5
+            elif i == 5:
+                model[1].momentum = 0.5
+            step(x, y)
+        results.append(model)
+    assert_same(*results)
+    assert counts.captures == 2
+
+
+def test_an_awp_with_a_step_of_its_own(graph_device):
+    device, counts = graph_device
+    calls = []
+
+    class Own(AWP):
+        def step(self, closure=None):
+            calls.append(1)
+            return super().step(closure)
+
+    def make(model):
+        return Own(model.parameters(), SGD, gamma=0.0625, lr=0.125)
+
+    trained(device, True, batches(8, device), make)
+    assert len(calls) == 8
+    assert counts.replays >= 4
+
+
+def test_a_learning_rate_in_float64_on_the_device(graph_device):
+    device, counts = graph_device
+    lr = torch.tensor(0.125, device=device, dtype=torch.float64)
+
+    def make(model):
+        return AWP(model.parameters(), SGD, gamma=0.0625, lr=lr, momentum=0.875)
+
+    data = batches(8, device)
+    eager, truth, _ = trained(device, False, data, make)
+    model, outputs, _ = trained(device, True, data, make)
+    assert_same(model, eager, outputs, truth)
+    assert counts.replays >= 4
+
+
+@pytest.mark.parametrize("case", ["gamma", "group", "frozen", "loaded", "one cycle"])
+@pytest.mark.parametrize("interval", [1, 4])
+def test_what_changes_while_a_direction_is_kept(graph_device, case, interval):
+    device, counts = graph_device
+    results = []
+    for mode in (False, True):
+        model = network(device)
+        params = [{"params": [model[0].weight]}] if case == "group" else model.parameters()
+        opt = AWP(params, SGD, gamma=0.0625, lr=0.125, momentum=0.875)
+        step = AdversarialStep(model, opt, attack(device), interval=interval, cuda_graph=mode)
+        scheduler = None
+        if case == "one cycle":
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(opt, 0.125, total_steps=40)
+        torch.manual_seed(3)
+        kept, saved = [], {}
+        for i, (x, y) in enumerate(batches(38, device)):
+            if case == "gamma":
+                opt.param_groups[0]["gamma"] = 0.0 if i < 13 else 0.0625
+            elif case == "group" and i == 13:
+                opt.add_param_group({"params": [model[4].weight], "gamma": 0.25})
+            elif case == "frozen" and i in (13, 26):
+                model[0].weight.requires_grad_(i == 26)
+            elif case == "loaded" and i == 26:
+                step.load_state_dict(copy.deepcopy(saved))
+            if case == "loaded" and i == 13:
+                saved = copy.deepcopy(step.state_dict())
+            step(x, y)
+            if scheduler:
+                scheduler.step()
+            kept.append({k: v.clone() for k, v in step.state_dict()["kept"].items()})
+        results.append((model, kept))
+    (eager, kept_eager), (model, kept) = results
+    # Among this scheduler's learning rates are some that float32 has not.
+    rtol = 1e-6 if device == "cuda" or case == "one cycle" else 1e-10
+    assert_same(model, eager, rtol=rtol)
+    torch.testing.assert_close(kept, kept_eager, rtol=rtol, atol=rtol)
+    assert counts.replays >= 10
+
+
 def test_a_weight_that_joins_later(graph_device):
     """Some momenta are there, others not: more than the fused update can do."""
     device, counts = graph_device
@@ -408,6 +528,50 @@ def test_an_error_in_the_update_after_a_replay_brings_the_weights_home(graph_dev
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
+def test_ctrl_c_before_a_replay_takes_nothing_back(graph_device):
+    device, counts = graph_device
+    model = network(device)
+    opt = awp(model)
+    opt.register_step_pre_hook(lambda *a: None)  # the update is not in the graph
+    step = AdversarialStep(model, opt, attack(device), cuda_graph=True)
+    run(step, batches(6, device))
+    assert counts.replays
+    before = copy.deepcopy(model.state_dict())
+
+    class Interrupted:
+        def copy_(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    (graph,) = step._graphs._graphs.values()
+    graph._inputs[0] = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        step(*batches(1, device)[0])
+    assert not opt.is_perturbed
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("spoil", [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()])
+def test_after_a_spoiled_capture_the_device_is_as_before(spoil):
+    class Net(nn.Sequential):
+        def forward(self, x):
+            spoil(x)
+            return super().forward(x)
+
+    eager, truth, _ = trained("cuda", False, batches(8, "cuda"))
+    stream = torch.cuda.current_stream()
+    model = Net(*network("cuda"))
+    step = AdversarialStep(model, awp(model), attack("cuda"))
+    with pytest.warns(UserWarning, match="runs without one from now on"):
+        outputs = run(step, batches(8, "cuda"))
+    assert_same(model, eager, outputs, truth)
+    assert torch.cuda.current_stream() == stream
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert len(torch.rand(9, device="cuda").unique()) == 9
+    trained("cuda", True, batches(8, "cuda"))  # others can be captured
+
+
 def test_settings_are_checked_before_a_replay(graph_device):
     device, _ = graph_device
     model, _, step = trained(device, True, batches(6, device))
@@ -489,6 +653,15 @@ def test_a_captured_attack_is_the_attack(graph_device, loss, model_mode):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert captured(network(device), x, y).shape == x.shape
     assert counts.captures == 1
+    # Of a function nobody knows what it works with.
+    with pytest.raises(ValueError, match=r"wrap the function in an nn\.Module"):
+        captured(lambda x: model(x), x, y)
+    for training in [False] * 5 + [True]:
+        model.train(training)
+        torch.manual_seed(0)
+        ours = Captured(plain)(lambda x: model(x), x, y)
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, plain(lambda x: model(x), x, y), rtol=1e-6, atol=1e-6)
 
 
 def test_captured_takes_an_attack():

@@ -19,7 +19,7 @@ BELOW = {
     "graphs": set(),
     "attacks": {"attacks", "graphs"},
     "optimizer": {"perturbation"},
-    "capturable": {"graphs"},
+    "capturable": {"graphs", "optimizer"},
     "step": {"attacks", "batchnorm", "capturable", "graphs", "objectives", "optimizer"},
     "__init__": {"batchnorm", "optimizer", "step"},
 }

@@ -1199,6 +1199,18 @@ def test_the_momentum_of_a_loaded_checkpoint_serves_at_once(net):
     assert len(opt.perturbation()) == 3
 
 
+def test_back_before_the_first_update_there_is_no_momentum_again(net):
+    opt = AWP(net.parameters(), SGD, direction="momentum", lr=0.1, momentum=0.9)
+    start = copy.deepcopy(opt.state_dict())
+    (x, y), *_ = batches(1)
+    for _ in range(2):
+        for _ in range(2):
+            backward(net, x, y)
+            opt.first_step()
+            opt.second_step(zero_grad=True)
+        opt.load_state_dict(copy.deepcopy(start))
+
+
 @pytest.mark.parametrize(
     ("base", "kwargs", "steps"),
     [(SGD, {}, 0), (torch.optim.Adagrad, {}, 1), (torch.optim.RMSprop, {}, 0)],

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_optim import AWP, AdversarialStep
-from awp_optim.attacks import PGD
+from awp_optim.attacks import FGSM, PGD
 from awp_optim.objectives import TRADES
 
 SGD = torch.optim.SGD
@@ -394,6 +394,9 @@ def test_autocast_runs_the_forward_passes_in_its_dtype():
         ({"alternations": 2}, ValueError, r"ascent_steps=K2 \* 2"),
         ({"ascent": "wrong"}, ValueError, "ascent must be one of"),
         ({"ascent": "attack", "attack": lambda m, x, y: x}, ValueError, "attack that takes grad"),
+        ({"ascent": "attack", "attack": PGD(eps=0)}, ValueError, "needs gradients"),
+        ({"ascent": "attack", "attack": PGD(steps=0)}, ValueError, "needs gradients"),
+        ({"ascent": "attack", "attack": FGSM(eps=0)}, ValueError, "needs gradients"),
         ({"interval": 0}, ValueError, "interval must be an integer >= 1"),
         ({"interval": 2, "ascent": "momentum"}, ValueError, "interval saves nothing"),
         ({"clip_grad_norm": 0.0}, ValueError, "clip_grad_norm must be positive"),
@@ -406,6 +409,16 @@ def test_bad_settings_are_named(net, kwargs, error, match):
     settings = {"optimizer": AWP(net.parameters(), SGD, lr=0.1), "attack": ATTACK, **kwargs}
     with pytest.raises(error, match=match):
         AdversarialStep(net, **settings)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_no_graph_of_a_distributed_model(net, compiled):
+    model = nn.DataParallel(net)
+    model = torch.compile(model) if compiled else model
+    opt = SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="does not go with DataParallel"):
+        AdversarialStep(model, opt, ATTACK, cuda_graph=True)
+    assert AdversarialStep(model, opt, ATTACK)._graphs._mode is False
 
 
 def test_a_step_does_not_start_from_perturbed_weights(net):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from awp_optim.graphs import Graphs, module_key
 
@@ -14,8 +14,8 @@ class Captured:
 
     On a GPU the kernels of a small network take less time than their launches; a graph launches
     them all at once. From the third call on that is for the same model in the same state and for
-    inputs of the same shape, a call is a replay, with fresh random numbers. On other devices, and
-    wherever capturing fails, it is the attack as it is.
+    inputs of the same shape, a call is a replay, with fresh random numbers. On other devices, for
+    models that are no modules, and wherever capturing fails, it is the attack as it is.
 
     Hooks on modules and Python code in the model's forward run when the attack is captured, not
     when it is replayed.
@@ -39,12 +39,25 @@ class Captured:
         if not isinstance(attack, Attack):
             raise TypeError(f"attack must be one of this package's, got {describe(attack)}")
         self.attack = attack
+        self._cuda_graph = cuda_graph
         self._graphs = Graphs(cuda_graph, f"the attack {attack}")
 
     def __call__(self, model: Model, x: Tensor, y: Tensor | None) -> Tensor:
-        """Perturb a batch, as :meth:`Attack.__call__`."""
+        """Perturb a batch, as :meth:`Attack.__call__`.
+
+        Raises:
+            ValueError: as there; or ``cuda_graph=True`` where there can be no graph.
+            CaptureError: ``cuda_graph=True`` and the attack cannot be captured.
+        """
         self.attack._check(x, y)
         if x.numel() == 0 or not self._graphs.applies_to(x.device):
+            return self.attack(model, x, y)
+        if not isinstance(model, nn.Module):  # nobody sees what a function works with
+            if self._cuda_graph is True:
+                raise ValueError(
+                    "cuda_graph=True needs a model whose modes and weights can be seen to change: "
+                    f"wrap the function in an nn.Module, got {describe(model)}"
+                )
             return self.attack(model, x, y)
 
         def function(x: Tensor, y: Tensor | None = None) -> tuple[Tensor]:
