@@ -1,6 +1,7 @@
 """The questions that only a GPU answers, asked in one go: ``python -m benchmarks.accelerator``.
 
     python -m benchmarks.accelerator correct step mfu memory weights attacks
+    python -m benchmarks.accelerator compiled  # networks through torch.compile; takes its time
     python -m benchmarks.accelerator reproduce --data-dir data --run-dir runs/at-awp --minutes 9
     python -m benchmarks.accelerator step --device cpu --quick   # does it run? The figures are void
 
@@ -101,13 +102,12 @@ class Record:
         self._judged = not options.quick
         self.write()
 
-    def part(self, name: str, measure: Callable[[], Figures], *, optional: bool = False) -> Figures:
+    def part(self, name: str, measure: Callable[[], Figures]) -> Figures:
         """Measure a part and write it down; an exception is recorded in its place.
 
         Args:
             name: of the part.
             measure: returns its figures.
-            optional: an exception here does not make the item fail.
 
         Returns:
             The figures; none after an exception.
@@ -119,7 +119,7 @@ class Record:
         except Exception:
             error = traceback.format_exc()
             print(error, flush=True)
-            self._failed = self._failed or not optional
+            self._failed = True
             self.update(name, {**self.content["parts"].get(name, {}), "error": error})
             self.figure(name, "failed")
             return {}
@@ -379,11 +379,20 @@ def step(options: Options, record: Record) -> None:
     order = [(resnet, CAPTURED), (wide, CAPTURED)]  # what matters most first
     order += [(resnet, EAGER_BF16), (resnet, EAGER_FP32)]
     order += [(wide, EAGER_BF16), (wide, EAGER_FP32)]
-    order += [(resnet, COMPILED), (wide, COMPILED)]
+    step_times(order, options, record)
+
+
+def compiled(options: Options, record: Record) -> None:
+    """The same, and the share of the matrix rate, of networks through torch.compile."""
+    for case in cases(options):
+        step_times([(case, COMPILED)], options, record)
+        matrix_shares([(case, COMPILED)], options, record)
+
+
+def step_times(order: list[tuple[Case, Setting]], options: Options, record: Record) -> None:
     for case, setting in order:
         name = f"{case.name}, {setting.name}"
-        compare = partial(compare_steps, case, setting, options)
-        figures = record.part(name, compare, optional=setting.compiled)
+        figures = record.part(name, partial(compare_steps, case, setting, options))
         free(options)
         if not figures:
             continue
@@ -426,18 +435,19 @@ def many_compilations() -> Any:
 
 def mfu(options: Options, record: Record) -> None:
     """The share of the card's bf16 matrix rate that a step reaches."""
-    for setting in (CAPTURED, COMPILED):
-        for case in cases(options):
-            name = f"{case.name}, {setting.name}"
-            measure = partial(measure_mfu, case, setting, options)
-            figures = record.part(name, measure, optional=setting.compiled)
-            free(options)
-            if not figures:
-                continue
-            rates = {**figures["tflops"], "matrices": figures["matmul_tflops"]}
-            record.figure(f"{name}, TFLOP/s", listed(rates))
-            goal = case.mfu if setting is CAPTURED else None
-            record.figure(f"{name}: exact / matrices", figures["share"]["exact"], at_least=goal)
+    matrix_shares([(case, CAPTURED) for case in cases(options)], options, record)
+
+
+def matrix_shares(order: list[tuple[Case, Setting]], options: Options, record: Record) -> None:
+    for case, setting in order:
+        name = f"{case.name}, {setting.name}, share"
+        figures = record.part(name, partial(measure_mfu, case, setting, options))
+        free(options)
+        if not figures:
+            continue
+        rates = {**figures["tflops"], "matrices": figures["matmul_tflops"]}
+        record.figure(f"{name}, TFLOP/s", listed(rates))
+        record.figure(f"{name}: exact / matrices", figures["share"]["exact"], at_least=case.mfu)
 
 
 def measure_mfu(case: Case, setting: Setting, options: Options) -> Figures:
@@ -789,9 +799,9 @@ def reproduce(options: Options, record: Record) -> None:
     record.figure("seconds an epoch, training", figures["median_train_seconds"])
     record.figure("seconds an epoch, testing", figures["median_eval_seconds"])
     if figures["epochs_done"] == config.epochs:
-        paper = PAPER[name]
-        record.figure("best robust accuracy, %", figures["best"], at_least=paper["best"])
-        record.figure("last robust accuracy, %", figures["last"], at_least=paper["last"])
+        paper = PAPER[name] if config.gamma in (0, GAMMA) else {}
+        record.figure("best robust accuracy, %", figures["best"], at_least=paper.get("best"))
+        record.figure("last robust accuracy, %", figures["last"], at_least=paper.get("last"))
         record.figure("whole run, minutes", figures["total_seconds"] / 60, at_most=20)
 
 
@@ -888,7 +898,8 @@ def run_autoattack(peer: Any, options: Options, record: Record, deadline: float)
 
 
 ITEMS: dict[str, Callable[[Options, Record], None]] = {
-    f.__name__: f for f in (correct, step, mfu, memory, weights, attacks, reproduce, autoattack)
+    f.__name__: f
+    for f in (correct, step, mfu, memory, weights, attacks, compiled, reproduce, autoattack)
 }
 
 
