@@ -653,6 +653,19 @@ def test_a_captured_attack_is_the_attack(graph_device, loss, model_mode):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert captured(network(device), x, y).shape == x.shape
     assert counts.captures == 1
+    # The weights and the buffers may lie elsewhere.
+    state = copy.deepcopy(model.state_dict())
+    state["1.running_mean"] += 1.0
+    for i in range(4):
+        if i == 1:
+            model.load_state_dict(state, assign=True)
+        elif i == 2:
+            model[4].weight.data = torch.randn_like(model[4].weight)
+        torch.manual_seed(0)
+        ours = captured(model, x, y)
+        torch.manual_seed(0)
+        if device == "cpu" or loss == "ce":
+            torch.testing.assert_close(ours, plain(model, x, y), rtol=1e-12, atol=1e-12)
     # Of a function nobody knows what it works with.
     with pytest.raises(ValueError, match=r"wrap the function in an nn\.Module"):
         captured(lambda x: model(x), x, y)
@@ -662,6 +675,17 @@ def test_a_captured_attack_is_the_attack(graph_device, loss, model_mode):
         ours = Captured(plain)(lambda x: model(x), x, y)
     torch.manual_seed(0)
     torch.testing.assert_close(ours, plain(lambda x: model(x), x, y), rtol=1e-6, atol=1e-6)
+
+
+def test_autocast_switched_on_meanwhile(graph_device):
+    device, counts = graph_device
+    model = network(device, torch.float32)
+    step = AdversarialStep(model, awp(model), attack(device), cuda_graph=True)
+    for i, (x, y) in enumerate(batches(10, device)):
+        with torch.autocast(device, torch.bfloat16, enabled=i >= 5):
+            out = step(x.float(), y)
+        assert out.logits.dtype == (torch.bfloat16 if i >= 5 else torch.float32)
+    assert counts.captures == 2
 
 
 def test_captured_takes_an_attack():

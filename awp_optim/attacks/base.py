@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -158,8 +159,9 @@ class Victim:
         self._weights = list(weights)
         self.weight_gradients: Gradients = (None,) * len(self._weights)
         # A compiled backward pass computes all gradients there are, asked for or not.
-        compiled = isinstance(model, nn.Module) and any(map(_is_compiled, model.modules()))
-        self._costly = list(model.parameters()) if compiled else []  # type: ignore[attr-defined]
+        self._costly: list[Tensor] = []
+        if isinstance(model, nn.Module) and any(map(_is_compiled, model.modules())):
+            self._costly = list(model.parameters()) if _compiler_sees_requires_grad() else []
         # The number of classes is known at the first forward pass only. Reading labels is free on
         # the CPU, elsewhere it would wait for the device.
         self._largest_label = -1 if y is None or y.device.type != "cpu" else int(y.max())
@@ -242,6 +244,28 @@ def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for p in required:
             p.requires_grad_(True)
+
+
+@functools.cache
+def _compiler_sees_requires_grad() -> bool:
+    """Whether code is compiled anew for weights that no longer require gradients.
+
+    torch 2.11 goes on with what it has, which would then give no gradients when they are wanted.
+    """
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+        compilations.append(graph)
+        return graph.forward
+
+    # Without drawing random numbers.
+    linear: nn.Module = nn.utils.skip_init(nn.Linear, 1, 1, bias=False)  # type: ignore[no-untyped-call]
+    compiled = torch.compile(linear, backend=backend)
+    with torch.enable_grad():
+        for required in (True, False):
+            linear.requires_grad_(required)
+            compiled(torch.zeros(1, 1))
+    return len(compilations) == 2
 
 
 def _is_compiled(module: nn.Module) -> bool:
