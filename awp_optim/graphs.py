@@ -136,7 +136,10 @@ class Graphs:
                 f"cuda_graph=True, but the inputs are on {device}, where there are no CUDA graphs: "
                 "move model and inputs to a CUDA device, or leave cuda_graph at 'auto'"
             )
-        return self._mode is not False and device.type in RECORDERS
+        if self._mode is False or device.type not in RECORDERS:
+            return False
+        # Inside a graph of the caller's own, or of a surrounding call, there can be no other.
+        return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
     def __call__(
         self,

@@ -83,8 +83,8 @@ class AWP(Optimizer):
         direction: "gradient", the paper's; "momentum", along the base optimizer's average of the
             gradients (SGD's momentum buffer, Adam's first moment), which saves the pass for the
             ascent and gives up that v is adversarial to this batch: v is zero before the first
-            update, and weight decay is in it where the average has it, as SGD's; or "random" for
-            the paper's RWP baseline.
+            update, weight decay is in it where the average has it, as SGD's, and measured it did
+            little (see the README); or "random" for the paper's RWP baseline.
         min_ndim: tensors with fewer dimensions stay unperturbed; 2 leaves out biases and norms.
         foreach: True for the ``torch._foreach_*`` implementation, False for the readable one, None
             for foreach except with tensor subclasses. Passed on to a base optimizer that has it.

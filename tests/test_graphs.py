@@ -572,6 +572,24 @@ def test_after_a_spoiled_capture_the_device_is_as_before(spoil):
     trained("cuda", True, batches(8, "cuda"))  # others can be captured
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_inside_a_graph_of_the_callers_own():
+    model, (x, y) = network("cuda"), batches(1, "cuda")[0]
+    step = AdversarialStep(model, awp(model), attack("cuda"), cuda_graph=False)
+    captured = Captured(attack("cuda"))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(x, y)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        x_adv = captured(model, x, y)
+    graph.replay()
+    torch.testing.assert_close(x_adv, attack("cuda")(model, x, y), rtol=1e-9, atol=1e-9)
+
+
 def test_settings_are_checked_before_a_replay(graph_device):
     device, _ = graph_device
     model, _, step = trained(device, True, batches(6, device))
