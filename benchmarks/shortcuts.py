@@ -27,12 +27,12 @@ from torch import Tensor
 from awp_optim import AWP, frozen_batch_norm
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
+from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
 from awp_optim.lab.trainer import best, fit
 from awp_optim.objectives import at
 from benchmarks.harness import RESULTS, environment, write_json
-from examples import quickstart
 
-SETTING = replace(quickstart.SETTING, epochs=40, gamma=1e-2)  # as it runs without arguments
+SETTING = replace(QUICKSTART, gamma=1e-2)  # as the quickstart runs without arguments
 
 MODES: dict[str, dict[str, Any]] = {
     "AT": {"gamma": 0.0},
@@ -50,7 +50,7 @@ def train(mode: str, seed: int, epochs: int) -> dict[str, float]:
     """One run's figures, in percent."""
     torch.set_num_threads(1)
     config = replace(SETTING, seed=seed, epochs=epochs, **MODES[mode])
-    rows = fit(config, load_digits().limit(quickstart.TRAIN_IMAGES))[1]
+    rows = fit(config, load_digits().limit(QUICKSTART_IMAGES))[1]
     top, last = best(rows), rows[-1]
     return {
         "robust, best": 100 * top["test_robust_acc"],
@@ -67,7 +67,7 @@ def cosines(seed: int, epochs: int) -> list[dict[str, float]]:
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    data = load_digits().limit(quickstart.TRAIN_IMAGES)
+    data = load_digits().limit(QUICKSTART_IMAGES)
     model = build_model(SETTING.arch, num_classes=data.num_classes, in_channels=data.in_channels)
     opt = AWP(
         model.parameters(),
@@ -193,7 +193,7 @@ def main() -> None:
         "setting": {
             **vars(SETTING),
             "epochs": args.epochs,
-            "train_images": quickstart.TRAIN_IMAGES,
+            "train_images": QUICKSTART_IMAGES,
         },
         "runs": {mode: {} for mode in modes},
         "cosines": {},

@@ -4,9 +4,7 @@ scikit-learn's digits (1,797 images of 8x8 pixels inside its wheel, no download)
 ResNet, PGD-10 at eps 0.2 in L_inf, the same seeds for both methods. It prints a table and draws
 quickstart.png.
 
-450 training images, batches of 32 and 40 epochs were chosen by looking at plain adversarial
-training alone, on another seed than those used here, as a setting where it overfits; gamma is the
-paper's for AT-AWP (Section 4.4).
+The setting is QUICKSTART in awp_optim/lab/recipes.py; gamma is the paper's for AT-AWP, Section 4.4.
 """
 
 from __future__ import annotations
@@ -28,25 +26,14 @@ from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars
+from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
 from awp_optim.lab.trainer import Config, Row, best, fit
-
-SETTING = Config(
-    arch="preact_resnet_small",
-    eps=0.2,
-    step_size=0.05,
-    attack_mode="eval",
-    batch_size=32,
-    augment=False,  # a mirrored digit is another sign, and 8x8 pixels leave nothing to crop
-    train_eval=450,
-    eval_every=5,
-)
-TRAIN_IMAGES = 450
 
 
 def train(key: tuple[str, int], config: Config, threads: int, news: Any) -> list[Row]:
     """One run in a process of its own; reports its progress through a queue."""
     torch.set_num_threads(threads)
-    data = load_digits().limit(TRAIN_IMAGES)
+    data = load_digits().limit(QUICKSTART_IMAGES)
     rows = fit(config, data, on_step=lambda done, steps: news.put((key, done, steps)))[1]
     return rows
 
@@ -79,15 +66,15 @@ def train_all(configs: dict[tuple[str, int], Config]) -> dict[tuple[str, int], l
 def overhead(gamma: float, steps: int = 40) -> float:
     """Time of a step with AWP over one without, taken in turn: the speed of a machine drifts."""
     torch.set_num_threads(1)
-    data = load_digits().limit(SETTING.batch_size)
+    data = load_digits().limit(QUICKSTART.batch_size)
     x, y = data.x_train / 255, data.y_train
     trainers, seconds = [], []
     for g in (0.0, gamma):
         model = build_model(
-            SETTING.arch, num_classes=data.num_classes, in_channels=data.in_channels
+            QUICKSTART.arch, num_classes=data.num_classes, in_channels=data.in_channels
         ).to(memory_format=torch.channels_last)
         optimizer = AWP(model.parameters(), torch.optim.SGD, gamma=g, lr=1e-3, momentum=0.9)
-        attack = SETTING.attack(SETTING.train_steps, SETTING.attack_mode)
+        attack = QUICKSTART.attack(QUICKSTART.train_steps, QUICKSTART.attack_mode)
         trainers.append(AdversarialStep(model, optimizer, attack))
     for _ in range(steps):
         for step in trainers:
@@ -126,14 +113,14 @@ def main() -> None:
     args = parser.parse_args()
     console = Console()
     console.print(
-        f"Adversarial training on {TRAIN_IMAGES} digits, {args.epochs} epochs, PGD-"
-        f"{SETTING.train_steps} at eps {SETTING.eps}; with AWP (gamma {args.gamma:g}) and without, "
-        f"{args.seeds} seeds each.",
+        f"Adversarial training on {QUICKSTART_IMAGES} digits, {args.epochs} epochs, PGD-"
+        f"{QUICKSTART.train_steps} at eps {QUICKSTART.eps}; with AWP (gamma {args.gamma:g}) and "
+        f"without, {args.seeds} seeds each.",
         highlight=False,
         soft_wrap=True,
     )
     start = time.perf_counter()
-    settings = {**vars(SETTING), "epochs": args.epochs}
+    settings = {**vars(QUICKSTART), "epochs": args.epochs}
     runs = train_all(
         {
             (label, seed): Config(**{**settings, "gamma": gamma, "seed": seed})
@@ -161,13 +148,13 @@ def main() -> None:
     console.print(table)
     console.print(
         'Test attack PGD-20; "best" is the epoch with the highest robust test accuracy of those '
-        f'evaluated (every {SETTING.eval_every}), "gap" is robust accuracy on training images '
+        f'evaluated (every {QUICKSTART.eval_every}), "gap" is robust accuracy on training images '
         "less that on test images. Seconds "
         "an epoch are of runs side by side and drift with the machine; the time of a step is not.",
         highlight=False,
         soft_wrap=True,
     )
-    learning_curves(by_label, args.out, f"Digits, PGD-20 at eps {SETTING.eps}")
+    learning_curves(by_label, args.out, f"Digits, PGD-20 at eps {QUICKSTART.eps}")
     console.print(
         f"Learning curves in {args.out}; {time.perf_counter() - start:.0f} s in all.",
         highlight=False,
