@@ -77,7 +77,7 @@ def cosines(seed: int, epochs: int) -> list[dict[str, float]]:
         momentum=SETTING.momentum,
         weight_decay=SETTING.weight_decay,
     )
-    attack = SETTING.attack(SETTING.train_steps, SETTING.attack_mode)
+    attack = SETTING.training_attack
     weights = [p for p in model.parameters() if p.ndim >= 2]
     batches = len(data.x_train) // SETTING.batch_size
     scheduler = torch.optim.lr_scheduler.MultiStepLR(

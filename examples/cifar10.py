@@ -2,6 +2,7 @@
 
     python examples/cifar10.py --out runs/at-awp                     # the paper's AT-AWP
     python examples/cifar10.py --out runs/at --gamma 0               # plain adversarial training
+    python examples/cifar10.py --out runs/trades-awp --method trades --awp-start 10
     python examples/cifar10.py --out runs/fast --precision bfloat16  # faster on a recent GPU
     python examples/cifar10.py --limit 512 --epochs 2 --out runs/try # a look at it, on a CPU
 
@@ -28,6 +29,7 @@ from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.trainer import METHODS, PRECISIONS, THREATS, Config, Row, best, fit
 
 DATASETS = ("cifar10", "digits")
+DIRECTIONS = ("gradient", "random", "momentum")
 ASCENTS = ("exact", "attack", "momentum")
 
 
@@ -39,7 +41,10 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="the run folder")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--method", choices=METHODS, default="at", help="(default %(default)s)")
-    add("--gamma", type=float, default=1e-2, help="AWP's size, 0 for none (default %(default)s)")
+    add("--beta", type=float, default=6.0, help="of trades and mart (default %(default)s)")
+    add("--gamma", type=float, help="AWP's size, 0 for none (default: 0.01 with at, else 0.005)")
+    add("--direction", choices=DIRECTIONS, default="gradient", help="AWP's; random is RWP")
+    add("--awp-start", type=int, default=0, help="epochs without AWP before (default %(default)s)")
     add("--ascent", choices=ASCENTS, default="exact", help="AWP's (default %(default)s)")
     add("--interval", type=int, default=1, help="steps between ascents (default %(default)s)")
     add("--arch", choices=sorted(MODELS), default="preact_resnet18", help="(default %(default)s)")
@@ -58,7 +63,10 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="(default %(default)s)")
     add("--max-minutes", type=float, help="stop after the epoch in which they are over")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.gamma is None:
+        args.gamma = 1e-2 if args.method == "at" else 5e-3  # as the published runs
+    return args
 
 
 def load(args: argparse.Namespace) -> ImageData:
@@ -80,7 +88,10 @@ def main() -> None:
         data = load(args)
         config = Config(
             method=args.method,
+            beta=args.beta,
             gamma=args.gamma,
+            direction=args.direction,
+            awp_start=args.awp_start,
             ascent=args.ascent,
             interval=args.interval,
             arch=args.arch,
@@ -118,7 +129,8 @@ def main() -> None:
         console.print(f"{len(rows)} of {args.epochs} epochs; go on with --resume.")
     if not any("test_robust_acc" in row for row in rows):
         return
-    label = "AT" if args.gamma == 0 else f"AT-AWP, gamma {args.gamma:g}"
+    name = args.method.upper()
+    label = name if args.gamma == 0 else f"{name}-AWP, gamma {args.gamma:g}"
     learning_curves({label: [rows]}, args.out / "curves.png", f"{data.name}, {args.arch}")
     top = best(rows)
     last = [row for row in rows if "test_robust_acc" in row][-1]

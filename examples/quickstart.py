@@ -74,7 +74,7 @@ def overhead(gamma: float, steps: int = 40) -> float:
             QUICKSTART.arch, num_classes=data.num_classes, in_channels=data.in_channels
         ).to(memory_format=torch.channels_last)
         optimizer = AWP(model.parameters(), torch.optim.SGD, gamma=g, lr=1e-3, momentum=0.9)
-        attack = QUICKSTART.attack(QUICKSTART.train_steps, QUICKSTART.attack_mode)
+        attack = QUICKSTART.training_attack
         trainers.append(AdversarialStep(model, optimizer, attack))
     for _ in range(steps):
         for step in trainers:

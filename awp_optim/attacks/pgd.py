@@ -36,11 +36,14 @@ class PGD(BallAttack):
             misclassified before not being so, then the higher loss; for "kl" the higher loss alone.
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
+        start_std: start beside the input instead, by Gaussian noise of this standard deviation, cut
+            by the ball; above 0. TRADES and MART train with 0.001. None for anywhere in the ball.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument is out of range, or ``random_start=False`` comes with several
-            restarts, which would all be the same, or with "kl", whose gradient is zero there.
+            restarts, which would all be the same, with "kl", whose gradient is zero there, or with
+            ``start_std``.
 
     >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
     >>> PGD(eps=0.1, step_size=0.05)(lambda x: x * 3, x, y)
@@ -56,6 +59,7 @@ class PGD(BallAttack):
     restarts: int = 1
     clip: tuple[float, float] | None = (0, 1)
     model_mode: str = "eval"
+    start_std: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,6 +75,12 @@ class PGD(BallAttack):
                 f"{self.restarts} restarts from the same point are all the same; set"
                 f" random_start=True or restarts=1"
             )
+        if self.start_std is not None:
+            self._set("start_std", real("start_std", self.start_std))
+            if self.start_std <= 0:
+                raise ValueError(f"start_std must be above 0 or None, got {self.start_std!r}")
+            if not self.random_start:
+                raise ValueError("start_std is of a random start: leave random_start at True")
         if not self.random_start and self.loss == "kl":
             raise ValueError(
                 "loss='kl' has a zero gradient at the clean input; set random_start=True"
@@ -94,7 +104,11 @@ class PGD(BallAttack):
 
     def _start(self, x: Tensor, project: Projection) -> Tensor:
         """Line 6 of Algorithm 2: x + eps * delta, cut by the box."""
-        return project(x + self._ball.random(x, self.eps) if self.random_start else x)
+        if not self.random_start:
+            return project(x)
+        if self.start_std is not None:
+            return project(torch.randn_like(x).mul_(self.start_std).add_(x))
+        return project(x + self._ball.random(x, self.eps))
 
     def _run(
         self, victim: Victim, x: Tensor, target: Tensor, project: Projection, last: bool = True

@@ -27,6 +27,7 @@ from awp_optim.lab.augment import random_crop_flip
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.models import build_model
 from awp_optim.lab.schedules import SCHEDULES
+from awp_optim.objectives import AT, MART, TRADES, Objective
 
 __all__ = [
     "METHODS",
@@ -41,7 +42,12 @@ __all__ = [
     "read_metrics",
 ]
 
-METHODS = ("at",)
+METHODS: dict[str, Callable[[float], Objective]] = {
+    "at": lambda beta: AT(),
+    "trades": TRADES,
+    "mart": MART,
+}
+"""The objective of each method, by its trade-off (beta of TRADES, lambda of MART)."""
 PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 """Autocast's dtype by name; the weights and the optimizer are in float32 either way."""
 
@@ -53,7 +59,7 @@ Row = dict[str, float]
 ``train_*`` and ``test_*`` are measured alike, with the test attack in eval mode at the weights as
 they are saved, so that their difference is the generalisation gap. ``step_*`` are averages over the
 training steps of the epoch, at the weights that gave the updates (w + v with AWP): what the
-published logs call training figures.
+published logs call training figures. ``step_robust_loss`` is the method's objective.
 """
 
 
@@ -78,13 +84,17 @@ class Config:
     """All there is to say about a run but its data and its folder.
 
     Args:
-        method: "at".
-        gamma: AWP's; 0 trains without it. The paper's case study uses 1e-2.
+        method: "at", "trades" or "mart".
+        beta: the trade-off of "trades" (beta) and "mart" (lambda).
+        gamma: AWP's; 0 trains without it. The paper uses 1e-2 with "at", 5e-3 with the others.
+        direction: AWP's; "random" is the paper's RWP.
+        awp_start: epochs without AWP at the beginning. The published runs of TRADES-AWP have 10.
         ascent, interval: of :class:`~awp_optim.AdversarialStep`; the paper's are "exact" and 1.
         arch: a name in :data:`awp_optim.lab.models.MODELS`.
         norm, eps, step_size: the threat, for training and testing.
         train_steps, test_steps: PGD steps.
-        attack_mode: the mode in which the training attack runs; "train" as the published scripts.
+        attack_mode: the mode in which the training attack runs. None is the published scripts':
+            "train" with "at", "eval" with the others.
         epochs, batch_size: as they say.
         lr, momentum, weight_decay: of SGD.
         precision: "float32", or "bfloat16" for autocast in training and testing.
@@ -99,7 +109,10 @@ class Config:
     """
 
     method: str = "at"
+    beta: float = 6.0
     gamma: float = 0.0
+    direction: str = "gradient"
+    awp_start: int = 0
     ascent: str = "exact"
     interval: int = 1
     arch: str = "preact_resnet18"
@@ -108,7 +121,7 @@ class Config:
     step_size: float = 2 / 255
     train_steps: int = 10
     test_steps: int = 20
-    attack_mode: str = "train"
+    attack_mode: str | None = None
     epochs: int = 200
     batch_size: int = 128
     lr: float = 0.1
@@ -123,7 +136,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"method must be one of {METHODS}, got {self.method!r}")
+            raise ValueError(f"method must be one of {tuple(METHODS)}, got {self.method!r}")
+        if self.awp_start < 0:
+            raise ValueError(f"awp_start must not be negative, got {self.awp_start}")
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision must be one of {tuple(PRECISIONS)}, got {self.precision!r}"
@@ -134,9 +149,33 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-    def attack(self, steps: int, model_mode: str) -> PGD:
-        """PGD under this run's threat."""
-        return PGD(self.eps, self.step_size, steps, norm=self.norm, model_mode=model_mode)
+    @property
+    def objective(self) -> Objective:
+        """What training minimises."""
+        return METHODS[self.method](self.beta)
+
+    @property
+    def training_mode(self) -> str:
+        """The mode in which the training attack runs."""
+        return self.attack_mode or ("train" if self.method == "at" else "eval")
+
+    @property
+    def training_attack(self) -> PGD:
+        """The attack that the method trains with: TRADES' and MART's start beside the image."""
+        return PGD(
+            self.eps,
+            self.step_size,
+            self.train_steps,
+            norm=self.norm,
+            loss="kl" if self.method == "trades" else "ce",
+            model_mode=self.training_mode,
+            start_std=None if self.method == "at" else 0.001,
+        )
+
+    @property
+    def test_attack(self) -> PGD:
+        """PGD under the same threat, on the cross-entropy, in eval mode."""
+        return PGD(self.eps, self.step_size, self.test_steps, norm=self.norm)
 
 
 def fit(
@@ -185,6 +224,7 @@ def fit(
         model.parameters(),
         torch.optim.SGD,
         gamma=config.gamma,
+        direction=config.direction,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -197,12 +237,13 @@ def fit(
     step = AdversarialStep(
         model,
         optimizer,
-        config.attack(config.train_steps, config.attack_mode),
+        config.training_attack,
+        config.objective,
         ascent=config.ascent,
         interval=config.interval,
         autocast=autocast,
     )
-    test_attack = Captured(config.attack(config.test_steps, "eval"))
+    test_attack = Captured(config.test_attack)
     test_batch = 1000 if device.type == "cuda" else 128
     shown = data.limit(min(config.train_eval, len(data.x_train)))
 
@@ -218,6 +259,8 @@ def fit(
     for epoch in range(len(rows), config.epochs):
         row: Row = {"epoch": epoch, "lr": float(scheduler.get_last_lr()[0])}
         start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["gamma"] = 0.0 if epoch < config.awp_start else config.gamma
         model.train()
         order = torch.randperm(len(data.x_train), generator=shuffler).to(device)
         loss_sum = torch.zeros((), device=device)
@@ -331,6 +374,7 @@ class _RunFolder:
         self.path = path
         self.about = {
             **asdict(config),
+            "attack_mode": config.training_mode,
             "dataset": data.name,
             "train_images": len(data.x_train),
             "test_images": len(data.x_test),

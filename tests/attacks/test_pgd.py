@@ -30,6 +30,7 @@ def test_the_contract():
         "restarts": 1,
         "clip": (0, 1),
         "model_mode": "eval",
+        "start_std": None,
     }
     assert {k: p.default for k, p in parameters.items()} == expected
     assert list(parameters) == list(expected)
@@ -373,3 +374,31 @@ def test_weight_gradients_that_there_are_not(cnn, batch):
     assert not_used is None
     for attack in (PGD(eps=0), PGD(steps=0)):
         assert attack.with_weight_gradients(cnn, *batch, [unused])[1] == (None,)
+
+
+@norms
+def test_a_gaussian_start_beside_the_input(norm):
+    x = torch.full((400, D), 0.5, dtype=torch.float64)
+    attack = PGD(eps=EPS[norm], steps=0, norm=norm, start_std=0.001)
+    delta = attack(linear, x, torch.zeros(400, dtype=torch.long)) - x
+    assert delta.std().item() == pytest.approx(0.001, rel=0.05)
+    assert delta.mean().abs() < 1e-4
+    ordinary = (delta.abs() < 0.001).double().mean()
+    assert ordinary.item() == pytest.approx(0.683, abs=0.02)  # of a normal distribution
+    wide = PGD(eps=EPS[norm], steps=0, norm=norm, start_std=10.0, clip=None)
+    size = wide(linear, x, torch.zeros(400, dtype=torch.long)) - x
+    order = torch.inf if norm == "linf" else 2
+    assert torch.linalg.vector_norm(size, order, dim=1).max() <= EPS[norm] * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({"start_std": 0.0}, ValueError),
+        ({"start_std": "small"}, TypeError),
+        ({"start_std": 0.1, "random_start": False}, ValueError),
+    ],
+)
+def test_a_start_that_is_none(kwargs, error):
+    with pytest.raises(error, match="start_std"):
+        PGD(**kwargs)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from awp_optim import AWP
 from awp_optim.attacks import PGD
 from awp_optim.lab import trainer
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.trainer import Config, best, fit, measure, read_metrics
+from awp_optim.objectives import AT, MART, TRADES
 
 CONFIG = Config(
     arch="preact_resnet_small",
@@ -88,6 +90,58 @@ def test_training_lowers_the_loss(data):
     assert rows[-1]["step_robust_loss"] < 0.8 * rows[0]["step_robust_loss"]
     assert rows[-1]["train_robust_acc"] > 0.5
     assert all("test_robust_acc" not in row for row in rows[:-1])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.01])
+@pytest.mark.parametrize("method", ["at", "trades", "mart"])
+def test_every_method_lowers_its_loss(data, method, gamma):
+    changes = {"eps": 0.05, "step_size": 0.03, "epochs": 12, "eval_every": 12, "augment": False}
+    config = Config(**{**vars(CONFIG), **changes, "method": method, "gamma": gamma})
+    _, rows = fit(config, data)
+    assert rows[-1]["step_robust_loss"] < 0.85 * rows[0]["step_robust_loss"]
+
+
+def test_each_method_has_its_published_attack_and_objective():
+    of = {method: Config(method=method, beta=3.0) for method in ("at", "trades", "mart")}
+    assert {m: c.objective for m, c in of.items()} == {
+        "at": AT(),
+        "trades": TRADES(beta=3.0),
+        "mart": MART(lam=3.0),
+    }
+    attacks = {m: c.training_attack for m, c in of.items()}
+    assert attacks["at"] == PGD(model_mode="train")
+    assert attacks["trades"] == PGD(loss="kl", start_std=0.001)
+    assert attacks["mart"] == PGD(start_std=0.001)
+    assert {c.test_attack for c in of.values()} == {PGD(steps=20)}
+    assert Config(attack_mode="eval").training_attack == PGD()
+
+
+@pytest.mark.parametrize("method", ["at", "trades"])
+def test_awp_starts_after_its_epochs(data, method, monkeypatch):
+    gammas = []
+    first_step = AWP.first_step
+
+    def counting(self, *args, **kwargs):
+        gammas.append(self.param_groups[0]["gamma"])
+        return first_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AWP, "first_step", counting)
+    config = Config(**{**vars(CONFIG), "awp_start": 2, "method": method})
+    fit(config, data)
+    assert gammas == [0.01] * 3  # three steps an epoch, in the last of three epochs
+
+
+def test_random_directions_are_the_papers_rwp(data, monkeypatch):
+    seen = set()
+    first_step = AWP.first_step
+
+    def looking(self, *args, **kwargs):
+        seen.update(self.directions)
+        return first_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(AWP, "first_step", looking)
+    fit(Config(**{**vars(CONFIG), "direction": "random", "epochs": 1}), data)
+    assert seen == {"random"}
 
 
 def test_measures_the_model_in_eval_mode(data):
