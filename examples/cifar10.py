@@ -57,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     add("--lr", type=float, default=0.1, help="(default %(default)s)")
     add("--epochs", type=int, default=200, help="(default %(default)s)")
     add("--batch-size", type=int, default=128, help="(default %(default)s)")
+    add("--ema", type=float, default=0.0, help="decay of averaged weights, 0.995 say (%(default)s)")
     add("--precision", choices=PRECISIONS, default="float32", help="(default %(default)s)")
     add("--eval-every", type=int, default=1, help="epochs (default %(default)s)")
     add("--limit", type=int, help="use this many training and test images at the most")
@@ -101,6 +102,7 @@ def main() -> None:
             epochs=args.epochs,
             batch_size=args.batch_size,
             lr=args.lr,
+            ema=args.ema,
             precision=args.precision,
             schedule=args.schedule,
             augment=args.dataset != "digits",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD, Captured
@@ -60,6 +61,7 @@ Row = dict[str, float]
 they are saved, so that their difference is the generalisation gap. ``step_*`` are averages over the
 training steps of the epoch, at the weights that gave the updates (w + v with AWP): what the
 published logs call training figures. ``step_robust_loss`` is the method's objective.
+``ema_test_*`` are of the averaged weights, where there are any.
 """
 
 
@@ -97,6 +99,9 @@ class Config:
             "train" with "at", "eval" with the others.
         epochs, batch_size: as they say.
         lr, momentum, weight_decay: of SGD.
+        ema: decay of an exponential moving average of the weights and of BatchNorm's statistics,
+            one step after another, for example 0.995; it is tested and saved beside the weights
+            themselves. 0 for none.
         precision: "float32", or "bfloat16" for autocast in training and testing.
         schedule: a name in :data:`awp_optim.lab.schedules.SCHEDULES`, stepped after every batch.
         augment: random crop (4 pixels of padding) and horizontal flip.
@@ -127,6 +132,7 @@ class Config:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    ema: float = 0.0
     precision: str = "float32"
     schedule: str = "piecewise"
     augment: bool = True
@@ -137,6 +143,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {tuple(METHODS)}, got {self.method!r}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.awp_start < 0:
             raise ValueError(f"awp_start must not be negative, got {self.awp_start}")
         if self.precision not in PRECISIONS:
@@ -243,6 +251,10 @@ def fit(
         interval=config.interval,
         autocast=autocast,
     )
+    average = None
+    if config.ema:
+        decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+        average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
     test_attack = Captured(config.test_attack)
     test_batch = 1000 if device.type == "cuda" else 128
     shown = data.limit(min(config.train_eval, len(data.x_train)))
@@ -253,6 +265,8 @@ def fit(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
+        if average:
+            average.load_state_dict(saved["ema"])
         step.load_state_dict(saved.get("step", step.state_dict()))  # files of before have none
         rows = saved["rows"]
         _set_random_states(saved["random"], device, shuffler, augmenter)
@@ -273,6 +287,8 @@ def fit(
                 x = random_crop_flip(x, generator=augmenter)
             result = step(_to_float(x), y)
             scheduler.step()
+            if average:
+                average.update_parameters(model)
             loss_sum += result.loss * len(y)
             seen += len(y)
             correct += (result.logits.argmax(1) == y).sum()
@@ -289,16 +305,17 @@ def fit(
             )
         if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
             start = time.perf_counter()
-            for part, x, y in (
-                ("train_", shown.x_train, shown.y_train),
-                ("test_", data.x_test, data.y_test),
-            ):
-                row |= measure(model, x, y, test_attack, part, test_batch, autocast)
+            train, test = (shown.x_train, shown.y_train), (data.x_test, data.y_test)
+            tested = [("train_", model, train), ("test_", model, test)]
+            if average:
+                tested.append(("ema_test_", average.module, test))
+            for part, net, xy in tested:
+                row |= measure(net, *xy, test_attack, part, test_batch, autocast)
             row["eval_seconds"] = time.perf_counter() - start
         rows.append(row)
         if folder:
             random = _random_states(device, shuffler, augmenter)
-            folder.save(model, optimizer, scheduler, step, rows, random)
+            folder.save(model, optimizer, scheduler, step, average, rows, random)
         if on_epoch:
             on_epoch(row)
         if stop and stop():
@@ -364,7 +381,7 @@ class _RunFolder:
         "step_robust_acc",
         *(
             f"{part}_{kind}_{what}"
-            for part in ("train", "test")
+            for part in ("train", "test", "ema_test")
             for kind in ("natural", "robust")
             for what in ("loss", "acc")
         ),
@@ -410,11 +427,14 @@ class _RunFolder:
         optimizer: AWP,
         scheduler: Any,
         step: AdversarialStep,
+        average: AveragedModel | None,
         rows: list[Row],
         random: Any,
     ) -> None:
         if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
             content = {"model": model.state_dict(), "config": self.about, "row": rows[-1]}
+            if average:
+                content["ema"] = average.module.state_dict()
             self._write("best.pt", lambda file: torch.save(content, file))
         state = {
             "model": model.state_dict(),
@@ -426,6 +446,8 @@ class _RunFolder:
             "rows": rows,
             "random": random,
         }
+        if average:
+            state["ema"] = average.state_dict()
         self._write("last.pt", lambda file: torch.save(state, file))
         lines = [",".join(self.COLUMNS)]
         lines += [",".join(_cell(row.get(name)) for name in self.COLUMNS) for row in rows]

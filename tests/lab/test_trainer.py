@@ -144,6 +144,40 @@ def test_random_directions_are_the_papers_rwp(data, monkeypatch):
     assert seen == {"random"}
 
 
+def test_the_average_is_that_of_the_steps_and_goes_on(data, tmp_path, monkeypatch):
+    config = Config(**{**vars(CONFIG), "ema": 0.5})
+    averaged = {}
+    step = trainer.AdversarialStep.__call__
+
+    def following(self, x, y):
+        out = step(self, x, y)
+        for name, value in self.model.state_dict().items():
+            before = averaged.get(name, value)
+            averaged[name] = 0.5 * before + 0.5 * value.detach().double()
+        return out
+
+    monkeypatch.setattr(trainer.AdversarialStep, "__call__", following)
+    _, rows = fit(config, data, tmp_path / "whole")
+    monkeypatch.undo()
+    last = torch.load(tmp_path / "whole/last.pt", weights_only=True)["ema"]
+    for name, value in averaged.items():
+        if value.is_floating_point() and "num_batches" not in name:
+            torch.testing.assert_close(last[f"module.{name}"].double(), value, rtol=1e-5, atol=1e-6)
+    best_one = torch.load(tmp_path / "whole/best.pt", weights_only=True)
+    twin = build_model("preact_resnet_small", num_classes=10, in_channels=1)
+    twin.load_state_dict(best_one["ema"])
+    if best_one["row"] == rows[-1]:
+        figures = measure(twin, data.x_test, data.y_test, config.test_attack)
+        assert figures["natural_acc"] == rows[-1]["ema_test_natural_acc"]
+    assert rows[-1]["ema_test_natural_loss"] != rows[-1]["test_natural_loss"]
+    assert read_metrics(tmp_path / "whole")[0].keys() == rows[0].keys()
+
+    fit(config, data, tmp_path / "parts", stop=lambda: True)
+    fit(config, data, tmp_path / "parts", resume=True)
+    again = torch.load(tmp_path / "parts/last.pt", weights_only=True)["ema"]
+    assert all(torch.equal(again[name], value) for name, value in last.items())
+
+
 def test_measures_the_model_in_eval_mode(data):
     torch.manual_seed(0)
     model = build_model("preact_resnet_small", num_classes=10, in_channels=1)
