@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,9 @@ def test_cifar10_trains_resumes_and_explains_itself(tmp_path):
         (("--epochs", "0"), "epochs must be at least 1"),
         (("--interval", "0"), "interval must be"),
         (("--method", "magic"), "invalid choice: 'magic'"),
+        (("--recipe", "magic"), "invalid choice: 'magic'"),
+        (("--ema", "1"), "ema must be in [0, 1)"),
+        (("--awp-start", "-1"), "awp_start must not be negative"),
     ],
 )
 def test_cifar10_names_what_is_wrong(tmp_path, args, message):
@@ -59,3 +63,28 @@ def test_cifar10_names_what_is_wrong(tmp_path, args, message):
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_cifar10_runs_a_recipe_with_changes(tmp_path):
+    changes = ("--epochs", 2, "--awp-start", 1, "--ema", 0.9, "--threat", "l2", "--beta", 3)
+    args = ("--recipe", "trades-awp/cifar10-linf-wrn34-10", *SMALL, *changes)
+    done = run("cifar10.py", *args, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["method"], config["gamma"], config["awp_start"]) == ("trades", 5e-3, 1)
+    assert (config["norm"], config["eps"], config["step_size"]) == ("l2", 128 / 255, 15 / 255)
+    assert (config["beta"], config["ema"], config["attack_mode"]) == (3.0, 0.9, "eval")
+    assert (config["dataset"], config["arch"]) == ("digits", "preact_resnet_small")
+    assert "ema_test_robust_acc" in (tmp_path / "run/metrics.csv").read_text()
+
+
+def test_cifar10_lists_its_recipes(tmp_path):
+    done = run("cifar10.py", "--list-recipes", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "at-awp/cifar10-linf-preact18" in done.stdout
+    assert "55.39" in done.stdout
+    assert (
+        run("cifar10.py", cwd=tmp_path)
+        .stderr.strip()
+        .endswith("--out is needed: the folder of the run")
+    )
