@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD, Captured
 from awp_optim.attacks.base import in_mode
-from awp_optim.lab.augment import random_crop_flip
+from awp_optim.lab.augment import cutout, random_crop_flip
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.models import build_model
 from awp_optim.lab.schedules import SCHEDULES
@@ -99,12 +99,16 @@ class Config:
             "train" with "at", "eval" with the others.
         epochs, batch_size: as they say.
         lr, momentum, weight_decay: of SGD.
+        l1, l2: lambda of the weight regularisation in Section 5.3, a multiple of the L1 norm added
+            to the loss or a weight decay of their own; not on biases and norm layers, which with
+            ``l2`` have no decay at all. The paper uses 5e-6 and 5e-3. 0 for none.
         ema: decay of an exponential moving average of the weights and of BatchNorm's statistics,
             one step after another, for example 0.995; it is tested and saved beside the weights
             themselves. 0 for none.
         precision: "float32", or "bfloat16" for autocast in training and testing.
         schedule: a name in :data:`awp_optim.lab.schedules.SCHEDULES`, stepped after every batch.
         augment: random crop (4 pixels of padding) and horizontal flip.
+        cutout: side of a square blackened in every training image; the paper's is 14. 0 for none.
         train_eval: how many training images the ``train_*`` figures are measured on.
         eval_every: epochs between evaluations; the last is always evaluated.
         seed: of the weights, the order, the augmentation and the attacks.
@@ -132,10 +136,13 @@ class Config:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    l1: float = 0.0
+    l2: float = 0.0
     ema: float = 0.0
     precision: str = "float32"
     schedule: str = "piecewise"
     augment: bool = True
+    cutout: int = 0
     train_eval: int = 1000
     eval_every: int = 1
     seed: int = 0
@@ -143,6 +150,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {tuple(METHODS)}, got {self.method!r}")
+        for name in ("l1", "l2", "cutout"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if self.awp_start < 0:
@@ -229,7 +239,7 @@ def fit(
     ).to(device)
     model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
     optimizer = AWP(
-        model.parameters(),
+        _groups(model, config),
         torch.optim.SGD,
         gamma=config.gamma,
         direction=config.direction,
@@ -237,6 +247,11 @@ def fit(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
+    if config.l1:
+        # At the centre, where the base optimizer steps; the ascent is of the loss alone.
+        optimizer.base_optimizer.register_step_pre_hook(
+            lambda base, *_: _add_l1_gradient(model, config.l1)
+        )
     # BatchNorm cannot train on a single example: one left over is dropped, each epoch another.
     batches = max(1, math.ceil((len(data.x_train) - 1) / config.batch_size))
     schedule, steps = SCHEDULES[config.schedule], config.epochs * batches
@@ -285,6 +300,8 @@ def fit(
             x, y = data.x_train[index], data.y_train[index]
             if config.augment:
                 x = random_crop_flip(x, generator=augmenter)
+            if config.cutout:
+                x = cutout(x, config.cutout, generator=augmenter)
             result = step(_to_float(x), y)
             scheduler.step()
             if average:
@@ -321,6 +338,25 @@ def fit(
         if stop and stop():
             break
     return model, rows
+
+
+def _groups(model: nn.Module, config: Config) -> Any:
+    """The parameters, in two groups if weights have a decay of their own."""
+    if not config.l2:
+        return model.parameters()
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": weights, "weight_decay": config.l2},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+@torch.no_grad()
+def _add_l1_gradient(model: nn.Module, factor: float) -> None:
+    for p in model.parameters():
+        if p.ndim > 1 and p.grad is not None:
+            p.grad.add_(p.sign(), alpha=factor)
 
 
 def measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,43 @@ def test_random_directions_are_the_papers_rwp(data, monkeypatch):
     monkeypatch.setattr(AWP, "first_step", looking)
     fit(Config(**{**vars(CONFIG), "direction": "random", "epochs": 1}), data)
     assert seen == {"random"}
+
+
+@pytest.mark.parametrize(("kind", "size"), [("l1", 0.5), ("l2", 0.25)])
+def test_weight_regularisation_is_on_weights_alone(data, monkeypatch, kind, size):
+    """Without momentum, the same step with and without differs by its gradient."""
+    one = {"epochs": 1, "batch_size": 59, "augment": False, "momentum": 0.0, "lr": 0.01}
+    before = {}
+    build = trainer.build_model
+
+    def keeping(*args, **kwargs):
+        model = build(*args, **kwargs)
+        before.update({n: p.detach().clone() for n, p in model.named_parameters()})
+        return model
+
+    monkeypatch.setattr(trainer, "build_model", keeping)
+    plain = Config(**{**vars(CONFIG), **one, "weight_decay": 0.0})
+    without, _ = fit(plain, data)
+    having, _ = fit(Config(**{**vars(plain), kind: size}), data)
+    for (name, p), q in zip(without.named_parameters(), having.parameters(), strict=True):
+        w = before[name]
+        gradient = size * (w.sign() if kind == "l1" else w) if w.ndim > 1 else 0 * w
+        torch.testing.assert_close(q - p, -0.01 * gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_cutout_blackens_a_square_of_every_training_image(data, monkeypatch):
+    seen = []
+    step = trainer.AdversarialStep.__call__
+
+    def looking(self, x, y):
+        seen.append((x == 0).sum((1, 2, 3)).min().item())
+        return step(self, x, y)
+
+    monkeypatch.setattr(trainer.AdversarialStep, "__call__", looking)
+    white = replace(data, x_train=torch.full_like(data.x_train, 255))
+    fit(Config(**{**vars(CONFIG), "cutout": 4, "epochs": 1, "augment": False}), white)
+    assert all(4 <= black <= 16 for black in seen)
+    assert len(seen) == 3
 
 
 def test_the_average_is_that_of_the_steps_and_goes_on(data, tmp_path, monkeypatch):
