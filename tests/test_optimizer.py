@@ -1229,6 +1229,13 @@ def test_a_base_without_momentum_is_named(net, base, kwargs, steps):
     assert_same_bits(net.parameters(), before)
 
 
+def test_a_state_of_another_shape_is_no_momentum(net):
+    opt = AWP(net.parameters(), SGD, direction="momentum", lr=0.1, momentum=0.9)
+    for p in net.parameters():
+        opt.state[p]["exp_avg"] = p.detach().sum()  # kept for all of a tensor together, say
+    assert opt.momenta() == {}
+
+
 def test_directions_mix_by_group(net):
     groups = [
         {"params": net[0].parameters(), "direction": "momentum"},

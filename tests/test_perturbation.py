@@ -252,6 +252,18 @@ def test_norms_of_many_layers_are_those_of_each_in_order(shapes, dtype, norm):
 
 
 @pytest.mark.usefixtures("where_the_norms_are")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_another_layout_or_dtype(dtype):
+    (w,), (g,) = (layers(torch.float32, seed, shapes=[(4, 3, 5, 2)]) for seed in (0, 1))
+    w, g = w.to(memory_format=torch.channels_last), g.to(dtype)
+    p = w.clone()
+    ascend([p], [g], [w], "l2", True, gamma=0.1, steps=1, at_centre=True)
+    truth = equation(w, g, w, 0.1, 1, "l2")
+    torch.testing.assert_close(p.double(), truth, rtol=1e-5, atol=1e-6)
+    assert p.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("where_the_norms_are")
 def test_complex_weights():
     w, g = layers(torch.complex64, shapes=[(3, 4)]), layers(torch.complex64, 1, shapes=[(3, 4)])
     p = [t.clone() for t in w]
