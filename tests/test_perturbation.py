@@ -252,10 +252,13 @@ def test_norms_of_many_layers_are_those_of_each_in_order(shapes, dtype, norm):
 
 
 @pytest.mark.usefixtures("where_the_norms_are")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_another_layout_or_dtype(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)],
+)
+def test_gradients_of_another_layout_or_dtype(dtype, layout):
     (w,), (g,) = (layers(torch.float32, seed, shapes=[(4, 3, 5, 2)]) for seed in (0, 1))
-    w, g = w.to(memory_format=torch.channels_last), g.to(dtype)
+    w, g = w.to(memory_format=torch.channels_last), g.to(dtype, memory_format=layout)
     p = w.clone()
     ascend([p], [g], [w], "l2", True, gamma=0.1, steps=1, at_centre=True)
     truth = equation(w, g, w, 0.1, 1, "l2")
