@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
     setting("--awp-start", "epochs without AWP before")
     setting("--ascent", "AWP's", choices=ASCENTS)
     setting("--interval", "steps between ascents")
-    setting("--arch", choices=sorted(MODELS))
+    setting("--arch", f"{', '.join(sorted(MODELS))} or torchvision/NAME (preact_resnet18)")
     setting("--eps", "radius, of [0, 1] (the threat's in the paper)")
     setting("--step-size", "of PGD (the threat's in the paper)")
     setting("--schedule", choices=SCHEDULES)

@@ -54,6 +54,7 @@ def test_cifar10_trains_resumes_and_explains_itself(tmp_path):
         (("--interval", "0"), "interval must be"),
         (("--method", "magic"), "invalid choice: 'magic'"),
         (("--recipe", "magic"), "invalid choice: 'magic'"),
+        (("--arch", "magic"), "no model"),
         (("--ema", "1"), "ema must be in [0, 1)"),
         (("--awp-start", "-1"), "awp_start must not be negative"),
     ],

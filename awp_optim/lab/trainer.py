@@ -92,7 +92,7 @@ class Config:
         direction: AWP's; "random" is the paper's RWP.
         awp_start: epochs without AWP at the beginning. The published runs of TRADES-AWP have 10.
         ascent, interval: of :class:`~awp_optim.AdversarialStep`; the paper's are "exact" and 1.
-        arch: a name in :data:`awp_optim.lab.models.MODELS`.
+        arch: a name in :data:`awp_optim.lab.models.MODELS`, or torchvision/NAME.
         norm, eps, step_size: the threat, for training and testing.
         train_steps, test_steps: PGD steps.
         attack_mode: the mode in which the training attack runs. None is the published scripts':

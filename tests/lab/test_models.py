@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -12,15 +15,54 @@ from torch.nn import functional as F
 from awp_optim.lab.data import CIFAR10_MEAN, CIFAR10_STD
 from awp_optim.lab.models import (
     MODELS,
+    VGG,
     Normalize,
+    PreActBottleneck,
     PreActResNet,
     WideResNet,
     build_model,
     preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
     preact_resnet_small,
+    vgg19,
     wide_resnet28_10,
     wide_resnet34_10,
+    wide_resnet34_20,
+    wide_resnet70_16,
 )
+
+TINY = {
+    "preact": lambda **kw: PreActResNet((1, 2), 4, **kw),
+    "bottleneck": lambda **kw: PreActResNet((1, 2), 4, block=PreActBottleneck, **kw),
+    "wide": lambda **kw: WideResNet(10, 1, **kw),
+    "vgg": lambda **kw: VGG((1, 2), 4, **kw),
+}
+# Each written out a second time, for the reference networks.
+ACTIVATIONS = {
+    "relu": (F.relu, lambda x: x.clamp(min=0)),
+    "silu": (nn.SiLU(), lambda x: x * torch.sigmoid(x)),
+}
+
+
+def unsettled(model):
+    """The model in eval mode, with no BatchNorm at its neutral value."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def batch_norm(x, s, name):
+    """Of a state dict, in eval mode."""
+    mean, var, scale, shift = (
+        s[f"{name}.{key}"].view(1, -1, 1, 1)
+        for key in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / (var + 1e-5).sqrt() * scale + shift
 
 
 def count(model):
@@ -160,6 +202,96 @@ class TestPreActResNet:
             preact_resnet18(in_channels=1)
 
 
+def bottleneck_count(width, blocks, in_channels, num_classes):
+    """Counted from Figure 5 of "Deep Residual Learning", with BN before each convolution."""
+    total, before = 9 * in_channels * width, width
+    for i, n in enumerate(blocks):
+        planes = width * 2**i
+        total += before * 4 * planes  # the projection, one in each stage's first block
+        for _ in range(n):
+            total += 2 * before + before * planes  # BN, 1x1
+            total += 2 * planes + 9 * planes * planes  # BN, 3x3
+            total += 2 * planes + planes * 4 * planes  # BN, 1x1
+            before = 4 * planes
+    return total + 2 * before + before * num_classes + num_classes
+
+
+class TestDeeperPreActResNets:
+    def test_parameter_counts(self):
+        with torch.device("meta"):
+            deep, deeper = preact_resnet34(), preact_resnet50()
+        assert count(deep) == 21_280_330
+        assert expected_count((64, 128, 256, 512), (3, 4, 6, 3), 3, 10) == 21_280_330
+        assert count(deeper) == 23_513_162 == bottleneck_count(64, (3, 4, 6, 3), 3, 10)
+
+    def test_resnet50_beside_torchvisions(self):
+        """The same convolutions; the stem and where the BNs stand differ."""
+        models = pytest.importorskip("torchvision.models")
+        with torch.device("meta"):
+            ours, theirs = preact_resnet50(), models.resnet50(num_classes=10)
+
+        def convs(model):
+            shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Conv2d)]
+            return sorted(tuple(shape) for shape in shapes[1:])
+
+        assert convs(ours) == convs(theirs)
+        assert len(convs(ours)) == 49 - 1 + 4  # 50 layers: the linear one, the stem; projections
+
+    def test_depth_is_the_number_of_layers(self):
+        for build, depth in ((preact_resnet18, 18), (preact_resnet34, 34), (preact_resnet50, 50)):
+            with torch.device("meta"):
+                names = [n for n, p in build().named_parameters() if p.ndim > 1]
+            assert len([n for n in names if "shortcut" not in n]) == depth
+
+    @pytest.mark.parametrize("act", ACTIVATIONS)
+    def test_bottleneck_equals_the_layout_written_out(self, act):
+        torch.manual_seed(0)
+        activation, written_out = ACTIVATIONS[act]
+        model = PreActResNet(
+            (2, 1),
+            3,
+            block=PreActBottleneck,
+            num_classes=5,
+            mean=0.4,
+            std=0.3,
+            activation=activation,
+        )
+        s = unsettled(model.double()).state_dict()
+
+        def pre(x, name):
+            return written_out(batch_norm(x, s, name))
+
+        def block(x, name, stride):
+            a = pre(x, f"{name}.bn1")
+            out = F.conv2d(a, s[f"{name}.conv1.weight"])
+            out = pre(out, f"{name}.bn2")
+            out = F.conv2d(out, s[f"{name}.conv2.weight"], stride=stride, padding=1)
+            out = F.conv2d(pre(out, f"{name}.bn3"), s[f"{name}.conv3.weight"])
+            projection = s.get(f"{name}.shortcut.0.weight")
+            return out + (x if projection is None else F.conv2d(a, projection, stride=stride))
+
+        images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+        x = (images - s["normalize.mean"]) / s["normalize.std"]
+        x = F.conv2d(x, s["conv1.weight"], padding=1)
+        # The first block keeps the size and still projects: 3 to 12 channels.
+        assert s["layer1.0.shortcut.0.weight"].shape == (12, 3, 1, 1)
+        x = block(block(x, "layer1.0", 1), "layer1.1", 1)
+        x = pre(block(x, "layer2.0", 2), "bn")
+        assert x.shape == (3, 24, 4, 4)
+        x = x.mean((2, 3)) @ s["linear.weight"].T + s["linear.bias"]
+        torch.testing.assert_close(model(images), x)
+
+    def test_sizes_on_the_way_of_resnet50(self):
+        with torch.device("meta"):
+            model, x = preact_resnet50(), torch.rand(1, 3, 32, 32)
+            sizes = []
+            for stage in ("conv1", "layer1", "layer2", "layer3", "layer4"):
+                module = model.get_submodule(stage)
+                module.register_forward_hook(lambda *call: sizes.append(tuple(call[2].shape[1:])))
+            model.eval()(x)
+        assert sizes == [(64, 32, 32), (256, 32, 32), (512, 16, 16), (1024, 8, 8), (2048, 4, 4)]
+
+
 def wide_count(depth, k, num_classes):
     """Counted from Table 1 of the wide ResNet paper, for RGB images, without dropout."""
     total, before = 9 * 3 * 16, 16
@@ -180,6 +312,15 @@ class TestWideResNet:
         with torch.device("meta"):
             model = build()
         assert count(model) == published == wide_count(depth, 10, 10)
+
+    @pytest.mark.parametrize(
+        ("build", "depth", "width", "expected"),
+        [(wide_resnet34_20, 34, 20, 184_531_674), (wide_resnet70_16, 70, 16, 266_796_506)],
+    )
+    def test_parameter_counts_of_the_largest(self, build, depth, width, expected):
+        with torch.device("meta"):
+            model = build()
+        assert count(model) == expected == wide_count(depth, width, 10)
 
     @pytest.mark.parametrize(("depth", "width", "classes"), [(10, 1, 4), (16, 2, 7)])
     def test_parameter_count_in_general(self, depth, width, classes):
@@ -255,6 +396,121 @@ class TestWideResNet:
             WideResNet(**{"depth": 10, "width": 1, **bad})
 
 
+class TestVGG:
+    def test_published_parameter_count(self):
+        with torch.device("meta"):
+            model = vgg19()
+        total, before = 0, 3
+        for width in [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8:  # configuration E of the paper
+            total += 9 * before * width + width + 2 * width  # weights, biases, BN
+            before = width
+        assert count(model) == total + 512 * 10 + 10 == 20_040_522
+
+    def test_layers_of_vgg19(self):
+        """16 convolutions and a linear layer; a pool after each stage, down to one pixel."""
+        with torch.device("meta"):
+            model, sizes = vgg19(), []
+            for module in model.features:
+                if isinstance(module, nn.MaxPool2d):
+                    module.register_forward_hook(lambda *call: sizes.append(call[2].shape[1:]))
+            assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+        channels = (64, 128, 256, 512, 512)
+        assert sizes == [(c, 16 // 2**i, 16 // 2**i) for i, c in enumerate(channels)]
+        convs = [name for name, p in model.named_parameters() if p.ndim == 4]
+        # Conv, BN, activation: three places each, and one for each pool.
+        starts = [*range(0, 6, 3), *range(7, 13, 3), *range(14, 26, 3), *range(27, 39, 3)]
+        starts += range(40, 52, 3)
+        assert convs == [f"features.{i}.weight" for i in starts]
+        assert model.features[52]._get_name() == "MaxPool2d"
+        assert model.classifier.weight.shape == (10, 512)
+
+    @pytest.mark.parametrize("act", ACTIVATIONS)
+    def test_forward_equals_the_layout_written_out(self, act):
+        torch.manual_seed(0)
+        activation, written_out = ACTIVATIONS[act]
+        model = VGG((1, 2), 3, num_classes=5, mean=0.4, std=0.3, activation=activation).double()
+        s = unsettled(model).state_dict()
+        x = images = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+        x = (x - s["normalize.mean"]) / s["normalize.std"]
+        for i in (0, None, 4, 7, None):
+            if i is None:  # the largest of each 2x2
+                x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).amax((3, 5))
+                continue
+            x = F.conv2d(x, s[f"features.{i}.weight"], s[f"features.{i}.bias"], padding=1)
+            x = written_out(batch_norm(x, s, f"features.{i + 1}"))
+        assert x.shape == (3, 6, 2, 2)
+        x = x.mean((2, 3)) @ s["classifier.weight"].T + s["classifier.bias"]
+        torch.testing.assert_close(model(images), x)
+
+    def test_any_size_of_image(self):
+        model = VGG((1, 1, 1, 1, 1), 2, num_classes=7).eval()
+        for size in ((1, 1), (8, 8), (9, 33), (64, 64)):
+            assert model(torch.rand(2, 3, *size)).shape == (2, 7)
+
+    @pytest.mark.parametrize(
+        "bad",
+        [{"convs": ()}, {"convs": (1, 0)}, {"width": 0}, {"num_classes": 0}, {"in_channels": 0}],
+    )
+    def test_bad_sizes(self, bad):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            VGG(**bad)
+
+
+class TestEveryKind:
+    """What holds for each layout, on a tiny one."""
+
+    @pytest.mark.parametrize("kind", TINY)
+    def test_gradients_reach_every_parameter_and_the_input(self, kind):
+        torch.manual_seed(0)
+        # In eval mode: in train mode, BN takes a bias before it back out. SiLU is nowhere flat.
+        model = unsettled(TINY[kind](activation=F.silu))
+        x = torch.rand(4, 3, 8, 8, requires_grad=True)
+        F.cross_entropy(model(x), torch.arange(4)).backward()
+        for name, tensor in (("x", x), *model.named_parameters()):
+            assert tensor.grad is not None, name
+            assert tensor.grad.abs().amax() > 1e-7, name
+
+    @pytest.mark.parametrize("kind", TINY)
+    def test_channels_last(self, kind):
+        torch.manual_seed(0)
+        model, x = unsettled(TINY[kind]()), torch.rand(2, 3, 16, 16)
+        expected = model(x)
+        model = model.to(memory_format=torch.channels_last)
+        kept = []
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.BatchNorm2d)):
+                module.register_forward_hook(
+                    lambda *call: kept.append(
+                        call[2].is_contiguous(memory_format=torch.channels_last)
+                    )
+                )
+        out = model(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+        assert len(kept) > 4
+        assert all(kept)
+
+    @pytest.mark.parametrize("kind", sorted(set(TINY) - {"vgg"}))  # a max-pool is not affine
+    def test_the_activation_replaces_every_relu(self, kind):
+        """Without any, a network in eval mode is an affine function of the image."""
+        torch.manual_seed(0)
+        model = unsettled(TINY[kind](activation=lambda x: x).double())
+        a, b = torch.rand(2, 2, 3, 8, 8, dtype=torch.float64)
+        torch.testing.assert_close(model((a + b) / 2), (model(a) + model(b)) / 2)
+        relu = unsettled(TINY[kind]().double())
+        assert not torch.allclose(relu((a + b) / 2), (relu(a) + relu(b)) / 2)
+
+    @pytest.mark.parametrize("kind", TINY)
+    def test_the_activation_adds_nothing_to_the_checkpoint(self, kind):
+        saved = TINY[kind]().state_dict()
+        TINY[kind](activation=nn.SiLU()).load_state_dict(saved, strict=True)
+
+    @pytest.mark.parametrize("kind", TINY)
+    def test_the_forward_is_one_graph(self, kind):
+        model, x = TINY[kind]().eval(), torch.rand(2, 3, 8, 8)
+        graph = torch.export.export(model, (x,))  # refuses data-dependent Python
+        torch.testing.assert_close(graph.module()(x), model(x))
+
+
 class TestNormalize:
     def test_values(self):
         x = torch.rand(2, 3, 4, 4)
@@ -303,14 +559,103 @@ class TestNormalize:
             Normalize((0.1, 0.2, 0.3), 1.0)
 
 
+LARGE = {"wide_resnet34_20", "wide_resnet70_16"}  # hundreds of millions: shapes alone
+
+
 class TestRegistry:
     @pytest.mark.parametrize("name", sorted(MODELS))
     def test_every_model(self, name):
-        model = build_model(name, num_classes=4, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert model.eval()(torch.rand(2, 2, 8, 8)).shape == (2, 4)
+            with torch.device("meta" if name in LARGE else "cpu"):
+                model = build_model(
+                    name, num_classes=4, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4)
+                )
+                assert model.eval()(torch.rand(2, 2, 8, 8)).shape == (2, 4)
+
+    @pytest.mark.parametrize("name", sorted(MODELS))
+    def test_default_statistics(self, name):
+        with torch.device("meta"):
+            defaults = inspect.signature(MODELS[name]).parameters
+            channels = 1 if name == "preact_resnet_small" else 3
+            assert defaults["num_classes"].default == 10
+            assert defaults["in_channels"].default == channels
+            assert len(MODELS[name]().normalize.mean) == channels
+        if name not in LARGE and channels == 3:
+            assert MODELS[name]().normalize.mean.flatten().tolist() == pytest.approx(CIFAR10_MEAN)
+            assert MODELS[name]().normalize.std.flatten().tolist() == pytest.approx(CIFAR10_STD)
+
+    @pytest.mark.parametrize("name", sorted(MODELS))
+    def test_settings_are_passed_on(self, name):
+        with torch.device("meta"):
+            model = build_model(name, num_classes=10, in_channels=3, activation=torch.tanh)
+        used = [m.activation for m in model.modules() if hasattr(m, "activation")]
+        assert used
+        assert all(activation is torch.tanh for activation in used)
+        with pytest.raises(TypeError, match="dropout"):
+            build_model(name, num_classes=10, in_channels=3, dropout=0.5)
 
     def test_unknown_name(self):
         with pytest.raises(ValueError, match=r"no model 'vgg'; .*preact_resnet18, preact_res"):
             build_model("vgg", num_classes=10, in_channels=3)
+        with pytest.raises(ValueError, match="torchvision/NAME"):
+            build_model("resnet18", num_classes=10, in_channels=3)
+
+
+class TestTorchvision:
+    def build(self, name, **kw):
+        pytest.importorskip("torchvision")
+        return build_model(f"torchvision/{name}", **{"num_classes": 10, "in_channels": 3, **kw})
+
+    def test_published_parameter_count(self):
+        with torch.device("meta"):
+            assert count(self.build("resnet18", num_classes=1000)) == 11_689_512
+
+    def test_it_is_torchvisions_after_the_normalisation(self):
+        torch.manual_seed(0)
+        model = self.build("resnet18", mean=CIFAR10_MEAN, std=CIFAR10_STD).eval()
+        theirs = pytest.importorskip("torchvision.models").resnet18(num_classes=10)
+        saved = model.state_dict()
+        theirs.load_state_dict(
+            {k.removeprefix("model."): v for k, v in saved.items() if k.startswith("model.")}
+        )
+        x = torch.rand(2, 3, 64, 64)
+        mean, std = (torch.tensor(t).view(1, 3, 1, 1) for t in (CIFAR10_MEAN, CIFAR10_STD))
+        torch.testing.assert_close(model(x), theirs.eval()((x - mean) / std))
+        assert {k.partition(".")[0] for k in saved} == {"normalize", "model"}
+
+    @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+    def test_logits_alone_in_train_mode(self, name):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            out = self.build(name, init_weights=False).train()(torch.rand(2, 3, 299, 299))
+        assert out.shape == (2, 10)
+
+    def test_settings_are_passed_on(self):
+        with torch.device("meta"):
+            model = self.build("mobilenet_v3_small", dropout=0.4)
+        assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.4]
+
+    def test_unknown_name(self):
+        for name in ("resnet_18", "fasterrcnn_resnet50_fpn", "list_models", ""):
+            with pytest.raises(ValueError, match=f"no classifier '{name}'; it has: .*resnet18, "):
+                self.build(name)
+
+    def test_rgb_only(self):
+        with pytest.raises(ValueError, match="RGB images, not 1 channels"):
+            self.build("resnet18", in_channels=1)
+        with pytest.raises(ValueError, match="2 channels, the images 3"):
+            self.build("resnet18", mean=(0.1, 0.2), std=(0.3, 0.4))
+
+    def test_not_installed(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+        with pytest.raises(ImportError, match="torchvision/resnet18 needs torchvision: pip"):
+            build_model("torchvision/resnet18", num_classes=10, in_channels=3)
+
+    def test_imported_only_then(self):
+        code = (
+            "import sys, awp_optim.lab.models as m;"
+            "m.build_model('preact_resnet_small', num_classes=10, in_channels=1);"
+            "assert 'torchvision' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
