@@ -31,20 +31,20 @@ from awp_optim.lab.data import load as load_dataset
 from awp_optim.lab.models import MODELS
 from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars
-from awp_optim.lab.recipes import RECIPES
+from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.trainer import METHODS, PRECISIONS, THREATS, Config, Row, best, fit
 
 DIRECTIONS = ("gradient", "random", "momentum")
 ASCENTS = ("exact", "attack", "momentum")
-DEFAULTS = Config(gamma=1e-2)
+DEFAULTS = defaults("cifar10")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Defaults in brackets; with --recipe they are the recipe's.",
+        epilog="Defaults in brackets, for CIFAR-10; with --recipe they are the recipe's.",
     )
     add = parser.add_argument
     add("--out", type=Path, help="the run folder")
@@ -93,14 +93,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def configure(args: argparse.Namespace, data: ImageData) -> Config:
-    """The recipe's settings or the defaults, and what was given instead."""
+    """The recipe's settings or the paper's for the data set, and what was given instead."""
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-    if args.threat is not None:
-        given = {**vars(THREATS[args.threat]), **given}
-    if args.recipe is not None:
+    if args.recipe is None:
+        config = defaults(data.name, args.threat or "linf", given.get("method", "at"))
+    else:
         config = RECIPES[args.recipe].config
-    else:  # gamma as in the published runs
-        config = replace(DEFAULTS, gamma=1e-2 if given.get("method", "at") == "at" else 5e-3)
+        if args.threat is not None:
+            given = {**vars(THREATS[args.threat]), **given}
     given["augment"] = data.name != "digits"
     given["train_eval"] = max(1, min(1000, len(data.x_train) // 4))
     return replace(config, **given)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from awp_optim.lab.trainer import THREATS, Config
 
-__all__ = ["QUICKSTART", "QUICKSTART_IMAGES", "RECIPES", "Recipe"]
+__all__ = ["QUICKSTART", "QUICKSTART_IMAGES", "RECIPES", "Recipe", "defaults"]
 
 QUICKSTART = Config(
     arch="preact_resnet_small",
@@ -99,3 +99,13 @@ def _recipes() -> dict[str, Recipe]:
 
 RECIPES: dict[str, Recipe] = _recipes()
 """The paper's runs by name, such as ``at-awp/cifar10-linf-preact18``."""
+
+
+def defaults(dataset: str, norm: str = "linf", method: str = "at") -> Config:
+    """The paper's settings with AWP for a data set; CIFAR-10's for one that is not in the paper.
+
+    PreAct ResNet-18; gamma as in the published runs, 1e-2 with "at" and 5e-3 with other methods.
+    """
+    fallback = RECIPES[f"at-awp/cifar10-{norm}-preact18"]
+    config = RECIPES.get(f"at-awp/{dataset}-{norm}-preact18", fallback).config
+    return config if method == "at" else replace(config, method=method, gamma=5e-3)

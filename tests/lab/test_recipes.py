@@ -7,7 +7,7 @@ import pytest
 from awp_optim.attacks import PGD
 from awp_optim.lab.data import DATASETS
 from awp_optim.lab.models import MODELS
-from awp_optim.lab.recipes import RECIPES
+from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.trainer import Config
 from awp_optim.objectives import AT, MART, TRADES
 
@@ -57,3 +57,12 @@ def test_table_2():
     assert mart.config.objective == MART(lam=6.0)
     assert (mart.config.gamma, mart.config.awp_start) == (5e-3, 0)
     assert len(RECIPES) == 18
+
+
+def test_defaults_are_those_of_the_data_set():
+    assert defaults("cifar10") == Config(gamma=1e-2)
+    assert defaults("digits") == defaults("cifar10")
+    svhn = defaults("svhn", method="trades")
+    assert (svhn.step_size, svhn.lr, svhn.awp_start) == (1 / 255, 0.01, 5)
+    assert (svhn.method, svhn.gamma) == ("trades", 5e-3)
+    assert defaults("mine", "l2").eps == 128 / 255
