@@ -264,7 +264,8 @@ class AdversarialStep:
                 self._ascend(awp, x_adv, x, y, self._kept if again else gradients)
             del gradients  # they have the size of the weights
         if awp and self.interval > 1 and not again:
-            self._keep(awp)
+            # In place, for a graph goes on reading from where it lies.
+            self._kept = awp.perturbation(self._kept)
         loss, logits = self._descend(x_adv, x, y)
         return loss, logits, x_adv
 
@@ -318,10 +319,6 @@ class AdversarialStep:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(x.device.type, self.autocast)
-
-    def _keep(self, awp: AWP) -> None:
-        """Remember v; in place, for a graph goes on reading from where it lies."""
-        self._kept = awp.perturbation(self._kept)
 
     # ------------------------------------------------------------------ as a graph
 

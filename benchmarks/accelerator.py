@@ -90,7 +90,6 @@ class Record:
             "quick": options.quick,
             "environment": {
                 **environment(options.device),
-                "command": " ".join(["python", *sys.orig_argv[1:]]),
                 "cuda": torch.version.cuda,
                 "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
             },

@@ -375,22 +375,26 @@ class VGG(nn.Module):
 # The published networks: CIFAR-10's statistics unless others are given, and what their class takes.
 
 
+def _for_cifar10(num_classes: int, in_channels: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """A builder's settings; the statistics are CIFAR-10's unless others are given."""
+    return {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
+
+
 def preact_resnet18(num_classes: int = 10, in_channels: int = 3, **settings: Any) -> PreActResNet:
     """The PreAct ResNet-18 of the paper: 64-128-256-512 channels, 11,172,170 parameters."""
-    settings = {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
-    return PreActResNet((2, 2, 2, 2), 64, **settings)
+    return PreActResNet((2, 2, 2, 2), 64, **_for_cifar10(num_classes, in_channels, settings))
 
 
 def preact_resnet34(num_classes: int = 10, in_channels: int = 3, **settings: Any) -> PreActResNet:
     """The PreAct ResNet-34: 64-128-256-512 channels, 21,280,330 parameters."""
-    settings = {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
-    return PreActResNet((3, 4, 6, 3), 64, **settings)
+    return PreActResNet((3, 4, 6, 3), 64, **_for_cifar10(num_classes, in_channels, settings))
 
 
 def preact_resnet50(num_classes: int = 10, in_channels: int = 3, **settings: Any) -> PreActResNet:
     """The PreAct ResNet-50: 256-512-1024-2048 channels, 23,513,162 parameters."""
-    settings = {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
-    return PreActResNet((3, 4, 6, 3), 64, block=PreActBottleneck, **settings)
+    return PreActResNet(
+        (3, 4, 6, 3), 64, block=PreActBottleneck, **_for_cifar10(num_classes, in_channels, settings)
+    )
 
 
 def preact_resnet_small(
@@ -403,32 +407,27 @@ def preact_resnet_small(
 
 def wide_resnet28_10(num_classes: int = 10, in_channels: int = 3, **settings: Any) -> WideResNet:
     """The WRN-28-10 of the paper's pre-training and RST: 36,479,194 parameters."""
-    settings = {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
-    return WideResNet(28, 10, **settings)
+    return WideResNet(28, 10, **_for_cifar10(num_classes, in_channels, settings))
 
 
 def wide_resnet34_10(num_classes: int = 10, in_channels: int = 3, **settings: Any) -> WideResNet:
     """The WRN-34-10 of the paper: 160-320-640 channels, 46,160,474 parameters."""
-    settings = {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
-    return WideResNet(34, 10, **settings)
+    return WideResNet(34, 10, **_for_cifar10(num_classes, in_channels, settings))
 
 
 def wide_resnet34_20(num_classes: int = 10, in_channels: int = 3, **settings: Any) -> WideResNet:
     """The WRN-34-20: 320-640-1280 channels, 184,531,674 parameters."""
-    settings = {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
-    return WideResNet(34, 20, **settings)
+    return WideResNet(34, 20, **_for_cifar10(num_classes, in_channels, settings))
 
 
 def wide_resnet70_16(num_classes: int = 10, in_channels: int = 3, **settings: Any) -> WideResNet:
     """The WRN-70-16: 256-512-1024 channels, 266,796,506 parameters."""
-    settings = {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
-    return WideResNet(70, 16, **settings)
+    return WideResNet(70, 16, **_for_cifar10(num_classes, in_channels, settings))
 
 
 def vgg19(num_classes: int = 10, in_channels: int = 3, **settings: Any) -> VGG:
     """The VGG-19 with BatchNorm: 64-128-256-512-512 channels, 20,040,522 parameters."""
-    settings = {"num_classes": num_classes, "in_channels": in_channels, **_CIFAR10, **settings}
-    return VGG((2, 2, 4, 4, 4), 64, **settings)
+    return VGG((2, 2, 4, 4, 4), 64, **_for_cifar10(num_classes, in_channels, settings))
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
