@@ -3,6 +3,14 @@
 Lower-case functions are the losses, means over the batch, differentiable in all their logits. The
 classes of the same name in capitals bundle a loss with its settings and with what a training step
 must know about it. Every one is a value: equal if its settings are.
+
+Labels are class indices, int64 of shape (N,), or the classes' probabilities, a floating tensor of
+shape (N, C), as mixup gives them. Their loss is the expectation, ``sum_k y_k loss(k)``.
+
+Label smoothing s replaces y by ``(1 - s) y + s / C`` in the loss's cross-entropy -log p_y alone
+(Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR 2016; in
+adversarial training: Pang et al., "Bag of tricks for adversarial training", ICLR 2021,
+https://arxiv.org/abs/2010.00467). What an attack climbs is not smoothed.
 """
 
 from __future__ import annotations
@@ -17,39 +25,63 @@ from torch import Tensor
 __all__ = ["AT", "MART", "TRADES", "Objective", "at", "mart", "trades"]
 
 
-def at(logits_adv: Tensor, y: Tensor) -> Tensor:
+def at(logits_adv: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of adversarial examples: Eq. (1) of the paper with Madry et al.'s loss.
 
     Args:
         logits_adv: shape (N, C), the logits at the adversarial examples.
-        y: shape (N,), class indices.
+        y: shape (N,), class indices; or shape (N, C), probabilities.
+        label_smoothing: of the cross-entropy, in [0, 1).
 
     Returns:
         A scalar, the mean over the batch.
+
+    Raises:
+        ValueError: the probabilities do not have the shape of the logits, or ``label_smoothing`` is
+            out of its range.
 
     Example:
         >>> at(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
         tensor(0.6931)
     """
-    return F.cross_entropy(logits_adv, y)
+    return _cross_entropy(logits_adv, y, label_smoothing)
 
 
-def trades(logits_adv: Tensor, logits_nat: Tensor, y: Tensor, beta: float = 6.0) -> Tensor:
+def trades(
+    logits_adv: Tensor,
+    logits_nat: Tensor,
+    y: Tensor,
+    beta: float = 6.0,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """TRADES (Zhang et al., 2019), Eq. (2): ``CE(f(x), y) + beta KL(f(x) || f(x'))``.
 
     Args:
         logits_adv: shape (N, C), at the adversarial examples x'.
         logits_nat: shape (N, C), at the natural examples x.
-        y: shape (N,), class indices.
+        y: shape (N,), class indices; or shape (N, C), probabilities.
         beta: weight of robustness against natural accuracy, >= 0.
+        label_smoothing: of the cross-entropy, in [0, 1).
 
     Returns:
         A scalar, the mean over the batch.
+
+    Raises:
+        ValueError: as for :func:`at`.
     """
-    return F.cross_entropy(logits_nat, y) + beta * _kl(logits_nat, logits_adv).mean()
+    natural = _cross_entropy(logits_nat, y, label_smoothing)
+    return natural + beta * _kl(logits_nat, logits_adv).mean()
 
 
-def mart(logits_adv: Tensor, logits_nat: Tensor, y: Tensor, lam: float = 6.0) -> Tensor:
+def mart(
+    logits_adv: Tensor,
+    logits_nat: Tensor,
+    y: Tensor,
+    lam: float = 6.0,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """MART (Wang et al., 2020), Eq. (3): ``BCE(f(x'), y) + lam KL(f(x) || f(x')) (1 - f(x)_y)``.
 
     The boosted cross-entropy is ``BCE = -log p_y - log(1 - max_{k != y} p_k)`` with p = f(x'),
@@ -58,20 +90,64 @@ def mart(logits_adv: Tensor, logits_nat: Tensor, y: Tensor, lam: float = 6.0) ->
     Args:
         logits_adv: shape (N, C), C >= 2, at the adversarial examples x'.
         logits_nat: shape (N, C), at the natural examples x.
-        y: shape (N,), class indices.
+        y: shape (N,), class indices; or shape (N, C), probabilities.
         lam: weight of the divergence, >= 0.
+        label_smoothing: of -log p_y alone, in [0, 1).
 
     Returns:
         A scalar, the mean over the batch.
+
+    Raises:
+        ValueError: as for :func:`at`.
     """
-    log_p = F.log_softmax(logits_adv, 1)
-    is_y = F.one_hot(y, log_p.shape[1]).bool()
-    rival = log_p.masked_fill(is_y, -torch.inf).argmax(1, keepdim=True)
-    # log(1 - p_k) is the log of what all the other classes have together.
-    log_rest = log_p.scatter(1, rival, -torch.inf).logsumexp(1)
-    boosted = F.nll_loss(log_p, y, reduction="none") - log_rest
-    p_nat_y = F.softmax(logits_nat, 1).gather(1, y[:, None]).squeeze(1)
-    return (boosted + lam * _kl(logits_nat, logits_adv) * (1 - p_nat_y)).mean()
+    _check_smoothing(label_smoothing)
+    y = _labels(y, logits_adv)
+    log_p, p_nat = F.log_softmax(logits_adv, 1), F.softmax(logits_nat, 1)
+    if y.is_floating_point():
+        cross_entropy = -(y * log_p).sum(1)
+        # The rival of the top class is the second; of every other class it is the top one.
+        first_two = log_p.topk(2, dim=1).indices
+        top, second = first_two[:, :1], first_two[:, 1:]
+        of_top, of_others = y.gather(1, top).squeeze(1), y.scatter(1, top, 0).sum(1)
+        log_rest = of_top * _log_rest(log_p, second) + of_others * _log_rest(log_p, top)
+        unsure = (y * (1 - p_nat)).sum(1)
+    else:
+        cross_entropy = F.nll_loss(log_p, y, reduction="none")
+        is_y = F.one_hot(y, log_p.shape[1]).bool()
+        rival = log_p.masked_fill(is_y, -torch.inf).argmax(1, keepdim=True)
+        log_rest = _log_rest(log_p, rival)
+        unsure = 1 - p_nat.gather(1, y[:, None]).squeeze(1)
+    if label_smoothing:
+        cross_entropy = (1 - label_smoothing) * cross_entropy - label_smoothing * log_p.mean(1)
+    return (cross_entropy - log_rest + lam * _kl(logits_nat, logits_adv) * unsure).mean()
+
+
+def _log_rest(log_p: Tensor, k: Tensor) -> Tensor:
+    """log(1 - p_k), as the log of what all other classes have together; k of shape (N, 1)."""
+    return log_p.scatter(1, k, -torch.inf).logsumexp(1)
+
+
+def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
+    _check_smoothing(label_smoothing)
+    return F.cross_entropy(logits, _labels(y, logits), label_smoothing=label_smoothing)
+
+
+def _labels(y: Tensor, logits: Tensor) -> Tensor:
+    """Class indices as they are; probabilities in the dtype of the logits, float32 at least."""
+    if not y.is_floating_point():
+        return y
+    if y.shape != logits.shape:
+        raise ValueError(
+            f"y is floating-point, so it must hold the classes' probabilities, the shape of the"
+            f" logits, {tuple(logits.shape)}, got shape {tuple(y.shape)}; class indices must be"
+            f" integers, y.long()"
+        )
+    return y.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
 
 
 def _kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
@@ -91,38 +167,64 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class AT:
-    """Adversarial training (Madry et al., 2018): cross-entropy of adversarial examples."""
+    """Adversarial training (Madry et al., 2018): cross-entropy of adversarial examples.
+
+    Raises:
+        ValueError: ``label_smoothing`` is not in [0, 1).
+    """
+
+    label_smoothing: float = 0.0
 
     needs_natural: ClassVar[bool] = False
     attack_loss: ClassVar[str] = "ce"
 
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
+
     def __call__(self, logits_adv: Tensor, logits_nat: Tensor | None, y: Tensor) -> Tensor:
-        return at(logits_adv, y)
+        return at(logits_adv, y, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
 class TRADES:
-    """TRADES: natural cross-entropy and the divergence that its attack maximises, Eq. (16)."""
+    """TRADES: natural cross-entropy and the divergence that its attack maximises, Eq. (16).
+
+    Raises:
+        ValueError: ``label_smoothing``, of the natural cross-entropy, is not in [0, 1).
+    """
 
     beta: float = 6.0
+    label_smoothing: float = 0.0
 
     needs_natural: ClassVar[bool] = True
     attack_loss: ClassVar[str] = "kl"
 
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
+
     def __call__(self, logits_adv: Tensor, logits_nat: Tensor | None, y: Tensor) -> Tensor:
         assert logits_nat is not None  # needs_natural
-        return trades(logits_adv, logits_nat, y, self.beta)
+        s = self.label_smoothing
+        return trades(logits_adv, logits_nat, y, self.beta, label_smoothing=s)
 
 
 @dataclass(frozen=True)
 class MART:
-    """MART: misclassified examples weigh more; its attack maximises cross-entropy, Eq. (17)."""
+    """MART: misclassified examples weigh more; its attack maximises cross-entropy, Eq. (17).
+
+    Raises:
+        ValueError: ``label_smoothing``, of -log p_y alone, is not in [0, 1).
+    """
 
     lam: float = 6.0
+    label_smoothing: float = 0.0
 
     needs_natural: ClassVar[bool] = True
     attack_loss: ClassVar[str] = "ce"
 
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
+
     def __call__(self, logits_adv: Tensor, logits_nat: Tensor | None, y: Tensor) -> Tensor:
         assert logits_nat is not None  # needs_natural
-        return mart(logits_adv, logits_nat, y, self.lam)
+        return mart(logits_adv, logits_nat, y, self.lam, label_smoothing=self.label_smoothing)

@@ -195,7 +195,9 @@ class AdversarialStep:
 
         Args:
             x: inputs in the attack's box, shape (N, ...).
-            y: class indices, shape (N,).
+            y: class indices, int64 of shape (N,); or probabilities of the classes, floating, shape
+                (N, C), as mixup gives them, if attack and objective take them: the package's
+                objectives do, and its attacks of the losses "ce" and "kl".
 
         Returns:
             Detached tensors; nothing is read back to the host. An exception on the way leaves the
@@ -366,7 +368,12 @@ class AdversarialStep:
         kept_at = tuple((id(p), v.data_ptr()) for p, v in self._kept.items())
         key = (again and kept_at, settings if inside else None, self._key())
         loss, logits, x_adv = self._graphs(
-            function, (x.detach(), y), key, keep=keep, before_replay=before_replay, discard=discard
+            function,
+            (x.detach(), y.detach()),
+            key,
+            keep=keep,
+            before_replay=before_replay,
+            discard=discard,
         )
         torch.clear_autocast_cache()  # the weights are others now
         if not inside:

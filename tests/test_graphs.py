@@ -13,7 +13,7 @@ from torch import nn
 from awp_optim import AWP, AdversarialStep, graphs
 from awp_optim.attacks import FGSM, PGD, Captured
 from awp_optim.graphs import CaptureError, Graphs
-from awp_optim.objectives import MART, TRADES
+from awp_optim.objectives import AT, MART, TRADES
 
 SGD = torch.optim.SGD
 
@@ -35,6 +35,16 @@ def batches(n, device="cpu", size=8):
     x = torch.rand(n, size, 1, 6, 6, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (n, size), generator=generator)
     return list(zip(x.to(device), y.to(device)))
+
+
+def mixed(data, dtype=torch.float32):
+    """The labels as probabilities, each with some of its neighbour's."""
+
+    def of(y):
+        one_hot = torch.eye(3, device=y.device)[y]
+        return (0.7 * one_hot + 0.3 * one_hot.roll(1, 0)).to(dtype)
+
+    return [(x, of(y)) for x, y in data]
 
 
 def awp(model, base=SGD, **kwargs):
@@ -104,6 +114,78 @@ def test_captured_equals_the_readable_step(graph_device, kwargs):
     assert_same(model, readable, outputs, truth)
     assert counts.captures == (1 if "interval" not in kwargs else 2)
     assert counts.replays >= 5
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"ascent": "attack"},
+        {"interval": 3},
+        {"objective": AT(0.1)},
+        {"objective": TRADES(6.0, 0.1), "attack": PGD(0.1, 0.04, steps=2, loss="kl")},
+        {"objective": MART(6.0, 0.1)},
+        {"attack": PGD(0.1, 0.04, steps=2, restarts=2)},
+    ],
+    ids=str,
+)
+def test_captured_with_mixed_labels(graph_device, kwargs):
+    device, counts = graph_device
+    if device == "cuda" and "attack" in kwargs:
+        pytest.skip("the random start decides")
+    data = mixed(batches(10, device))
+    eager, truth, _ = trained(device, False, data, **kwargs)
+    model, outputs, _ = trained(device, True, data, **kwargs)
+    assert_same(model, eager, outputs, truth)
+    assert counts.captures == (1 if "interval" not in kwargs else 2)
+    assert counts.replays >= 5
+
+
+def test_each_kind_of_labels_has_its_graph(graph_device):
+    device, counts = graph_device
+    data = batches(24, device)
+    kinds = data[:8], mixed(data[8:16]), mixed(data[16:], torch.float64)
+    turns = [batch for turn in zip(*kinds) for batch in turn]
+    eager, truth, _ = trained(device, False, turns)
+    model, outputs, _ = trained(device, True, turns)
+    assert_same(model, eager, outputs, truth)
+    assert counts.captures == 3
+    assert counts.replays >= 3 * 5
+
+
+def test_labels_that_require_gradients_get_none_from_a_graph(graph_device):
+    device, counts = graph_device
+    data = mixed(batches(8, device))
+    eager, truth, _ = trained(device, False, data)
+    model, outputs, step = trained(device, True, [(x, y.clone().requires_grad_()) for x, y in data])
+    assert_same(model, eager, outputs, truth)
+    assert counts.replays >= 4
+    (graph,) = step._graphs._graphs.values()
+    assert not any(t.requires_grad for t in graph._inputs)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_a_captured_attack_with_mixed_labels(graph_device, loss):
+    device, counts = graph_device
+    if device == "cuda" and loss == "kl":
+        pytest.skip("the random start decides")
+    model = network(device)
+    plain = PGD(0.1, 0.04, steps=3, loss=loss, random_start=loss == "kl")
+    captured = Captured(plain, cuda_graph=True)
+    data = batches(16, device)
+    for i, pair in enumerate(zip(data[:8], mixed(data[8:]))):
+        for x, y in pair:
+            results = []
+            for a in (captured, plain):
+                torch.manual_seed(i)
+                results.append(a(model, x, y.requires_grad_(y.is_floating_point())))
+            torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert counts.captures == 2
+    assert counts.replays == 12
+    buffers = [t for graph in captured._graphs._graphs.values() for t in graph._inputs]
+    assert not any(t.requires_grad for t in buffers)
+    with pytest.raises(TypeError, match="needs class indices"):
+        Captured(PGD(loss="cw"))(model, x, y)
 
 
 @pytest.mark.parametrize(

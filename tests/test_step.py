@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import FGSM, PGD
 from awp_optim.attacks.base import _compiler_sees_requires_grad
-from awp_optim.objectives import TRADES
+from awp_optim.objectives import AT, MART, TRADES
 
 SGD = torch.optim.SGD
 ATTACK = PGD(eps=0.1, step_size=0.04, steps=3)
@@ -41,6 +41,12 @@ def batches(n, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(n, 8, 1, 6, 6, generator=generator, dtype=torch.float64)
     return list(zip(x, torch.randint(3, (n, 8), generator=generator)))
+
+
+def mixed(data, share=0.7):
+    """The labels as probabilities, each with some of its neighbour's."""
+    one_hot = torch.eye(3)
+    return [(x, share * one_hot[y] + (1 - share) * one_hot[y.roll(1)]) for x, y in data]
 
 
 def algorithm_2(model, data, gamma, alternations, k2, lr, objective):
@@ -119,6 +125,93 @@ def test_is_algorithm_2(net, alternations, k2, natural):
     assert out.logits.shape == (8, 3)
     for (name, ours_), theirs in zip(net.state_dict().items(), other.state_dict().values()):
         torch.testing.assert_close(ours_, theirs, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def expected_cross_entropy(call, x_adv, x, y):
+    return -(y * call(x_adv).log_softmax(1)).sum(1).mean()
+
+
+@pytest.mark.parametrize(("alternations", "k2"), [(1, 1), (2, 2)])
+def test_is_algorithm_2_of_mixed_labels_too(net, alternations, k2):
+    other = copy.deepcopy(net)
+    opt = AWP(net.parameters(), SGD, gamma=0.05, ascent_steps=alternations * k2, lr=0.1)
+    step = AdversarialStep(net, opt, ATTACK, alternations=alternations)
+    data = mixed(batches(4))
+    torch.manual_seed(3)
+    ours = [step(x, y) for x, y in data]
+    torch.manual_seed(3)
+    truth = list(algorithm_2(other, data, 0.05, alternations, k2, 0.1, expected_cross_entropy))
+    for out, (loss, x_adv) in zip(ours, truth):
+        torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(out.x_adv, x_adv, rtol=1e-9, atol=1e-9)
+    for (name, ours_), theirs in zip(net.state_dict().items(), other.state_dict().values()):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"ascent": "attack"},
+        {"ascent": "momentum"},
+        {"interval": 2},
+        {"interval": 2, "ascent": "attack"},
+        {"objective": AT(0.1)},
+        {"objective": TRADES(6.0, 0.1), "attack": PGD(0.1, 0.04, steps=2, loss="kl")},
+        {"objective": MART(6.0, 0.1)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_certain_labels_train_as_indices_do(net, kwargs, autocast):
+    results = []
+    for as_probabilities in (False, True):
+        model = copy.deepcopy(net).to(torch.float32 if autocast else torch.float64)
+        opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.1, momentum=0.9)
+        settings = {"attack": ATTACK, "autocast": autocast, **kwargs}
+        step = AdversarialStep(model, opt, **settings)
+        data = batches(4)
+        torch.manual_seed(3)
+        for x, y in mixed(data, 1.0) if as_probabilities else data:
+            out = step(x.float() if autocast else x, y)
+        results.append((model.state_dict(), out.x_adv))
+    tolerance = 2e-2 if autocast else 1e-9
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("objective", [AT(), TRADES(), MART()])
+def test_autocast_with_mixed_labels(objective):
+    torch.manual_seed(0)
+    net = Net()
+    opt = AWP(net.parameters(), SGD, gamma=0.01, lr=0.1)
+    attack = PGD(eps=0.1, steps=2, loss=objective.attack_loss)
+    step = AdversarialStep(net, opt, attack, objective, autocast=torch.bfloat16)
+    for x, y in mixed(batches(2)):
+        x_before, y_before = x.float(), y.clone()
+        out = step(x_before, y)
+        assert torch.equal(y, y_before)
+    assert out.logits.dtype == torch.bfloat16
+    assert out.loss.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda y: y * 2, "sum to 1"),
+        (lambda y: y[:, :2] / y[:, :2].sum(1, keepdim=True), "2 classes, but the model has 3"),
+        (lambda y: y[:4], "each of the 8 examples"),
+    ],
+)
+def test_bad_probabilities_change_nothing(net, change, match):
+    opt = AWP(net.parameters(), SGD, gamma=0.1, lr=0.1)
+    before = copy.deepcopy(net.state_dict())
+    (x, y), *_ = mixed(batches(1))
+    y = torch.where(y == 0, 0.1, y * 0.9) if match.startswith("2") else y
+    with pytest.raises(ValueError, match=match):
+        AdversarialStep(net, opt, ATTACK)(x, change(y))
+    assert not opt.is_perturbed
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_plain_optimizer_gives_plain_adversarial_training(net):

@@ -21,7 +21,8 @@ class BallAttack(Attack):
     Attributes:
         eps: radius of the ball, in the units of the input.
         norm: "linf" or "l2".
-        loss: "ce", "kl", "cw" or "dlr": see :mod:`awp_optim.attacks.losses`.
+        loss: "ce", "kl", "cw" or "dlr": see :mod:`awp_optim.attacks.losses`. Labels may be
+            probabilities for "ce", and for "kl", which ignores them.
     """
 
     eps: float
@@ -61,6 +62,9 @@ class BallAttack(Attack):
 
     def _needs_labels(self) -> bool:
         return self.loss != "kl"
+
+    def _takes_probabilities(self) -> bool:
+        return self.loss in ("ce", "kl")  # the others are margins of one class
 
     def _perturb(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
         if self.eps == 0:

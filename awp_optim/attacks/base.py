@@ -65,8 +65,10 @@ class Attack(ABC):
                 ``.grad`` and hooks, and in eval mode its buffers. In train mode BatchNorm updates
                 its running statistics at every forward pass. Any other callable is called as it is.
             x: float64, float32, bfloat16 or float16, shape (N, ...). It is not modified.
-            y: class indices of any integer dtype, shape (N,), on the device of ``x``. May be None
-                for a loss that needs no label.
+            y: on the device of ``x``. Class indices of any integer dtype, shape (N,); or, as mixup
+                gives them, the classes' probabilities, of any dtype that ``x`` may have, shape
+                (N, C): the loss is then its expectation. ``loss="cw"`` and "dlr" need indices. May
+                be None for a loss that needs no label.
 
         Returns:
             The perturbed batch, detached, with the shape, dtype, device and memory format of ``x``.
@@ -74,7 +76,8 @@ class Attack(ABC):
         Raises:
             TypeError: ``x``, ``y`` or what the model returns is of the wrong type.
             ValueError: their shapes or devices do not fit, or, checked on the CPU only, where
-                looking is free, ``x`` leaves ``clip`` or a label is not among the model's classes.
+                looking is free, ``x`` leaves ``clip``, a label is not among the model's classes, or
+                probabilities are negative, not finite or do not sum to 1.
         """
         return self._call(model, x, y, ())[0]
 
@@ -86,7 +89,8 @@ class Attack(ABC):
             # Autograd refuses inference tensors; a clone made here is an ordinary tensor.
             x = x.clone() if x.is_inference() else x.detach()
             if y is not None:
-                y = y.to(torch.int64, copy=y.is_inference())
+                dtype = torch.int64 if is_integer(y) else y.dtype
+                y = y.detach().to(dtype, copy=y.is_inference())
             if x.numel() == 0:
                 return x.clone(), (None,) * len(weights)
             with in_mode(model, self.model_mode):
@@ -105,6 +109,9 @@ class Attack(ABC):
     def _needs_labels(self) -> bool:
         return True
 
+    def _takes_probabilities(self) -> bool:
+        return False
+
     def _check(self, x: Tensor, y: Tensor | None) -> None:
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:
             raise TypeError(
@@ -113,21 +120,7 @@ class Attack(ABC):
             )
         if x.ndim == 0:
             raise ValueError("x must be a batch of shape (N, ...), got a tensor of no dimension")
-        if y is None:
-            if self._needs_labels():
-                raise ValueError("y is None, but this attack needs labels; only loss='kl' does not")
-        elif not isinstance(y, Tensor) or not is_integer(y):
-            raise TypeError(
-                f"y must be a tensor of integer class indices, got {describe(y)}; turn one-hot"
-                f" labels into indices with y.argmax(1)"
-            )
-        elif y.shape != x.shape[:1]:
-            raise ValueError(
-                f"y must hold one class index for each of the {len(x)} examples, shape"
-                f" ({len(x)},), got shape {tuple(y.shape)}"
-            )
-        elif y.device != x.device:
-            raise ValueError(f"x is on {x.device} and y on {y.device}; move them to one device")
+        self._check_labels(y, x)
         if x.device.type != "cpu" or x.numel() == 0:
             return
         smallest, largest = x.detach().aminmax()
@@ -140,8 +133,40 @@ class Attack(ABC):
                 f" If x is normalised, make the normalisation a layer of the model and pass the"
                 f" image itself; else give the range of your inputs, clip=(lo, hi) or clip=None"
             )
-        if y is not None and bool((y < 0).any()):
-            raise ValueError(f"labels must not be negative, got {int(y.min())}")
+        if y is not None:
+            _check_values(y.detach())
+
+    def _check_labels(self, y: Tensor | None, x: Tensor) -> None:
+        """All but their values, which only the CPU may look at."""
+        n = len(x)
+        if y is None:
+            if self._needs_labels():
+                raise ValueError("y is None, but this attack needs labels; only loss='kl' does not")
+            return
+        if not isinstance(y, Tensor) or not (is_integer(y) or y.dtype in DTYPES):
+            raise TypeError(
+                f"y must be a tensor of integer class indices, shape ({n},), or of floating-point"
+                f" probabilities, shape ({n}, C), got {describe(y)}"
+            )
+        if is_integer(y) and y.shape != (n,):
+            raise ValueError(
+                f"y must hold one class index for each of the {n} examples, shape ({n},), got shape"
+                f" {tuple(y.shape)}; turn one-hot labels into indices with y.argmax(1) or into"
+                f" probabilities with y.float()"
+            )
+        if not is_integer(y) and (y.ndim != 2 or len(y) != n):
+            raise ValueError(
+                f"y is floating-point, so it must hold the classes' probabilities for each of the"
+                f" {n} examples, shape ({n}, C), got shape {tuple(y.shape)}; class indices must be"
+                f" integers, y.long()"
+            )
+        if not is_integer(y) and not self._takes_probabilities():
+            raise TypeError(
+                f"this attack needs class indices, but y holds probabilities, {describe(y)}; set"
+                f" loss='ce', which takes both, or pass y.argmax(1), the most probable classes"
+            )
+        if y.device != x.device:
+            raise ValueError(f"x is on {x.device} and y on {y.device}; move them to one device")
 
     def _set(self, name: str, value: Any) -> None:
         """Assign in ``__post_init__``, where a frozen dataclass needs to be told twice."""
@@ -164,7 +189,11 @@ class Victim:
             self._costly = list(model.parameters()) if _compiler_sees_requires_grad() else []
         # The number of classes is known at the first forward pass only. Reading labels is free on
         # the CPU, elsewhere it would wait for the device.
-        self._largest_label = -1 if y is None or y.device.type != "cpu" else int(y.max())
+        self._largest_label, self._classes = -1, None
+        if y is not None and not is_integer(y):
+            self._classes = y.shape[1]
+        elif y is not None and y.device.type == "cpu":
+            self._largest_label = int(y.max())
 
     def shown(self, z: Tensor) -> Tensor:
         """``z`` as the model is shown it: in the caller's dtype, and no further from x than z."""
@@ -216,7 +245,32 @@ class Victim:
                 f"label {self._largest_label} is not among the model's {logits.shape[1]} classes,"
                 f" numbered from 0"
             )
+        if self._classes not in (None, logits.shape[1]):
+            raise ValueError(
+                f"y holds probabilities of {self._classes} classes, but the model has"
+                f" {logits.shape[1]}"
+            )
         return logits
+
+
+def _check_values(y: Tensor) -> None:
+    """Refuse labels that no model could have, indices or probabilities."""
+    if is_integer(y):
+        if bool((y < 0).any()):
+            raise ValueError(f"labels must not be negative, got {int(y.min())}")
+        return
+    if not bool(y.isfinite().all()):
+        raise ValueError("y holds probabilities that are not finite")
+    if bool((y < 0).any()):
+        raise ValueError(f"probabilities must not be negative, got {y.min().item():.6g}")
+    total = y.double().sum(1)
+    furthest = total[(total - 1).abs().argmax()].item()
+    # Mixing and smoothing rounds each of them a few times, by half an eps at most.
+    if not abs(furthest - 1) <= max(1e-3, 2 * torch.finfo(y.dtype).eps):
+        raise ValueError(
+            f"each example's probabilities must sum to 1, got a sum of {furthest:.6g}; divide them"
+            f" by y.sum(1, keepdim=True), or take the softmax if they are logits"
+        )
 
 
 @contextmanager

@@ -63,7 +63,7 @@ class Captured:
         def function(x: Tensor, y: Tensor | None = None) -> tuple[Tensor]:
             return (self.attack(model, x, y),)
 
-        inputs = (x.detach(),) if y is None else (x.detach(), y)
+        inputs = (x.detach(),) if y is None else (x.detach(), y.detach())
         # The graph must not outlive its model: another could get its identity.
         (x_adv,) = self._graphs(function, inputs, module_key(model), keep=lambda: model)
         return x_adv

@@ -1,7 +1,8 @@
 """What an attack climbs: losses of logits, one number an example, larger is worse for the defender.
 
 Each is a pure function ``loss(logits, target)`` with ``logits`` of shape (N, C), returning shape
-(N,), in float32 at least. The target is the labels, int64 of shape (N,), except for :func:`kl`.
+(N,), in float32 at least. The target is the labels, int64 of shape (N,), except for :func:`kl`;
+:func:`ce` also takes probabilities.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy, -log p_y.
+    """Cross-entropy, -log p_y; of labels that are probabilities the mean by them.
+
+    Args:
+        logits: shape (N, C).
+        y: class indices, shape (N,), or probabilities, floating, shape (N, C): -sum_k y_k log p_k.
 
     >>> ce(torch.zeros(1, 4), torch.tensor([2]))
     tensor([1.3863])
     """
-    return F.cross_entropy(at_least_float32(logits), y, reduction="none")
+    z = at_least_float32(logits)
+    return F.cross_entropy(z, y.to(z.dtype) if y.is_floating_point() else y, reduction="none")
 
 
 def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:

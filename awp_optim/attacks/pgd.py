@@ -34,6 +34,7 @@ class PGD(BallAttack):
             generator decides, so :func:`torch.manual_seed` makes a call repeatable.
         restarts: how many times to start, at least 1. Each example keeps its worst outcome: being
             misclassified before not being so, then the higher loss; for "kl" the higher loss alone.
+            Where labels are probabilities, the class is the most probable one.
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
         start_std: start beside the input instead, by Gaussian noise of this standard deviation, cut
@@ -124,4 +125,5 @@ class PGD(BallAttack):
         loss = LOSSES[self.loss](logits, target).nan_to_num(nan=-torch.inf)
         if self.loss == "kl":
             return torch.zeros_like(loss, dtype=torch.bool), loss
-        return logits.argmax(1) != target, loss
+        y = target.argmax(1) if target.is_floating_point() else target
+        return logits.argmax(1) != y, loss

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributions import Beta
 from torch.nn import functional as F
 
 
@@ -148,7 +149,9 @@ def mixup(
         num_classes: Number of classes.
         alpha: Of the Beta distribution, above 0: 1 makes lam uniform, less brings it near 0 or 1,
             more near 1/2.
-        generator: Source of the random numbers; best on ``x``'s device, which saves a copy.
+        generator: Source of the partners; best on ``x``'s device, which saves a copy. lam comes
+            from torch's global generator on ``x``'s device, for torch.distributions takes no other:
+            :func:`torch.manual_seed` makes a call repeatable.
 
     Returns:
         The mixed images, as ``x``; the probabilities, float32, shape (N, num_classes).
@@ -164,12 +167,12 @@ def mixup(
         raise ValueError(f"y must be int64 of shape ({len(x)},), not {y.dtype} of {tuple(y.shape)}")
     if not alpha > 0:
         raise ValueError(f"alpha must be above 0, not {alpha}")
+    concentration = torch.full((), float(alpha), device=x.device)
+    # Validating the arguments would wait for the device.
+    lam = Beta(concentration, concentration, validate_args=False).sample()
     device = x.device if generator is None else generator.device
-    # A Beta is a Dirichlet of two; torch.distributions samples it so, but takes no generator.
-    both = torch._sample_dirichlet(torch.full((2,), float(alpha), device=device), generator)
     partner = torch.randperm(len(x), generator=generator, device=device)
-    lam, partner = (t.to(x.device, non_blocking=True) for t in (both[0], partner))
-    return mix(x, y, num_classes, lam, partner)
+    return mix(x, y, num_classes, lam, partner.to(x.device, non_blocking=True))
 
 
 def mix(

@@ -417,6 +417,7 @@ def test_replace_checks_too():
 
 
 X, Y = torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+Q = torch.tensor([[0.2, 0.3, 0.5], [0.2, 0.6, 0.2], [0.25, 0.25, 0.5], [0.6, 0.2, 0.2]])
 BAD_INPUTS = {
     "x not a tensor": ([[0.5]], Y, TypeError, r"x must be a tensor of dtype .*, got list"),
     "x integer": (
@@ -431,8 +432,47 @@ BAD_INPUTS = {
     "x nan": (X.clone().fill_(torch.nan), Y, ValueError, r"values that are not finite"),
     "y missing": (X, None, ValueError, r"y is None, but this attack needs labels"),
     "y not a tensor": (X, [0, 1, 2, 0], TypeError, r"y must be a tensor of integer .*got list"),
-    "y one-hot": (X, torch.eye(3)[Y], TypeError, r"y\.argmax\(1\)"),
-    "y boolean": (X, Y > 0, TypeError, r"integer class indices"),
+    "y one-hot integers": (
+        X,
+        torch.eye(3, dtype=torch.long)[Y],
+        ValueError,
+        r"shape \(4,\), got shape \(4, 3\).*y\.argmax\(1\) or .*y\.float\(\)",
+    ),
+    "y boolean": (X, Y > 0, TypeError, r"integer class indices, shape \(4,\), or of floating"),
+    "y one-hot booleans": (
+        X,
+        torch.eye(3).bool()[Y],
+        TypeError,
+        r"got a tensor of dtype torch.bool",
+    ),
+    "y complex": (X, torch.eye(3)[Y] + 0j, TypeError, r"got a tensor of dtype torch.complex64"),
+    "y indices in floats": (
+        X,
+        Y.float(),
+        ValueError,
+        r"shape \(4, C\), got shape \(4,\); class indices must be integers, y\.long\(\)",
+    ),
+    "probabilities of too few": (X, Q[:3], ValueError, r"of the 4 examples.*got shape \(3, 3\)"),
+    "probabilities of pixels": (X, Q[:, :, None], ValueError, r"got shape \(4, 3, 1\)"),
+    "probabilities elsewhere": (X, Q.to("meta"), ValueError, r"x is on cpu and y on meta"),
+    "probabilities nan": (X, Q * torch.nan, ValueError, r"probabilities that are not finite"),
+    "probabilities infinite": (X, Q / 0, ValueError, r"probabilities that are not finite"),
+    "logits": (X, Q.log(), ValueError, r"probabilities must not be negative, got -1\.6094"),
+    "negative, sum 1": (X, Q * 3 - 2 / 3, ValueError, r"must not be negative, got -0\.06"),
+    "percentages": (X, Q * 100, ValueError, r"must sum to 1, got a sum of 100; divide"),
+    "one row short": (
+        X,
+        Q * torch.tensor([[1.0], [1.0], [0.99], [1.0]]),
+        ValueError,
+        r"got a sum of 0\.99",
+    ),
+    "half a row short": (
+        X,
+        (Q * torch.tensor([[1.0], [1.0], [0.97], [1.0]])).bfloat16(),
+        ValueError,
+        r"got a sum of 0\.96875",
+    ),
+    "no classes": (X, Q[:, :0], ValueError, r"got a sum of 0"),
     "y too short": (
         X,
         Y[:3],
@@ -473,6 +513,90 @@ def test_bad_models_are_refused(model, error, match):
     for attack in (FGSM(), PGD()):
         with pytest.raises(error, match=match):
             attack(model, X, Y)
+
+
+@pytest.mark.parametrize("y", [Q, torch.eye(4)[Y]], ids=["one more", "one less"])
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_probabilities_of_other_classes_than_the_model_s(loss, y):
+    logits = 4 if y.shape[1] == 3 else 3
+    with pytest.raises(
+        ValueError, match=f"probabilities of {y.shape[1]} classes, but the model has {logits}"
+    ):
+        PGD(loss=loss)(lambda x: x[:, :logits], X, y)
+
+
+@pytest.mark.parametrize("loss", ["cw", "dlr"])
+@pytest.mark.parametrize("make", [FGSM, PGD])
+def test_margins_need_indices(make, loss):
+    match = (
+        r"needs class indices.*dtype torch.float32 and shape \(4, 3\).*loss='ce'.*y\.argmax\(1\)"
+    )
+    with pytest.raises(TypeError, match=match):
+        make(loss=loss)(lambda x: pytest.fail("called"), X, Q)
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_of_probabilities_is_no_error(dtype, classes):
+    """Mixed twice and smoothed, in a low precision throughout."""
+    x = torch.rand(200, classes)
+    q = torch.randn(200, classes).mul(3).softmax(1).to(dtype)
+    for share in (0.3, 0.77):
+        q = torch.lerp(q[torch.randperm(200)], q, share)
+    q = 0.9 * q + 0.1 / classes
+    assert q.dtype == dtype
+    FGSM()(lambda x: x * 2, x, q)
+
+
+@pytest.mark.parametrize("of_labels", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@every_attack
+def test_certainty_gives_the_same_images_as_indices(attack, dtype, of_labels, cnn, batch):
+    # Bit for bit: all that certainty adds to loss and gradient are zeros.
+    attack = dataclasses.replace(attack, loss="ce") if attack.loss == "dlr" else attack
+    x, y = batch[0].to(dtype), batch[1]
+    results = []
+    for labels in (y, torch.eye(5, dtype=of_labels)[y]):
+        model = copy.deepcopy(cnn).to(dtype)
+        torch.manual_seed(0)
+        results.append(attack(model, x, labels))
+    assert torch.equal(*results)
+
+
+def mixed(y, share=0.7, classes=5):
+    one_hot = torch.eye(classes)[y]
+    return share * one_hot + (1 - share) * one_hot.roll(1, 0)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_probabilities_are_left_alone_and_may_come_from_anywhere(loss, cnn, batch):
+    x, y = batch[0], mixed(batch[1])
+    attack = PGD(steps=3, loss=loss)
+    torch.manual_seed(0)
+    expected = attack(cnn, x, y)
+    before = y.clone()
+    with torch.inference_mode():
+        inference = y.clone()
+    for labels in (inference, y.clone().requires_grad_(), y.t().contiguous().t()):
+        torch.manual_seed(0)
+        assert torch.equal(attack(cnn, x, labels), expected)
+        assert torch.equal(labels, before)
+        assert labels.grad is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.manual_seed(0)
+        other = attack(cnn, x, y)
+    assert other.dtype == torch.float32
+    assert (other - expected).abs().max() <= 2 * attack.eps + 1e-6
+    empty = attack(lambda x: pytest.fail("called"), x[:0], y[:0])
+    assert empty.shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("y", [Y, Q], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("attack", [PGD(steps=2, restarts=2), PGD(loss="kl"), FGSM()])
+def test_no_label_is_read_where_that_is_not_free(attack, y):
+    # On "meta" there are no values: whoever reads one fails.
+    x, y = X.to("meta"), y.to("meta")
+    assert attack(lambda x: x[:, :3] * 2, x, y).shape == X.shape
 
 
 def test_too_few_classes_for_a_loss():

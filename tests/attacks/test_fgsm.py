@@ -55,6 +55,18 @@ def test_is_one_step_of_pgd_of_full_length(norm, loss, cnn64, batch64):
     assert torch.equal(fgsm(cnn64, *batch64), pgd(cnn64, *batch64))
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_of_a_linear_model_and_mixed_labels_it_is_known_in_closed_form(norm):
+    # The gradient of sum_k q_k (-log p_k) at x is A^T (p - q).
+    a = torch.randn(4, 9, dtype=torch.float64)
+    x, q = torch.rand(5, 9, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
+    q = q / q.sum(1, keepdim=True)
+    g = ((x @ a.T).softmax(1) - q) @ a
+    step = g.sign() if norm == "linf" else g / g.norm(dim=1, keepdim=True)
+    x_adv = FGSM(eps=0.1, norm=norm)(lambda x: x @ a.T, x, q)
+    torch.testing.assert_close(x_adv, (x + 0.1 * step).clamp(0, 1), rtol=0, atol=1e-14)
+
+
 def test_raises_the_loss(cnn, batch):
     x, y = batch
     with torch.no_grad():

@@ -126,6 +126,46 @@ def test_extreme_logits_stay_finite():
     assert bool(kl(-z, z).isfinite().all())
 
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def probabilities(n=40, classes=6, dtype=torch.float64):
+    return torch.rand(n, classes, dtype=torch.float64).softmax(1).to(dtype)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("of_labels", DTYPES)
+@pytest.mark.parametrize("of_logits", DTYPES)
+def test_ce_of_probabilities_is_the_expectation_in_float32_at_least(of_logits, of_labels, autocast):
+    z, _ = data("ce", dtype=of_logits)
+    q = probabilities(dtype=of_labels)
+    by_class = torch.stack([by_hand("ce", z, torch.full((40,), k)) for k in range(6)], dim=1)
+    expected = (q.double() * by_class).sum(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = ce(z, q)
+    assert loss.dtype == (torch.float64 if of_logits == torch.float64 else torch.float32)
+    exact = of_logits == torch.float64
+    rtol = 1e-12 if exact else 1e-5
+    torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=rtol)
+
+
+def test_ce_of_probabilities_has_the_right_gradient():
+    z, _ = data("ce", n=5)
+    q = probabilities(n=5)
+    assert gradcheck(lambda z: ce(z, q), z.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ce_of_certainty_is_ce_of_the_index_bit_for_bit(dtype):
+    z, y = data("ce", dtype=dtype)
+    results = []
+    for target in (y, torch.eye(6)[y]):
+        leaf = z.clone().requires_grad_()
+        loss = ce(leaf, target)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
+    assert all(map(torch.equal, *results))
+
+
 def test_too_few_classes_are_refused():
     with pytest.raises(ValueError, match=r"'dlr' compares 3 classes or more, but the model has 2"):
         dlr(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))

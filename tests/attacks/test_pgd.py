@@ -293,8 +293,9 @@ def test_being_fooled_beats_a_higher_loss():
     zero = torch.zeros(1, dtype=torch.long)
     assert cross_entropy(left, zero) > cross_entropy(right, zero)
     assert (left.argmax().item(), right.argmax().item()) == (0, 1)
-    out = PGD(0.1, steps=0, restarts=12)(model, x, y)
-    assert bool((out >= 0.5).all())
+    for labels in (y, torch.eye(52)[y]):
+        out = PGD(0.1, steps=0, restarts=12)(model, x, labels)
+        assert bool((out >= 0.5).all())
 
 
 def test_a_restart_that_is_not_a_number_loses():
@@ -321,6 +322,109 @@ def test_more_steps_and_a_wider_ball_are_worse(norm, cnn, batch):
     eps = EPS[norm]
     assert loss(0, 1) < loss(eps / 4, 5) < loss(eps, 10)
     assert loss(eps, 1) < loss(eps, 10)
+
+
+# Labels that are probabilities. The mixed loss of a linear model is convex in its input, so its
+# maximum over a cube is at a corner: of few dimensions, all can be looked at.
+
+A = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 8
+
+
+def affine(x):
+    return x @ A.T
+
+
+def mixed_labels(n=12, classes=3, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    one_hot = torch.eye(classes, dtype=torch.float64)
+    first, second = (one_hot[torch.randint(classes, (n,), generator=g)] for _ in range(2))
+    share = torch.rand(n, 1, generator=g, dtype=torch.float64) * 0.4 + 0.55
+    return share * first + (1 - share) * second
+
+
+def mixed_loss(z, q):
+    """sum_k q_k (-log p_k), written out."""
+    return (q * (z.exp().sum(1, keepdim=True).log() - z)).sum(1)
+
+
+def test_with_mixed_labels_it_reaches_the_worst_corner():
+    x, q = torch.rand(12, 6, dtype=torch.float64) * 0.6 + 0.2, mixed_labels()
+    eps = 0.1
+    corners = torch.cartesian_prod(*[torch.tensor([-eps, eps], dtype=torch.float64)] * 6)
+    losses = torch.stack([mixed_loss(affine(x + corner), q) for corner in corners])
+    worst, at = losses.max(0)
+    x_adv = PGD(eps, eps / 4, steps=20, restarts=20)(affine, x, q)
+    # Being fooled comes first: where it has a choice, the loss may be less than the worst.
+    fooled = affine(x_adv).argmax(1) != q.argmax(1)
+    all_fooled = affine(x + corners[at]).argmax(1) != q.argmax(1)
+    assert bool((fooled | ~all_fooled).all())
+    same = fooled == all_fooled
+    assert same.sum() >= 10
+    torch.testing.assert_close(mixed_loss(affine(x_adv), q)[same], worst[same])
+    torch.testing.assert_close(x_adv[same], (x + corners[at])[same], rtol=0, atol=1e-12)
+    # Neither of the two labels alone leads there.
+    hard = PGD(eps, eps / 4, steps=20, restarts=20)(affine, x, q.argmax(1))
+    assert bool((mixed_loss(affine(hard), q) < worst - 1e-3).any())
+
+
+@norms
+def test_with_mixed_labels_it_climbs_the_mixed_loss(norm, cnn64, batch64):
+    """The textbook, with the mixed loss and its gradient by autograd."""
+    x, eps = batch64[0], EPS[norm]
+    q = mixed_labels(len(x), 5)
+    x_adv = x
+    for _ in range(5):
+        leaf = x_adv.clone().requires_grad_()
+        mixed_loss(cnn64(leaf), q).sum().backward()
+        shape = (-1, 1, 1, 1)
+        length = leaf.grad.flatten(1).norm(dim=1).view(shape)
+        step = leaf.grad.sign() if norm == "linf" else leaf.grad / length
+        delta = x_adv + eps / 3 * step - x
+        size = delta.flatten(1).norm(dim=1).view(shape)
+        delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / size).clamp_max(1)
+        x_adv = (x + delta).clamp(0, 1)
+    ours = PGD(eps, eps / 3, 5, norm, random_start=False)(cnn64, x, q)
+    torch.testing.assert_close(ours, x_adv, rtol=0, atol=1e-12)
+    for loss_of in (q.argmax(1), batch64[1]):
+        assert not torch.equal(
+            PGD(eps, eps / 3, 5, norm, random_start=False)(cnn64, x, loss_of), ours
+        )
+
+
+def test_restarts_with_probabilities_keep_the_worst_of_each_example(cnn, batch):
+    x, q = batch[0], mixed_labels(len(batch[0]), 5).float()
+    eps = 0.015
+    torch.manual_seed(9)
+    tries = [PGD(eps, eps / 4, 2)(cnn, x, q) for _ in range(6)]
+    with torch.no_grad():
+        logits = [cnn(t).double() for t in tries]
+    loss = torch.stack([mixed_loss(z, q.double()) for z in logits])
+    fooled = torch.stack([z.argmax(1) != q.argmax(1) for z in logits])
+    best = (loss + 1e6 * fooled).argmax(0)
+    assert len(set(best.tolist())) > 1
+    expected = torch.stack([tries[k][i] for i, k in enumerate(best.tolist())])
+    torch.manual_seed(9)
+    assert torch.equal(PGD(eps, eps / 4, 2, restarts=6)(cnn, x, q), expected)
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_kl_ignores_probabilities(restarts, cnn, batch):
+    x = batch[0]
+    attack = PGD(loss="kl", restarts=restarts)
+    results = []
+    for y in (None, mixed_labels(len(x), 5)):
+        torch.manual_seed(0)
+        results.append(attack(cnn, x, y))
+    assert torch.equal(*results)
+
+
+def test_weight_gradients_of_mixed_labels(cnn64, batch64):
+    x, q = batch64[0], mixed_labels(len(batch64[0]), 5)
+    weights = list(cnn64.parameters())
+    attack = PGD(0.05, 0.02, steps=1, random_start=False)
+    _, gradients = attack.with_weight_gradients(cnn64, x, q, weights)
+    truth = torch.autograd.grad(mixed_loss(cnn64(x), q).sum(), weights)
+    torch.testing.assert_close(gradients, truth, rtol=1e-9, atol=1e-12)
 
 
 def last_gradients(model, x_before, y, weights, loss):

@@ -278,6 +278,7 @@ def mixing(alpha, generator, n=4):
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 1.4, 8.0])
 def test_the_share_is_beta_and_the_partners_a_permutation(alpha):
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     draws = [mixing(alpha, generator) for _ in range(4000)]
     identity = list(range(4))
@@ -293,18 +294,44 @@ def test_the_share_is_beta_and_the_partners_a_permutation(alpha):
     assert max(abs(c - 4000 / 24) for c in counts.values()) < 5 * (4000 / 24) ** 0.5
 
 
-def test_mixup_generator_alone_decides():
+@pytest.mark.parametrize("alpha", [0.5, 1.4, 8.0])
+def test_the_share_has_the_distribution_of_scipy_s_beta(alpha):
+    stats = pytest.importorskip("scipy.stats")
+    torch.manual_seed(0)
+    draws = [mixing(alpha, None) for _ in range(4000)]
+    lams = [lam for lam, partner in draws if partner != list(range(4))]
+    assert stats.kstest(lams, stats.beta(alpha, alpha).cdf).pvalue > 1e-4
+
+
+def test_mixup_is_repeatable():
     x, y = torch.rand(16, 3, 4, 4), torch.arange(16)
-    draw = [mixup(x, y, 16, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
-    assert all(map(torch.equal, draw[0], draw[1]))
-    assert not torch.equal(draw[0][0], draw[2][0])
-    before = torch.get_rng_state()
-    generator = torch.Generator().manual_seed(3)
+
+    def draw(seed, of_partners=None):
+        torch.manual_seed(seed)
+        generator = None if of_partners is None else torch.Generator().manual_seed(of_partners)
+        return mixup(x, y, 16, generator=generator)
+
+    def pairs(labels):  # who is mixed with whom, whatever their shares
+        return labels > 0
+
+    for of_partners in (None, 5):
+        first, again, other = (draw(seed, of_partners) for seed in (3, 3, 4))
+        assert all(map(torch.equal, first, again))
+        assert not torch.equal(first[0], other[0])
+    # The global generator gives the share, one that is passed gives the partners alone.
+    share = lambda labels: labels.amax(1).mode().values  # noqa: E731
+    a, b, c = draw(3, 5)[1], draw(4, 5)[1], draw(3, 6)[1]
+    assert torch.equal(pairs(a), pairs(b))
+    assert share(a) != share(b)
+    assert not torch.equal(pairs(a), pairs(c))
+    assert share(a) == share(c)
+    # Two calls differ, and a generator that is passed is moved as randperm moves it.
+    generator, plain = (torch.Generator().manual_seed(5) for _ in range(2))
     first, second = (mixup(x, y, 16, generator=generator) for _ in range(2))
-    assert all(map(torch.equal, first, draw[0]))
     assert not torch.equal(first[0], second[0])
-    assert torch.equal(before, torch.get_rng_state())
-    assert not torch.equal(mixup(x, y, 16)[0], x)
+    for _ in range(2):
+        torch.randperm(16, generator=plain)
+    assert torch.equal(generator.get_state(), plain.get_state())
 
 
 def test_mixup_bad_input():
