@@ -28,7 +28,8 @@ from awp_optim import AWP, frozen_batch_norm
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
-from awp_optim.lab.trainer import best, fit
+from awp_optim.lab.run_folder import best
+from awp_optim.lab.trainer import fit
 from awp_optim.objectives import at
 from benchmarks.harness import RESULTS, environment, write_json
 

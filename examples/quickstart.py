@@ -10,57 +10,36 @@ The setting is QUICKSTART in awp_optim/lab/recipes.py; gamma is the paper's for 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from awp_optim import AWP, AdversarialStep
+from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.plots import learning_curves
-from awp_optim.lab.progress import step_bars
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
-from awp_optim.lab.trainer import Config, Row, best, fit
+from awp_optim.lab.run_folder import Row
+from awp_optim.lab.summary import spread, summary
+from awp_optim.lab.sweep import sweep
+from awp_optim.lab.trainer import fit
 
 
-def train(key: tuple[str, int], config: Config, threads: int, news: Any) -> list[Row]:
-    """One run in a process of its own; reports its progress through a queue."""
-    torch.set_num_threads(threads)
-    data = load_digits().limit(QUICKSTART_IMAGES)
-    rows = fit(config, data, on_step=lambda done, steps: news.put((key, done, steps)))[1]
-    return rows
+def train(config: Config, report: Callable[[int, int], None]) -> list[Row]:
+    """One run, in a process of its own."""
+    return fit(config, load_digits().limit(QUICKSTART_IMAGES), on_step=report)[1]
 
 
-def train_all(configs: dict[tuple[str, int], Config]) -> dict[tuple[str, int], list[Row]]:
-    """All runs, as many at a time as there are cores, under progress bars."""
-    cores = os.cpu_count() or 1
-    workers = min(cores, len(configs))
-    # CUDA and threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-        step_bars() as progress,
-    ):
-        news = manager.Queue()
-        bars = {key: progress.add_task(f"{key[0]:6} seed {key[1]}", total=None) for key in configs}
-        futures = {
-            pool.submit(train, key, config, max(1, cores // workers), news): key
-            for key, config in configs.items()
-        }
-        while not all(future.done() for future in futures):
-            time.sleep(0.1)
-            while not news.empty():
-                key, done, steps = news.get()
-                progress.update(bars[key], completed=done, total=steps)
-        return {futures[future]: future.result() for future in as_completed(futures)}
+def figures_of(rows: list[Row]) -> dict[str, float]:
+    """The figures of one run, in percent and seconds."""
+    seconds = statistics.median(row["train_seconds"] for row in rows)
+    return {**summary(rows), "seconds an epoch": seconds}
 
 
 def overhead(gamma: float, steps: int = 40) -> float:
@@ -68,7 +47,7 @@ def overhead(gamma: float, steps: int = 40) -> float:
     torch.set_num_threads(1)
     data = load_digits().limit(QUICKSTART.batch_size)
     x, y = data.x_train / 255, data.y_train
-    trainers, seconds = [], []
+    trainers, times = [], []
     for g in (0.0, gamma):
         model = build_model(
             QUICKSTART.arch, num_classes=data.num_classes, in_channels=data.in_channels
@@ -80,28 +59,8 @@ def overhead(gamma: float, steps: int = 40) -> float:
         for step in trainers:
             start = time.perf_counter()
             step(x, y)
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1::2]) / statistics.median(seconds[::2])
-
-
-def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and sample standard deviation."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def summary(rows: list[Row]) -> dict[str, float]:
-    """The figures of one run, in percent and seconds."""
-    last, top = rows[-1], best(rows)
-    return {
-        "natural, best": 100 * top["test_natural_acc"],
-        "natural, last": 100 * last["test_natural_acc"],
-        "robust, best": 100 * top["test_robust_acc"],
-        "robust, last": 100 * last["test_robust_acc"],
-        "robust, training set, last": 100 * last["train_robust_acc"],
-        "gap, last": 100 * (last["train_robust_acc"] - last["test_robust_acc"]),
-        "seconds an epoch": statistics.median(row["train_seconds"] for row in rows),
-    }
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[1::2]) / statistics.median(times[::2])
 
 
 def main() -> None:
@@ -120,18 +79,21 @@ def main() -> None:
         soft_wrap=True,
     )
     start = time.perf_counter()
-    settings = {**vars(QUICKSTART), "epochs": args.epochs}
-    runs = train_all(
+    labels = {"AT": 0.0, "AT-AWP": args.gamma}
+    seeds = range(args.seeds)
+    found = sweep(
         {
-            (label, seed): Config(**{**settings, "gamma": gamma, "seed": seed})
-            for seed in range(args.seeds)
-            for label, gamma in (("AT", 0.0), ("AT-AWP", args.gamma))
-        }
+            f"{label:6} seed {seed}": replace(
+                QUICKSTART, epochs=args.epochs, gamma=gamma, seed=seed
+            )
+            for seed in seeds
+            for label, gamma in labels.items()
+        },
+        train,
+        console=console,
     )
-    by_label = {
-        label: [runs[label, seed] for seed in range(args.seeds)] for label in ("AT", "AT-AWP")
-    }
-    figures = {label: [summary(rows) for rows in seeds] for label, seeds in by_label.items()}
+    runs = {label: [found[f"{label:6} seed {seed}"] for seed in seeds] for label in labels}
+    figures = {label: [figures_of(rows) for rows in of_label] for label, of_label in runs.items()}
 
     table = Table(title="Accuracy in %, mean ± standard deviation over seeds")
     table.add_column("")
@@ -154,7 +116,7 @@ def main() -> None:
         highlight=False,
         soft_wrap=True,
     )
-    learning_curves(by_label, args.out, f"Digits, PGD-20 at eps {QUICKSTART.eps}")
+    learning_curves(runs, args.out, f"Digits, PGD-20 at eps {QUICKSTART.eps}")
     console.print(
         f"Learning curves in {args.out}; {time.perf_counter() - start:.0f} s in all.",
         highlight=False,

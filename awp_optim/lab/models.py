@@ -14,11 +14,13 @@ with BatchNorm and one linear layer at the end, as is usual for 32x32 images; na
 ..., ``classifier`` and torch's default initialisation.
 
 The sizes, widths and the activation of the three are arguments of their classes; :data:`MODELS`
-holds the published ones, and :func:`build_model` also finds torchvision's classifiers by name.
+holds the published ones. :func:`build_model` also knows wide ResNets of any depth and width, and
+torchvision's classifiers, by name.
 """
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +33,11 @@ from awp_optim.lab.data import CIFAR10_MEAN, CIFAR10_STD
 
 Activation = Callable[[Tensor], Tensor]
 _CIFAR10 = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}
+ACTIVATIONS: dict[str, Activation] = {
+    f.__name__: f
+    for f in (F.relu, F.leaky_relu, F.elu, F.celu, F.gelu, F.silu, F.mish, F.softplus, torch.tanh)
+}
+"""By name, for :func:`build_model`."""
 TORCHVISION = "torchvision/"  # before the name of one of torchvision's classifiers
 
 
@@ -480,31 +487,45 @@ def build_model(
     in_channels: int,
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
+    activation: str | Activation = "relu",
     **settings: Any,
 ) -> nn.Module:
     """A new network by name, for images in [0, 1].
 
     Args:
-        name: One of :data:`MODELS`, or ``"torchvision/resnet18"`` and so on: any classifier of
-            ``torchvision.models``, untrained, after :class:`Normalize`. Those are made for RGB
-            images of about 224x224; not all of them take small ones.
+        name: One of :data:`MODELS`; ``"wide_resnet16_4"`` and so on, of depth 16 and width 4; or
+            ``"torchvision/resnet18"`` and so on: any classifier of ``torchvision.models``,
+            untrained, after :class:`Normalize`. Those are made for RGB images of about 224x224; not
+            all of them take small ones.
         num_classes: Number of logits.
         in_channels: Channels of the images.
         mean: For :class:`Normalize`.
         std: For :class:`Normalize`.
-        settings: What else the network takes, such as ``activation=F.silu``.
+        activation: A name in :data:`ACTIVATIONS`, or any function of a tensor, in place of ReLU.
+            torchvision's networks have their own.
+        settings: What else the network takes.
 
     Raises:
         ImportError: torchvision's network was asked for, and it is not installed.
         ValueError: There is no such name (the text lists those there are), or torchvision's
-            network was asked for other images than RGB.
+            network was asked for other images than RGB, or for another activation.
     """
     images: dict[str, Any] = {"in_channels": in_channels, "mean": mean, "std": std}
     if name.startswith(TORCHVISION):
+        if activation not in ("relu", F.relu):
+            raise ValueError(f"{name} has its own activation: {activation!r} cannot be set")
         name = name.removeprefix(TORCHVISION)
         return _torchvision_model(name, num_classes=num_classes, **images, **settings)
-    if name not in MODELS:
-        raise ValueError(
-            f"no model {name!r}; there are: {', '.join(sorted(MODELS))}; and {TORCHVISION}NAME"
-        )
-    return MODELS[name](num_classes=num_classes, **images, **settings)
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
+        activation = ACTIVATIONS[activation]
+    settings = {**images, **settings, "activation": activation, "num_classes": num_classes}
+    if name in MODELS:
+        return MODELS[name](**settings)
+    if sizes := re.fullmatch(r"wide_resnet(\d+)_(\d+)", name):
+        return WideResNet(int(sizes[1]), int(sizes[2]), **settings)
+    raise ValueError(
+        f"no model {name!r}; there are: {', '.join(sorted(MODELS))}; wide_resnetDEPTH_WIDTH; and "
+        f"{TORCHVISION}NAME"
+    )

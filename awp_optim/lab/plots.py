@@ -1,48 +1,44 @@
-"""Learning curves of runs, drawn with matplotlib."""
+"""Pictures of runs as in the paper's figures, drawn with matplotlib.
+
+Every function takes the rows of runs and writes a file; its suffix says in which format. Where a
+setting has several runs (seeds), a point is their mean and an error bar their sample standard
+deviation; of curves, bands reach from the lowest run to the highest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from awp_optim.lab.trainer import Row
+from awp_optim.lab.summary import Runs, summary
 
-__all__ = ["learning_curves"]
+__all__ = ["ablations", "curve_panels", "learning_curves", "perturbation_sizes"]
 
 # Okabe & Ito's colours, told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+MARKERS = ("o", "s", "^", "D")
 
 
-def learning_curves(
-    runs: Mapping[str, Sequence[Sequence[Row]]], path: Path | str, title: str = ""
-) -> None:
+def learning_curves(runs: Mapping[str, Runs], path: Path | str, title: str = "") -> None:
     """Robust accuracy and the robust generalisation gap by epoch, as in Figure 1 of the paper.
 
     Args:
-        runs: for every label the rows of one run or more (seeds), evaluated at the same epochs.
-            With several, lines are means and bands reach from the lowest to the highest.
-        path: the picture to write; its suffix says in which format.
+        runs: by label, 4 at the most.
+        path: the picture to write.
         title: put above the panels.
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: there are more runs than colours to tell them apart.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'awp_optim[examples]'") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = _figure(10, 4)
     robust, gap = figure.subplots(1, 2)
-    for colour, (label, seeds) in zip(COLOURS, runs.items(), strict=False):
-        evaluated = [[row for row in rows if "test_robust_acc" in row] for rows in seeds]
-        epochs = [row["epoch"] + 1 for row in evaluated[0]]
-        test, train = (
-            100 * np.array([[row[f"{part}_robust_acc"] for row in rows] for rows in evaluated])
-            for part in ("test", "train")
-        )
+    for colour, (label, seeds) in _coloured(runs):
+        epochs, test, train = _curves(seeds)
         _line(robust, epochs, train, colour, f"{label}, training images", linestyle="--")
         _line(robust, epochs, test, colour, f"{label}, test images")
         _line(gap, epochs, train - test, colour, label)
@@ -50,13 +46,139 @@ def learning_curves(
     gap.set_ylabel("robust generalisation gap (points)")
     gap.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     for axes in (robust, gap):
-        axes.set_xlabel("epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        _by_epoch(axes)
         axes.legend(frameon=False, fontsize=9)
+    _save(figure, path, title)
+
+
+def curve_panels(
+    panels: Mapping[str, Mapping[str, Runs]], path: Path | str, title: str = ""
+) -> None:
+    """Robust accuracy by epoch, one panel beside the other on the same scales.
+
+    Args:
+        panels: by their titles; in each, runs by label, 4 at the most and the same labels in all.
+        path: the picture to write.
+        title: put above the panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the labels are not the same, or more than there are colours.
+    """
+    labels = list(next(iter(panels.values())))
+    if any(list(runs) != labels for runs in panels.values()):
+        raise ValueError(f"every panel must have the same labels, {labels}: the legend is of all")
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(1 + 2.6 * columns, 0.8 + 2.4 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, (name, runs) in zip(grid.flat, panels.items(), strict=False):
+        for colour, (label, seeds) in _coloured(runs):
+            epochs, test, train = _curves(seeds)
+            _line(axes, epochs, train, colour, f"{label}, training images", linestyle="--")
+            _line(axes, epochs, test, colour, f"{label}, test images")
+        axes.set_title(name, fontsize=10)
+        _by_epoch(axes)
+        axes.xaxis.set_tick_params(labelbottom=True)
+        axes.label_outer(remove_inner_ticks=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("robust accuracy (%)")
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    _save(figure, path, title)
+
+
+def ablations(
+    strategies: Mapping[str, Mapping[str, tuple[Runs, float]]],
+    sizes: Mapping[str, Mapping[float, Runs]],
+    path: Path | str,
+    title: str = "",
+) -> None:
+    """What the steps, the size and the norm of the perturbation do, as in Figure 2 (a), (b), (d).
+
+    Args:
+        strategies: for each setting that is varied its values, and with each the runs and what a
+            step costs, as a multiple of adversarial training's; it is written on the bar.
+        sizes: as in :func:`perturbation_sizes`.
+        path: the picture to write.
+        title: put above the panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are more settings or labels than colours.
+    """
+    figure = _figure(14, 4.2)
+    bars, best_and_last, gap = figure.subplots(1, 3)
+    _bars(bars, strategies)
+    bars.set_title("(a) steps: K2 for each attack, A in turn", fontsize=10)
+    _size_lines(best_and_last, sizes, {"best": "robust, best", "last": "robust, last"})
+    best_and_last.set_ylabel("robust test accuracy (%)")
+    best_and_last.set_title("(b) size and norm", fontsize=10)
+    _size_lines(gap, sizes, {"": "gap, last"})
+    gap.set_ylabel("robust generalisation gap, last (points)")
+    gap.set_title("(c) generalisation gap", fontsize=10)
+    _save(figure, path, title)
+
+
+def perturbation_sizes(
+    sizes: Mapping[str, Mapping[float, Runs]], path: Path | str, title: str = ""
+) -> None:
+    """Robust accuracy by gamma: test at best and at last, training and test; as in Figure 3 (c).
+
+    Args:
+        sizes: for each label runs by gamma. Those of gamma 0, where there are any, are drawn as
+            horizontal lines.
+        path: the picture to write.
+        title: put above the panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are more labels than colours.
+    """
+    figure = _figure(10, 4.2)
+    test, both = figure.subplots(1, 2)
+    _size_lines(test, sizes, {"best": "robust, best", "last": "robust, last"})
+    test.set_ylabel("robust test accuracy (%)")
+    parts = {"test images": "robust, last", "training images": "robust, training set, last"}
+    _size_lines(both, sizes, parts)
+    both.set_ylabel("robust accuracy at the end (%)")
+    _save(figure, path, title)
+
+
+# --- Parts of pictures ------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'awp_optim[examples]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path | str, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def _coloured(labelled: Mapping[str, Any]) -> Any:
+    if len(labelled) > len(COLOURS):
+        raise ValueError(
+            f"at most {len(COLOURS)} can be told apart in one panel, got {list(labelled)}"
+        )
+    return zip(COLOURS, labelled.items(), strict=False)
+
+
+def _curves(seeds: Runs) -> tuple[list[float], Any, Any]:
+    """Epochs evaluated; robust accuracy there, test and training, in %, shape (seeds, epochs)."""
+    evaluated = [[row for row in rows if "test_robust_acc" in row] for rows in seeds]
+    test, train = (
+        100 * np.array([[row[f"{part}_robust_acc"] for row in rows] for rows in evaluated])
+        for part in ("test", "train")
+    )
+    return [row["epoch"] + 1 for row in evaluated[0]], test, train
 
 
 def _line(
@@ -67,3 +189,87 @@ def _line(
     axes.plot(epochs, values.mean(0), color=colour, label=label, marker=marker, **style)
     if len(values) > 1:
         axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
+
+
+def _by_epoch(axes: Any) -> None:
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _tidy(axes)
+
+
+def _tidy(axes: Any) -> None:
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _figures(seeds: Runs, name: str) -> tuple[float, float]:
+    """Mean and standard deviation of a figure of :func:`summary`; of one run, 0."""
+    values = [summary(rows)[name] for rows in seeds]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _bars(axes: Any, strategies: Mapping[str, Mapping[str, tuple[Runs, float]]]) -> None:
+    """A group of bars for each setting, with costs on them."""
+    at, places, names, ends = 0.0, [], [], []
+    for colour, (setting, values) in _coloured(strategies):
+        for name, (seeds, cost) in values.items():
+            mean, deviation = _figures(seeds, "robust, best")
+            first = name == next(iter(values))
+            axes.bar(at, mean, 0.8, color=colour, alpha=0.75, label=setting if first else None)
+            axes.errorbar(at, mean, deviation or None, color="black", capsize=3)
+            axes.annotate(
+                f"\N{MULTIPLICATION SIGN}{cost:.2f}",
+                (at, mean + deviation),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+            )
+            places.append(at)
+            names.append(f"{setting} = {name}")
+            ends += [mean - deviation, mean + deviation]
+            at += 1
+        at += 0.5
+    low, high = min(ends), max(ends)
+    room = max(high - low, 1.0)
+    # Not from 0, which would make all bars look alike; the label says so.
+    axes.set_ylim(max(0.0, low - 2 * room), min(110.0, high + room))
+    axes.set_xticks(places, names, fontsize=8, rotation=30)
+    axes.set_xlabel("on the bars: cost of a step in passes, AT's = 1")
+    axes.set_ylabel("robust test accuracy, best (%; not from 0)")
+    _tidy(axes)
+    axes.grid(visible=False, axis="x")
+
+
+def _size_lines(
+    axes: Any, sizes: Mapping[str, Mapping[float, Runs]], figures: Mapping[str, str]
+) -> None:
+    """One or two figures of :func:`summary` by gamma, the first solid and the second dashed."""
+    for i, (colour, (label, runs)) in enumerate(_coloured(sizes)):
+        gammas = sorted(gamma for gamma in runs if gamma > 0)
+        for linestyle, (part, name) in zip(("-", "--"), figures.items(), strict=False):
+            means, deviations = zip(*(_figures(runs[g], name) for g in gammas), strict=True)
+            axes.errorbar(
+                [g * 1.05**i for g in gammas],  # or error bars would cover one another
+                means,
+                deviations if any(deviations) else None,
+                color=colour,
+                linestyle=linestyle,
+                marker=MARKERS[i],
+                markersize=4,
+                capsize=2,
+                label=f"{label}, {part}" if part else label,
+            )
+            if 0.0 in runs:
+                mean, _ = _figures(runs[0.0], name)
+                axes.axhline(mean, color=colour, linestyle=linestyle, linewidth=0.9, alpha=0.6)
+    axes.plot(
+        [], [], color="0.4", linewidth=0.9, label="horizontal: \N{GREEK SMALL LETTER GAMMA} = 0"
+    )
+    axes.set_xscale("log")
+    axes.set_xlabel(
+        "size of the perturbation, \N{GREEK SMALL LETTER GAMMA} (share of the weights' norm)"
+    )
+    _tidy(axes)
+    axes.legend(frameon=False, fontsize=8)

@@ -1,18 +1,15 @@
 """Adversarial training of an image classifier, with or without AWP.
 
-``fit`` trains, evaluates and writes a run folder: ``config.json``, ``metrics.csv``, ``best.pt`` and
-``last.pt``. The settings are those of Rice et al. (2020) and of Section 4.4 of the AWP paper.
+``fit`` trains, evaluates and writes a run folder, from which a run that was broken off goes on.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import hashlib
 import math
-import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,178 +19,24 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from awp_optim import AWP, AdversarialStep
-from awp_optim.attacks import PGD, Captured
+from awp_optim.attacks import Captured
 from awp_optim.attacks.base import in_mode
-from awp_optim.lab.augment import cutout, random_crop_flip
+from awp_optim.lab.augment import cutout, mixup, random_crop_flip
+from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.models import build_model
+from awp_optim.lab.order import epoch_order, steps_per_epoch
+from awp_optim.lab.pseudo import PseudoLabeled
+from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
-from awp_optim.objectives import AT, MART, TRADES, Objective
+from awp_optim.lab.weights import initialize
 
-__all__ = [
-    "METHODS",
-    "PRECISIONS",
-    "THREATS",
-    "Config",
-    "Row",
-    "Threat",
-    "best",
-    "fit",
-    "measure",
-    "read_metrics",
-]
-
-METHODS: dict[str, Callable[[float], Objective]] = {
-    "at": lambda beta: AT(),
-    "trades": TRADES,
-    "mart": MART,
-}
-"""The objective of each method, by its trade-off (beta of TRADES, lambda of MART)."""
-PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-"""Autocast's dtype by name; the weights and the optimizer are in float32 either way."""
+__all__ = ["fit", "is_over", "measure"]
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
-Row = dict[str, float]
-"""One line of ``metrics.csv``.
-
-``train_*`` and ``test_*`` are measured alike, with the test attack in eval mode at the weights as
-they are saved, so that their difference is the generalisation gap. ``step_*`` are averages over the
-training steps of the epoch, at the weights that gave the updates (w + v with AWP): what the
-published logs call training figures. ``step_robust_loss`` is the method's objective.
-``ema_test_*`` are of the averaged weights, where there are any.
-"""
-
-
-@dataclass(frozen=True)
-class Threat:
-    """What the attacker may do, in the units of images in [0, 1]."""
-
-    norm: str
-    eps: float
-    step_size: float
-
-
-THREATS = {
-    "linf": Threat("linf", 8 / 255, 2 / 255),
-    "l2": Threat("l2", 128 / 255, 15 / 255),
-}
-"""The paper's threat models for CIFAR-10 (Section 4.4)."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """All there is to say about a run but its data and its folder.
-
-    Args:
-        method: "at", "trades" or "mart".
-        beta: the trade-off of "trades" (beta) and "mart" (lambda).
-        gamma: AWP's; 0 trains without it. The paper uses 1e-2 with "at", 5e-3 with the others.
-        direction: AWP's; "random" is the paper's RWP.
-        awp_start: epochs without AWP at the beginning. The published runs of TRADES-AWP have 10.
-        ascent, interval: of :class:`~awp_optim.AdversarialStep`; the paper's are "exact" and 1.
-        arch: a name in :data:`awp_optim.lab.models.MODELS`, or torchvision/NAME.
-        norm, eps, step_size: the threat, for training and testing.
-        train_steps, test_steps: PGD steps.
-        attack_mode: the mode in which the training attack runs. None is the published scripts':
-            "train" with "at", "eval" with the others.
-        epochs, batch_size: as they say.
-        lr, momentum, weight_decay: of SGD.
-        l1, l2: lambda of the weight regularisation in Section 5.3, a multiple of the L1 norm added
-            to the loss or a weight decay of their own; not on biases and norm layers, which with
-            ``l2`` have no decay at all. The paper uses 5e-6 and 5e-3. 0 for none.
-        ema: decay of an exponential moving average of the weights and of BatchNorm's statistics,
-            one step after another, for example 0.995; it is tested and saved beside the weights
-            themselves. 0 for none.
-        precision: "float32", or "bfloat16" for autocast in training and testing.
-        schedule: a name in :data:`awp_optim.lab.schedules.SCHEDULES`, stepped after every batch.
-        augment: random crop (4 pixels of padding) and horizontal flip.
-        cutout: side of a square blackened in every training image; the paper's is 14. 0 for none.
-        train_eval: how many training images the ``train_*`` figures are measured on.
-        eval_every: epochs between evaluations; the last is always evaluated.
-        seed: of the weights, the order, the augmentation and the attacks.
-
-    Raises:
-        ValueError: a setting is out of its range.
-    """
-
-    method: str = "at"
-    beta: float = 6.0
-    gamma: float = 0.0
-    direction: str = "gradient"
-    awp_start: int = 0
-    ascent: str = "exact"
-    interval: int = 1
-    arch: str = "preact_resnet18"
-    norm: str = "linf"
-    eps: float = 8 / 255
-    step_size: float = 2 / 255
-    train_steps: int = 10
-    test_steps: int = 20
-    attack_mode: str | None = None
-    epochs: int = 200
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    l1: float = 0.0
-    l2: float = 0.0
-    ema: float = 0.0
-    precision: str = "float32"
-    schedule: str = "piecewise"
-    augment: bool = True
-    cutout: int = 0
-    train_eval: int = 1000
-    eval_every: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {tuple(METHODS)}, got {self.method!r}")
-        for name in ("l1", "l2", "cutout"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.awp_start < 0:
-            raise ValueError(f"awp_start must not be negative, got {self.awp_start}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {tuple(PRECISIONS)}, got {self.precision!r}"
-            )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {tuple(SCHEDULES)}, got {self.schedule!r}")
-        for name in ("epochs", "batch_size", "train_eval", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def objective(self) -> Objective:
-        """What training minimises."""
-        return METHODS[self.method](self.beta)
-
-    @property
-    def training_mode(self) -> str:
-        """The mode in which the training attack runs."""
-        return self.attack_mode or ("train" if self.method == "at" else "eval")
-
-    @property
-    def training_attack(self) -> PGD:
-        """The attack that the method trains with: TRADES' and MART's start beside the image."""
-        return PGD(
-            self.eps,
-            self.step_size,
-            self.train_steps,
-            norm=self.norm,
-            loss="kl" if self.method == "trades" else "ce",
-            model_mode=self.training_mode,
-            start_std=None if self.method == "at" else 0.001,
-        )
-
-    @property
-    def test_attack(self) -> PGD:
-        """PGD under the same threat, on the cross-entropy, in eval mode."""
-        return PGD(self.eps, self.step_size, self.test_steps, norm=self.norm)
+CHECK_EVERY = 100
+"""Steps from one look at the loss to the next: a look waits for the device."""
 
 
 def fit(
@@ -201,6 +44,8 @@ def fit(
     data: ImageData,
     out: Path | str | None = None,
     *,
+    unlabeled: PseudoLabeled | None = None,
+    init: Mapping[str, Tensor] | None = None,
     resume: bool = False,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[Row], None] | None = None,
@@ -212,132 +57,363 @@ def fit(
         config: the run.
         data: images and labels, on the device to train on.
         out: the run folder; None writes nothing.
+        unlabeled: more images with labels that a classifier gave them: ``config.unlabeled_share``
+            of every batch. "rst" needs them; the other methods can have them, too.
+        init: a state dict to start from, such as :func:`~awp_optim.lab.weights.load_weights` reads.
+            A head for another number of classes is left as it was initialised. "pretrain" needs
+            it; the other methods can have it, too.
         resume: go on from ``last.pt`` in ``out`` if it is there. The result is the one that a run
             without a break would have had.
         on_step: called after each step with the number of steps done and to do, in all.
         on_epoch: called after each epoch with its row.
-        stop: asked after each epoch; True ends the run there, to go on later with ``resume``.
+        stop: asked after every step, and while evaluating; True saves the run and ends it there, to
+            go on later with ``resume``.
 
     Returns:
-        The model at the end, and a row for every epoch so far (see :data:`Row`).
+        The model at the end, and a row for every finished epoch (see
+        :data:`~awp_optim.lab.run_folder.Row`).
 
     Raises:
         FileExistsError: ``out`` holds a run already and ``resume`` is False.
-        FloatingPointError: the loss is no longer finite.
-        ValueError: the run to go on with had other settings.
+        FloatingPointError: the loss or a weight is no longer finite. The checkpoints are of before.
+        OSError: a file could not be written; those of before are intact.
+        ValueError: the run to go on with had other settings or its checkpoint is damaged; or
+            settings and data do not go together.
     """
-    device = data.x_train.device
-    torch.manual_seed(config.seed)
-    shuffler = torch.Generator().manual_seed(config.seed)
-    augmenter = torch.Generator(device).manual_seed(config.seed)
-    model = build_model(
-        config.arch,
-        num_classes=data.num_classes,
-        in_channels=data.in_channels,
-        mean=data.mean,
-        std=data.std,
-    ).to(device)
-    model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
-    optimizer = AWP(
-        _groups(model, config),
-        torch.optim.SGD,
-        gamma=config.gamma,
-        direction=config.direction,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
-    if config.l1:
-        # At the centre, where the base optimizer steps; the ascent is of the loss alone.
-        optimizer.base_optimizer.register_step_pre_hook(
-            lambda base, *_: _add_l1_gradient(model, config.l1)
-        )
-    # BatchNorm cannot train on a single example: one left over is dropped, each epoch another.
-    batches = max(1, math.ceil((len(data.x_train) - 1) / config.batch_size))
-    schedule, steps = SCHEDULES[config.schedule], config.epochs * batches
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: schedule(i / steps))
-    autocast = PRECISIONS[config.precision]
-    step = AdversarialStep(
-        model,
-        optimizer,
-        config.training_attack,
-        config.objective,
-        ascent=config.ascent,
-        interval=config.interval,
-        autocast=autocast,
-    )
-    average = None
-    if config.ema:
-        decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
-        average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
-    test_attack = Captured(config.test_attack)
-    test_batch = 1000 if device.type == "cuda" else 128
-    shown = data.limit(min(config.train_eval, len(data.x_train)))
-
-    rows: list[Row] = []
-    folder = None if out is None else _RunFolder(Path(out), config, data, resume)
-    if folder and (saved := folder.load_last(device)):
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        if average:
-            average.load_state_dict(saved["ema"])
-        step.load_state_dict(saved.get("step", step.state_dict()))  # files of before have none
-        rows = saved["rows"]
-        _set_random_states(saved["random"], device, shuffler, augmenter)
-    for epoch in range(len(rows), config.epochs):
-        row: Row = {"epoch": epoch, "lr": float(scheduler.get_last_lr()[0])}
-        start = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["gamma"] = 0.0 if epoch < config.awp_start else config.gamma
-        model.train()
-        order = torch.randperm(len(data.x_train), generator=shuffler).to(device)
-        loss_sum = torch.zeros((), device=device)
-        correct = torch.zeros((), device=device)
-        seen = 0
-        for i in range(batches):
-            index = order[i * config.batch_size : (i + 1) * config.batch_size]
-            x, y = data.x_train[index], data.y_train[index]
-            if config.augment:
-                x = random_crop_flip(x, generator=augmenter)
-            if config.cutout:
-                x = cutout(x, config.cutout, generator=augmenter)
-            result = step(_to_float(x), y)
-            scheduler.step()
-            if average:
-                average.update_parameters(model)
-            loss_sum += result.loss * len(y)
-            seen += len(y)
-            correct += (result.logits.argmax(1) == y).sum()
-            if on_step:
-                on_step(epoch * batches + i + 1, steps)
-        row["step_robust_loss"] = loss_sum.item() / seen  # waits for the device
-        row["step_robust_acc"] = correct.item() / seen
-        row["train_seconds"] = time.perf_counter() - start
-        if not math.isfinite(row["step_robust_loss"]):
-            raise FloatingPointError(
-                f"the training loss is {row['step_robust_loss']} in epoch {epoch} at a learning "
-                f"rate of {row['lr']:g}: try a lower --lr or --gamma; the checkpoints are of the "
-                "epochs before"
-            )
-        if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            start = time.perf_counter()
-            train, test = (shown.x_train, shown.y_train), (data.x_test, data.y_test)
-            tested = [("train_", model, train), ("test_", model, test)]
-            if average:
-                tested.append(("ema_test_", average.module, test))
-            for part, net, xy in tested:
-                row |= measure(net, *xy, test_attack, part, test_batch, autocast)
-            row["eval_seconds"] = time.perf_counter() - start
-        rows.append(row)
+    training = _Training(config, data, unlabeled, init)
+    folder = None
+    if out is not None:
+        folder = RunFolder(Path(out), config, training.about, resume)
+        if saved := folder.load_last(training.device):
+            try:
+                training.load_state_dict(saved)
+            except (KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
+                raise folder.foreign(f"{type(error).__name__}: {error}") from error
+            if training.rows:  # a run that was killed in between has not written them
+                folder.save_metrics(training.rows)
+    try:
+        _train(training, folder, on_step, on_epoch, stop)
+    finally:
         if folder:
-            random = _random_states(device, shuffler, augmenter)
-            folder.save(model, optimizer, scheduler, step, average, rows, random)
+            folder.close()
+    return training.model, training.rows
+
+
+def is_over(config: Config, rows: list[Row]) -> bool:
+    """Whether a run with these rows has all its epochs, or early stopping has ended it."""
+    if len(rows) >= config.epochs:
+        return True
+    if not config.patience or not any("test_robust_acc" in row for row in rows):
+        return False
+    return rows[-1]["epoch"] - best(rows)["epoch"] >= config.patience
+
+
+def _train(
+    training: _Training,
+    folder: RunFolder | None,
+    on_step: Callable[[int, int], None] | None,
+    on_epoch: Callable[[Row], None] | None,
+    stop: Callable[[], bool] | None,
+) -> None:
+    steps = training.batches * training.config.epochs
+    while not is_over(training.config, training.rows):
+        if stop and stop():
+            return  # the last epoch is saved
+        epoch = training.begin_epoch()
+        while epoch.step < training.batches:
+            training.step()
+            if on_step:
+                on_step(len(training.rows) * training.batches + epoch.step, steps)
+            if epoch.step % CHECK_EVERY == 0:
+                training.check()
+            if stop and epoch.step < training.batches and stop():
+                training.check()
+                if folder:
+                    folder.save_last(training.state_dict())
+                return
+        training.check()
+        before = training.state_dict() if folder and stop else {}
+        try:
+            row = training.end_epoch(stop)
+        except _Stopped:
+            if folder:
+                folder.save_last(before)
+            return
+        if folder:
+            if "test_robust_acc" in row and best(training.rows) is row:
+                folder.save_best(training.best())
+            folder.save_last(training.state_dict())
+            folder.save_metrics(training.rows)
+            folder.log(row)
         if on_epoch:
             on_epoch(row)
-        if stop and stop():
-            break
-    return model, rows
+
+
+class _Stopped(Exception):
+    """An evaluation was asked to stop."""
+
+
+@dataclass
+class _Epoch:
+    """Where a run is within an epoch."""
+
+    order: Tensor  # indices of the images, shape (images,)
+    loss_sum: Tensor  # over the images of the steps done
+    correct: Tensor  # of these images
+    bad_step: Tensor  # the first step whose loss was not finite; inf
+    step: int = 0  # steps done
+    seconds: float = 0.0
+
+
+class _Training:
+    """Everything that changes during a run, and how it changes."""
+
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        unlabeled: PseudoLabeled | None,
+        init: Mapping[str, Tensor] | None,
+    ) -> None:
+        if config.method == "rst" and not unlabeled:
+            raise ValueError(
+                "method 'rst' needs images with pseudo-labels: --unlabeled FILE or --labeled N"
+            )
+        if config.method == "pretrain" and init is None:
+            raise ValueError("method 'pretrain' needs weights to start from: --init CHECKPOINT")
+        self.about = {
+            "dataset": data.name,
+            "train_images": len(data.x_train),
+            "test_images": len(data.x_test),
+            "unlabeled_images": len(unlabeled) if unlabeled else 0,
+            "init": None if init is None else _fingerprint(init),
+        }
+        self.config = config
+        self.device = device = data.x_train.device
+        self.tested = {"test_": (data.x_test, data.y_test)}
+        if config.select_on == "val":
+            data, self.tested["val_"] = data.split(config.val_images)
+        shown = data.limit(min(config.train_eval, len(data.x_train)))
+        self.shown = shown.x_train, shown.y_train
+        self.labeled, self.num_classes = len(data.x_train), data.num_classes
+        self.x, self.y = data.x_train, data.y_train
+        if unlabeled:
+            unlabeled.check_fits(data)
+            self.x = torch.cat([self.x, unlabeled.x.to(device)])
+            self.y = torch.cat([self.y, unlabeled.y.to(device)])
+        self.images = config.epoch_images or self.labeled
+        self.batches = steps_per_epoch(self.images, config.batch_size)
+
+        torch.manual_seed(config.seed)
+        self.shuffler = torch.Generator().manual_seed(config.seed)
+        self.augmenter = torch.Generator(device).manual_seed(config.seed)
+        self._order()  # a share that leaves no image is an error now
+        self.shuffler.manual_seed(config.seed)
+        model = build_model(
+            config.arch,
+            num_classes=data.num_classes,
+            in_channels=data.in_channels,
+            mean=data.mean,
+            std=data.std,
+            activation=config.activation,
+        )
+        if init is not None:
+            initialize(model, init)
+        model.to(device)
+        model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
+        self.model = model
+        self.optimizer = AWP(
+            _groups(model, config),
+            torch.optim.SGD,
+            gamma=config.gamma,
+            norm=config.awp_norm,
+            direction=config.direction,
+            ascent_steps=config.ascent_steps * config.alternations,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        if config.l1:
+            # At the centre, where the base optimizer steps; the ascent is of the loss alone.
+            self.optimizer.base_optimizer.register_step_pre_hook(
+                lambda base, *_: _add_l1_gradient(model, config.l1)
+            )
+        schedule, steps = SCHEDULES[config.schedule], config.epochs * self.batches
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda i: schedule(i / steps)
+        )
+        self.autocast = PRECISIONS[config.precision]
+        self.adversarial_step = AdversarialStep(
+            model,
+            self.optimizer,
+            config.training_attack,
+            config.objective,
+            alternations=config.alternations,
+            ascent=config.ascent,
+            interval=config.interval,
+            autocast=self.autocast,
+        )
+        self.average: AveragedModel | None = None
+        if config.ema:
+            decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
+        self.test_attack = Captured(config.test_attack)
+        self.rows: list[Row] = []
+        self.epoch: _Epoch | None = None
+
+    def begin_epoch(self) -> _Epoch:
+        """Draw an epoch's order; but go on with one that was begun."""
+        if self.epoch is None:
+            zero = torch.zeros((), device=self.device)
+            order = self._order().to(self.device)
+            self.epoch = _Epoch(order, zero.clone(), zero.clone(), zero + math.inf)
+        gamma = 0.0 if len(self.rows) < self.config.awp_start else self.config.gamma
+        for group in self.optimizer.param_groups:
+            group["gamma"] = gamma
+        self.model.train()
+        return self.epoch
+
+    def step(self) -> None:
+        """One training step."""
+        epoch, config = self.epoch, self.config
+        assert epoch is not None
+        start = time.perf_counter()
+        index = epoch.order[epoch.step * config.batch_size :][: config.batch_size]
+        images, labels = self.x[index], self.y[index]
+        if config.augment:
+            images = random_crop_flip(images, generator=self.augmenter)
+        if config.cutout:
+            images = cutout(images, config.cutout, generator=self.augmenter)
+        x, y = _to_float(images), labels
+        if config.mixup:
+            x, y = mixup(x, labels, self.num_classes, config.mixup, self.augmenter)
+            labels = y.argmax(1)
+        result = self.adversarial_step(x, y)
+        self.scheduler.step()
+        if self.average:
+            self.average.update_parameters(self.model)
+        epoch.loss_sum += result.loss * len(labels)
+        epoch.correct += (result.logits.argmax(1) == labels).sum()
+        here = torch.where(result.loss.isfinite(), math.inf, epoch.step)
+        epoch.bad_step = torch.minimum(epoch.bad_step, here)
+        epoch.step += 1
+        epoch.seconds += time.perf_counter() - start
+
+    def check(self) -> None:
+        """Raise FloatingPointError if a loss so far, or a weight, is not finite."""
+        epoch = self.epoch
+        assert epoch is not None
+        start = time.perf_counter()
+        bad = epoch.bad_step.item()  # waits for the device, whose time belongs to the steps
+        epoch.seconds += time.perf_counter() - start
+        size = nn.utils.get_total_norm([p.detach() for p in self.model.parameters()])
+        if math.isfinite(bad) or not size.isfinite():
+            what = "loss is" if math.isfinite(bad) else "weights are"
+            step = int(bad) if math.isfinite(bad) else epoch.step - 1
+            done = len(self.rows) * self.batches + step
+            lr = self.config.lr * SCHEDULES[self.config.schedule](
+                done / (self.config.epochs * self.batches)
+            )
+            raise FloatingPointError(
+                f"the {what} not finite at step {step + 1} of {self.batches} of epoch "
+                f"{len(self.rows) + 1}, at a learning rate of {lr:g}: try a lower --lr or --gamma, "
+                "or float32. The checkpoints are of before"
+            )
+
+    def end_epoch(self, stop: Callable[[], bool] | None) -> Row:
+        """Evaluate if it is time to, and add the epoch's row.
+
+        Raises:
+            _Stopped: ``stop`` said so; the row is not there, random numbers were drawn.
+        """
+        epoch, config = self.epoch, self.config
+        assert epoch is not None
+        seen = min(len(epoch.order), self.batches * config.batch_size)
+        number = len(self.rows)
+        row: Row = {
+            "epoch": number,
+            "lr": config.lr * SCHEDULES[config.schedule](number / config.epochs),
+            "step_robust_loss": epoch.loss_sum.item() / seen,
+            "step_robust_acc": epoch.correct.item() / seen,
+            "train_seconds": epoch.seconds,
+        }
+        if (number + 1) % config.eval_every == 0 or number + 1 == config.epochs:
+            start = time.perf_counter()
+
+            def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+                if stop and stop():
+                    raise _Stopped
+                return self.test_attack(model, x, y)
+
+            parts = [("train_", self.model, self.shown)]
+            parts += [(name, self.model, xy) for name, xy in self.tested.items()]
+            if self.average:
+                net = self.average.module
+                parts += [(f"ema_{name}", net, xy) for name, xy in self.tested.items()]
+            batch = 1000 if self.device.type == "cuda" else 128
+            for name, net, (x, y) in parts:
+                row |= measure(net, x, y, attack, name, batch, self.autocast)
+            row["eval_seconds"] = time.perf_counter() - start
+        self.rows.append(row)
+        self.epoch = None
+        return row
+
+    def best(self) -> dict[str, Any]:
+        """What ``best.pt`` holds."""
+        content: dict[str, Any] = {"model": self.model.state_dict(), "row": self.rows[-1]}
+        if self.average:
+            content["ema"] = self.average.module.state_dict()
+        return content
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``last.pt`` holds: tensors and plain data, all that is needed to go on."""
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "step": self.adversarial_step.state_dict(),
+            "rows": self.rows,
+            "random": _random_states(self.device, self.shuffler, self.augmenter),
+        }
+        if self.rows:
+            state["row"] = self.rows[-1]
+        if self.average:
+            state["ema"] = self.average.state_dict()
+        if self.epoch:
+            state["epoch"] = {f.name: getattr(self.epoch, f.name) for f in fields(self.epoch)}
+        return state
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if self.average:
+            self.average.load_state_dict(saved["ema"])
+        if "step" in saved:  # files of before have none
+            self.adversarial_step.load_state_dict(saved["step"])
+        self.rows = saved["rows"]
+        self.epoch = _Epoch(**saved["epoch"]) if "epoch" in saved else None
+        _set_random_states(saved["random"], self.device, self.shuffler, self.augmenter)
+
+    def _order(self) -> Tensor:
+        return epoch_order(
+            self.labeled,
+            self.images,
+            self.config.batch_size,
+            self.shuffler,
+            unlabeled=len(self.x) - self.labeled,
+            share=self.config.unlabeled_share,
+        )
+
+
+def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Tells one state dict from another."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _groups(model: nn.Module, config: Config) -> Any:
@@ -400,119 +476,8 @@ def measure(
     return {prefix + n: v for n, v in zip(names, (sums / len(x)).tolist(), strict=True)}
 
 
-def best(rows: list[Row]) -> Row:
-    """The epoch with the highest test robustness, the paper's "best"; the first of equals."""
-    return max((r for r in rows if "test_robust_acc" in r), key=lambda r: r["test_robust_acc"])
-
-
-class _RunFolder:
-    """The files of a run. Each is written beside its place and moved there when it is whole."""
-
-    COLUMNS = (
-        "epoch",
-        "lr",
-        "train_seconds",
-        "eval_seconds",
-        "step_robust_loss",
-        "step_robust_acc",
-        *(
-            f"{part}_{kind}_{what}"
-            for part in ("train", "test", "ema_test")
-            for kind in ("natural", "robust")
-            for what in ("loss", "acc")
-        ),
-    )
-
-    def __init__(self, path: Path, config: Config, data: ImageData, resume: bool) -> None:
-        self.path = path
-        self.about = {
-            **asdict(config),
-            "attack_mode": config.training_mode,
-            "dataset": data.name,
-            "train_images": len(data.x_train),
-            "test_images": len(data.x_test),
-        }
-        if (path / "config.json").exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{path} already holds a run: go on with --resume, or choose another folder"
-                )
-            # A folder may be older than a setting: it had what is now the default.
-            before = {**asdict(Config()), **json.loads((path / "config.json").read_text())}
-            changed = [k for k in self.about if self.about[k] != before.get(k)]
-            if changed:
-                raise ValueError(
-                    f"the run in {path} cannot be resumed with other settings: "
-                    + ", ".join(f"{k} was {before.get(k)}, is {self.about[k]}" for k in changed)
-                )
-        path.mkdir(parents=True, exist_ok=True)
-        self._write(
-            "config.json", lambda file: file.write(json.dumps(self.about, indent=2).encode())
-        )
-
-    def load_last(self, device: torch.device) -> dict[str, Any] | None:
-        file = self.path / "last.pt"
-        if not file.exists():
-            return None
-        saved: dict[str, Any] = torch.load(file, map_location=device, weights_only=True)
-        return saved
-
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: AWP,
-        scheduler: Any,
-        step: AdversarialStep,
-        average: AveragedModel | None,
-        rows: list[Row],
-        random: Any,
-    ) -> None:
-        if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
-            content = {"model": model.state_dict(), "config": self.about, "row": rows[-1]}
-            if average:
-                content["ema"] = average.module.state_dict()
-            self._write("best.pt", lambda file: torch.save(content, file))
-        state = {
-            "model": model.state_dict(),
-            "config": self.about,
-            "row": rows[-1],
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "step": step.state_dict(),
-            "rows": rows,
-            "random": random,
-        }
-        if average:
-            state["ema"] = average.state_dict()
-        self._write("last.pt", lambda file: torch.save(state, file))
-        lines = [",".join(self.COLUMNS)]
-        lines += [",".join(_cell(row.get(name)) for name in self.COLUMNS) for row in rows]
-        self._write("metrics.csv", lambda file: file.write("\n".join([*lines, ""]).encode()))
-
-    def _write(self, name: str, write: Callable[[Any], Any]) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def _to_float(x: Tensor) -> Tensor:
     return x.to(torch.float32, memory_format=torch.channels_last) / 255
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
-def read_metrics(folder: Path | str) -> list[Row]:
-    """The rows of a run folder's ``metrics.csv``."""
-    with open(Path(folder) / "metrics.csv", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def _random_states(device: torch.device, *generators: torch.Generator) -> list[Tensor]:

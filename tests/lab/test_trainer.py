@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +18,14 @@ from torch.nn import functional as F
 from awp_optim import AWP
 from awp_optim.attacks import PGD
 from awp_optim.lab import trainer
+from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
+from awp_optim.lab.pseudo import PseudoLabeled
+from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
+from awp_optim.lab.run_folder import best, read_metrics
 from awp_optim.lab.schedules import SCHEDULES
-from awp_optim.lab.trainer import Config, best, fit, measure, read_metrics
+from awp_optim.lab.trainer import fit, measure
 from awp_optim.objectives import AT, MART, TRADES
 
 CONFIG = Config(
@@ -54,7 +63,8 @@ def test_a_run_writes_its_folder(data, tmp_path):
     model, rows = fit(
         CONFIG, data, tmp_path / "run", on_step=lambda *s: steps.append(s), on_epoch=epochs.append
     )
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert sorted(names - {"tensorboard"}) == [
         "best.pt",
         "config.json",
         "last.pt",
@@ -94,24 +104,35 @@ def test_training_lowers_the_loss(data):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.01])
-@pytest.mark.parametrize("method", ["at", "trades", "mart"])
-def test_every_method_lowers_its_loss(data, method, gamma):
-    changes = {"eps": 0.05, "step_size": 0.03, "epochs": 12, "eval_every": 12, "augment": False}
-    config = Config(**{**vars(CONFIG), **changes, "method": method, "gamma": gamma})
-    _, rows = fit(config, data)
-    assert rows[-1]["step_robust_loss"] < 0.85 * rows[0]["step_robust_loss"]
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_lowers_its_loss(method, gamma):
+    """Three epochs of the quickstart's task; its batches, cut, so that it takes no minutes."""
+    config = replace(QUICKSTART, method=method, gamma=gamma, epochs=3, train_steps=2, lr=0.05)
+    data = load_digits().limit(QUICKSTART_IMAGES, 32)
+    unlabeled = init = None
+    if method == "rst":
+        rest, _ = load_digits().split(QUICKSTART_IMAGES)
+        unlabeled = PseudoLabeled(rest.x_train, rest.y_train)
+    if method == "pretrain":
+        config = replace(config, lr=0.01)
+        task = replace(data, y_train=data.y_train % 2, y_test=data.y_test % 2, classes=("0", "1"))
+        init = fit(replace(config, method="at", epochs=1), task)[0].state_dict()
+    _, rows = fit(config, data, unlabeled=unlabeled, init=init)
+    assert rows[-1]["step_robust_loss"] < 0.97 * rows[0]["step_robust_loss"]
 
 
 def test_each_method_has_its_published_attack_and_objective():
-    of = {method: Config(method=method, beta=3.0) for method in ("at", "trades", "mart")}
+    of = {method: Config(method=method, beta=3.0, label_smoothing=0.1) for method in METHODS}
     assert {m: c.objective for m, c in of.items()} == {
-        "at": AT(),
-        "trades": TRADES(beta=3.0),
-        "mart": MART(lam=3.0),
+        "at": AT(label_smoothing=0.1),
+        "trades": TRADES(beta=3.0, label_smoothing=0.1),
+        "mart": MART(lam=3.0, label_smoothing=0.1),
+        "rst": TRADES(beta=3.0, label_smoothing=0.1),
+        "pretrain": AT(label_smoothing=0.1),
     }
     attacks = {m: c.training_attack for m, c in of.items()}
-    assert attacks["at"] == PGD(model_mode="train")
-    assert attacks["trades"] == PGD(loss="kl", start_std=0.001)
+    assert attacks["at"] == attacks["pretrain"] == PGD(model_mode="train")
+    assert attacks["trades"] == attacks["rst"] == PGD(loss="kl", start_std=0.001)
     assert attacks["mart"] == PGD(start_std=0.001)
     assert {c.test_attack for c in of.values()} == {PGD(steps=20)}
     assert Config(attack_mode="eval").training_attack == PGD()
@@ -210,7 +231,8 @@ def test_the_average_is_that_of_the_steps_and_goes_on(data, tmp_path, monkeypatc
     assert rows[-1]["ema_test_natural_loss"] != rows[-1]["test_natural_loss"]
     assert read_metrics(tmp_path / "whole")[0].keys() == rows[0].keys()
 
-    fit(config, data, tmp_path / "parts", stop=lambda: True)
+    done = []
+    fit(config, data, tmp_path / "parts", on_epoch=done.append, stop=lambda: len(done) == 1)
     fit(config, data, tmp_path / "parts", resume=True)
     again = torch.load(tmp_path / "parts/last.pt", weights_only=True)["ema"]
     assert all(torch.equal(again[name], value) for name, value in last.items())
@@ -277,22 +299,41 @@ def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after, int
     )
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path):
-    model, rows = fit(CONFIG, data, tmp_path / "whole")
-    _, first = fit(CONFIG, data, tmp_path / "parts", stop=lambda: True)
-    assert without_times(first) == without_times(rows[:1])
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 6, 7, 8, 12])
+def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path, stop_at):
+    """Stopped before, after and between steps, and while evaluating."""
+    config = Config(**{**vars(CONFIG), "epochs": 2, "ema": 0.5, "interval": 2, "mixup": 1.4})
+    model, rows = fit(config, data, tmp_path / "whole")
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) == stop_at
+
+    _, first = fit(config, data, tmp_path / "parts", stop=stop)
+    assert len(asked) == stop_at  # it ended there
+    assert without_times(first) == without_times(rows[: len(first)])
+    assert len(first) == (stop_at - 1) // 6  # asked before and between 3 steps, and 3 evaluations
     torch.manual_seed(77)
-    resumed, both = fit(CONFIG, data, tmp_path / "parts", resume=True, stop=lambda: False)
+    resumed, both = fit(config, data, tmp_path / "parts", resume=True, stop=lambda: False)
     assert without_times(both) == without_times(rows)
     for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+    for name in ("best.pt", "last.pt"):
+        ours, theirs = (
+            torch.load(tmp_path / run / name, weights_only=True) for run in ("whole", "parts")
+        )
+        assert ours.keys() == theirs.keys()
+        for part in ("model", "ema"):
+            assert all(torch.equal(v, theirs[part][k]) for k, v in ours[part].items())
 
 
 def test_a_run_from_before_a_setting_existed_goes_on(data, tmp_path):
-    fit(CONFIG, data, tmp_path, stop=lambda: True)
+    done = []
+    fit(CONFIG, data, tmp_path, on_epoch=done.append, stop=lambda: len(done) == 1)
     file = tmp_path / "config.json"
     about = json.loads(file.read_text())
-    for name in ("precision", "ascent", "interval"):
+    for name in ("precision", "ascent", "interval", "mixup", "unlabeled_images", "init"):
         del about[name]
     file.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="precision was float32, is bfloat16"):
@@ -335,7 +376,7 @@ def test_the_step_and_the_evaluation_get_their_settings(data, monkeypatch):
     monkeypatch.setattr(trainer, "AdversarialStep", Step)
     monkeypatch.setattr(trainer, "Captured", Captured)
     fit(Config(**{**vars(CONFIG), "ascent": "attack", "interval": 2, "epochs": 1}), data)
-    assert steps == [{"ascent": "attack", "interval": 2, "autocast": None}]
+    assert steps == [{"ascent": "attack", "alternations": 1, "interval": 2, "autocast": None}]
     assert captured == [20, 40]
 
 
@@ -351,28 +392,375 @@ def test_a_folder_in_use_and_changed_settings_are_refused(data, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     config = Config(**{**vars(CONFIG), "lr": 1e30, "gamma": 0.0})
-    with pytest.raises(FloatingPointError, match="lower --lr"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is not finite at step 2 of 3 of epoch 1, .* 1e\+30.*--lr"
+    ):
         fit(config, data, tmp_path)
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_a_checkpoint_is_never_half_written(data, tmp_path, monkeypatch):
-    def stop(row):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("broken", ["loss", "weights"])
+def test_the_last_good_checkpoint_is_kept(data, tmp_path, monkeypatch, broken):
+    """The weights after the last step of an epoch are in no loss before the next."""
+    step = trainer.AdversarialStep.__call__
+    calls = []
 
-    with pytest.raises(KeyboardInterrupt):
-        fit(CONFIG, data, tmp_path, on_epoch=stop)
-    before = (tmp_path / "last.pt").read_bytes()
+    def breaking(self, x, y):
+        out = step(self, x, y)
+        calls.append(None)
+        if broken == "weights" and len(calls) == 6:
+            self.model.conv1.weight.detach()[0] = math.nan
+        if broken == "loss" and len(calls) == 5:
+            out = out._replace(loss=out.loss * math.inf)
+        return out
 
-    def disk_full(content, file):
-        file.write(b"half")
-        raise OSError("No space left on device")
+    monkeypatch.setattr(trainer.AdversarialStep, "__call__", breaking)
+    said = {"loss": "loss is not finite at step 2", "weights": "weights are not finite at step 3"}
+    with pytest.raises(FloatingPointError, match=f"{said[broken]} of 3 of epoch 2"):
+        fit(CONFIG, data, tmp_path)
+    monkeypatch.undo()
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["row"]["epoch"] == 0
+    assert all(v.isfinite().all() for v in last["model"].values())
+    fit(CONFIG, data, tmp_path, resume=True)
 
-    monkeypatch.setattr(trainer.torch, "save", disk_full)
-    with pytest.raises(OSError, match="No space left"):
+
+@pytest.mark.parametrize("stopped_after", [1, 2])
+def test_what_is_not_finite_is_not_saved_by_a_stop_either(
+    data, tmp_path, monkeypatch, stopped_after
+):
+    config = Config(**{**vars(CONFIG), "lr": 1e30, "gamma": 0.0})
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) > stopped_after
+
+    with pytest.raises(FloatingPointError):
+        fit(config, data, tmp_path, stop=stop)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_bad_loss_is_found_before_the_epoch_is_over(data, monkeypatch):
+    monkeypatch.setattr(trainer, "CHECK_EVERY", 2)
+    steps = []
+    with pytest.raises(FloatingPointError):
+        fit(Config(**{**vars(CONFIG), "lr": 1e30}), data, on_step=lambda *s: steps.append(s))
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt", "metrics.csv"])
+def test_a_file_is_never_half_written(data, tmp_path, monkeypatch, name):
+    done = []
+    fit(CONFIG, data, tmp_path, on_epoch=done.append, stop=lambda: len(done) == 1)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    replace_file = os.replace
+
+    def failing(source, target):
+        if target.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    monkeypatch.setattr(trainer, "best", lambda rows: rows[-1])  # each epoch is the best
+    with pytest.raises(OSError, match=rf"{name} could not be written \(No space left.*--resume"):
         fit(CONFIG, data, tmp_path, resume=True)
-    assert (tmp_path / "last.pt").read_bytes() == before
+    assert (tmp_path / name).read_bytes() == before[name]
     assert not list(tmp_path.glob(".*"))
+    monkeypatch.undo()
+    _, rows = fit(CONFIG, data, tmp_path, resume=True)
+    assert without_times(rows) == without_times(fit(CONFIG, data)[1])
+
+
+def test_leftovers_of_a_killed_run_are_cleared_away(data, tmp_path):
+    done = []
+    fit(CONFIG, data, tmp_path, on_epoch=done.append, stop=lambda: len(done) == 1)
+    (tmp_path / ".last.pt.1234.part").write_bytes(b"half")
+    fit(CONFIG, data, tmp_path, resume=True)
+    assert not list(tmp_path.glob(".*"))
+
+
+def truncated(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def other(content):
+    return lambda file: torch.save(content, file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_text("not a checkpoint"),
+        other([1, 2]),
+        other({"model": {}, "optimizer": {}}),
+        other({"model": {}, "optimizer": {}, "rows": [], "random": []}),
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint_is_a_clear_error(data, tmp_path, damage):
+    done = []
+    fit(CONFIG, data, tmp_path, on_epoch=done.append, stop=lambda: len(done) == 1)
+    whole = (tmp_path / "last.pt").read_bytes()
+    damage(tmp_path / "last.pt")
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
+    with pytest.raises(ValueError, match=r"last\.pt is not a checkpoint of this run, or damaged"):
+        fit(CONFIG, data, tmp_path, resume=True)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
+    (tmp_path / "last.pt").write_bytes(whole)
+    fit(CONFIG, data, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", '{"gamma": 0.0'])
+def test_a_damaged_config_is_a_clear_error(data, tmp_path, text):
+    config = Config(**{**vars(CONFIG), "epochs": 1})
+    fit(config, data, tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        fit(config, data, tmp_path, resume=True)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_metrics_are_complete_after_a_kill_before_they_were_written(data, tmp_path):
+    fit(CONFIG, data, tmp_path)
+    metrics = tmp_path / "metrics.csv"
+    whole = metrics.read_text()
+    metrics.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    fit(CONFIG, data, tmp_path, resume=True)
+    assert metrics.read_text() == whole
+
+
+# --------------------------------------------------------------------- what a step is given
+
+
+def batches_of(config, data, monkeypatch, **kwargs):
+    """The inputs and labels of every training step."""
+    seen = []
+    step = trainer.AdversarialStep.__call__
+
+    def looking(self, x, y):
+        seen.append((x.clone(), y.clone()))
+        return step(self, x, y)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.AdversarialStep, "__call__", looking)
+        fit(config, data, **kwargs)
+    return seen
+
+
+def test_mixup_mixes_images_and_labels_alike(data, monkeypatch):
+    plain = Config(**{**vars(CONFIG), "epochs": 1, "augment": False, "gamma": 0.0})
+    before = batches_of(plain, data, monkeypatch)
+    after = batches_of(replace(plain, mixup=1.4), data, monkeypatch)
+    for (x, y), (mixed, p) in zip(before, after):
+        assert p.shape == (len(y), 10)
+        torch.testing.assert_close(p.sum(1), torch.ones(len(y)))
+        # One lam for the whole batch: its own label has at least that.
+        lam = p.gather(1, y[:, None]).min()
+        rest = (mixed - lam * x) / (1 - lam)
+        partners = (rest[:, None] - x[None]).flatten(2).norm(dim=2).argmin(1)
+        assert sorted(partners.tolist()) == list(range(len(y)))
+        torch.testing.assert_close(mixed, lam * x + (1 - lam) * x[partners], atol=1e-5, rtol=0)
+        own, others = (F.one_hot(labels, 10).float() for labels in (y, y[partners]))
+        torch.testing.assert_close(p, lam * own + (1 - lam) * others)
+
+
+@pytest.mark.parametrize("method", ["at", "trades", "mart"])
+@pytest.mark.parametrize("gamma", [0.0, 0.01])
+def test_every_method_trains_with_mixup(data, method, gamma):
+    config = Config(**{**vars(CONFIG), "method": method, "gamma": gamma, "mixup": 1.4})
+    rows = fit(replace(config, label_smoothing=0.1), data)[1]
+    assert all(math.isfinite(row["step_robust_loss"]) for row in rows)
+
+
+def test_unlabelled_images_have_their_share_of_every_batch(data, monkeypatch):
+    white = PseudoLabeled(torch.full((30, 1, 8, 8), 255, dtype=torch.uint8), torch.full((30,), 7))
+    config = Config(
+        **{**vars(CONFIG), "method": "rst", "augment": False, "epochs": 1, "unlabeled_share": 0.25}
+    )
+    seen = batches_of(config, data, monkeypatch, unlabeled=white)
+    assert [len(y) for _, y in seen] == [24, 24, 24]
+    for x, y in seen:
+        is_white = (x == 1).flatten(1).all(1)
+        assert is_white.sum() == 6
+        assert (y[is_white] == 7).all()
+    with pytest.raises(ValueError, match="--unlabeled FILE or --labeled N"):
+        fit(config, data)
+    colour = PseudoLabeled(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.zeros(9).long())
+    with pytest.raises(ValueError, match="8"):
+        fit(config, data, unlabeled=colour)
+
+
+def test_an_epoch_can_have_more_images(data, monkeypatch):
+    config = Config(**{**vars(CONFIG), "epoch_images": 120, "epochs": 1})
+    assert [len(y) for _, y in batches_of(config, data, monkeypatch)] == [24] * 5
+
+
+def test_pretraining_starts_from_the_weights_with_a_new_head(data, monkeypatch):
+    torch.manual_seed(5)
+    other_task = build_model("preact_resnet_small", num_classes=4, in_channels=1)
+    started = {}
+    load = trainer.initialize
+
+    def keeping(model, weights):
+        fresh = load(model, weights)
+        started.update({k: v.clone() for k, v in model.state_dict().items()})
+        return fresh
+
+    monkeypatch.setattr(trainer, "initialize", keeping)
+    config = Config(**{**vars(CONFIG), "method": "pretrain", "epochs": 1})
+    model, _ = fit(config, data, init=other_task.state_dict())
+    for name, value in other_task.state_dict().items():
+        if not name.startswith("linear"):
+            assert torch.equal(started[name], value)
+    assert model.linear.weight.shape == (10, 64)
+    with pytest.raises(ValueError, match="--init"):
+        fit(config, data)
+
+
+def test_a_run_goes_on_from_the_weights_it_began_with(data, tmp_path):
+    torch.manual_seed(5)
+    weights = build_model("preact_resnet_small", num_classes=10, in_channels=1).state_dict()
+    config = Config(**{**vars(CONFIG), "method": "pretrain", "epochs": 1})
+    fit(config, data, tmp_path, init=weights)
+    fit(config, data, tmp_path, init=weights, resume=True)
+    weights["linear.bias"] += 1
+    with pytest.raises(ValueError, match=r"init was .*, is"):
+        fit(config, data, tmp_path, init=weights, resume=True)
+
+
+# ------------------------------------------------------------------------- picking the best
+
+
+def test_the_best_is_picked_on_images_held_out(data, tmp_path):
+    config = Config(**{**vars(CONFIG), "select_on": "val", "val_images": 12})
+    model, rows = fit(config, data, tmp_path)
+    _, (x, y) = data.split(12)
+    figures = measure(model, x, y, replace(config, eps=0.0).test_attack)
+    assert rows[-1]["val_natural_acc"] == figures["natural_acc"]
+    assert json.loads((tmp_path / "config.json").read_text())["train_images"] == 60
+    top = torch.load(tmp_path / "best.pt", weights_only=True)["row"]
+    assert top["val_robust_acc"] == max(row["val_robust_acc"] for row in rows)
+    assert read_metrics(tmp_path)[0].keys() == rows[0].keys()
+
+
+def test_best_prefers_the_images_held_out():
+    rows = [
+        {"epoch": 0, "test_robust_acc": 0.9, "val_robust_acc": 0.1},
+        {"epoch": 1},
+        {"epoch": 2, "test_robust_acc": 0.1, "val_robust_acc": 0.5},
+        {"epoch": 3, "test_robust_acc": 0.8, "val_robust_acc": 0.5},
+    ]
+    assert best(rows)["epoch"] == 2
+    assert best([{"epoch": 0, "test_robust_acc": 0.9}])["epoch"] == 0
+
+
+def test_held_out_images_are_not_trained_on(data, monkeypatch):
+    config = Config(
+        **{**vars(CONFIG), "select_on": "val", "val_images": 12, "augment": False, "epochs": 1}
+    )
+    seen = torch.cat([x for x, _ in batches_of(config, data, monkeypatch)])
+    _, (held, _) = data.split(12)
+    distances = (seen[:, None] - held.float()[None] / 255).flatten(2).norm(dim=2)
+    assert len(seen) == 48
+    assert distances.min() > 0.1
+
+
+def test_early_stopping_waits_for_a_new_best(data, tmp_path, monkeypatch):
+    accuracies = iter([0.1, 0.3, 0.2, 0.3, 0.4, 0.4, 0.1, 0.2, 0.9])
+
+    def measured(*args, **kwargs):
+        row = measure(*args, **kwargs)
+        if args[4] == "test_":
+            row["test_robust_acc"] = next(accuracies)
+        return row
+
+    monkeypatch.setattr(trainer, "measure", measured)
+    config = Config(**{**vars(CONFIG), "epochs": 9, "patience": 3})
+    _, rows = fit(config, data, tmp_path)
+    assert len(rows) == 8  # the best was the fifth, and three have brought none
+    assert trainer.is_over(config, rows)
+    assert not trainer.is_over(config, rows[:-1])
+    _, again = fit(config, data, tmp_path, resume=True)  # it is over, and knows
+    assert len(again) == 8
+
+
+# ------------------------------------------------------------ K2, A and the norm of Figure 2
+
+
+def test_ascents_and_alternations_are_those_of_the_paper(data, monkeypatch):
+    ascents, attacks = [], []
+    first_step, attack = AWP.first_step, PGD.__call__
+
+    def counted(self, *args, **kwargs):
+        ascents.append(self.param_groups[0]["norm"])
+        return first_step(self, *args, **kwargs)
+
+    def attacked(self, *args):
+        attacks.append(None)
+        return attack(self, *args)
+
+    config = Config(
+        **{**vars(CONFIG), "ascent_steps": 3, "alternations": 2, "awp_norm": "l1", "epochs": 1},
+    )
+    monkeypatch.setattr(AWP, "first_step", counted)
+    monkeypatch.setattr(PGD, "__call__", attacked)
+    monkeypatch.setattr(trainer, "measure", lambda *args, **kwargs: {})
+    fit(config, data)
+    assert ascents == ["l1"] * (3 * 2 * 3)  # K2, A, steps
+    assert len(attacks) == 2 * 3
+
+
+# ------------------------------------------------------------------------ killed at random
+
+
+def run_script(name, *arguments):
+    script = Path(__file__).with_name(name)
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("number", "kills"), [("SIGKILL", 25), ("SIGTERM", 10)])
+def test_killed_at_random_times_and_resumed_it_ends_as_if_left_alone(tmp_path, number, kills):
+    lines = run_script("killed_runs.py", tmp_path, kills, number)
+    counts = [int(line.split()[1]) for line in lines]
+    assert sum(counts) >= kills
+    for line in lines:
+        assert "different: []; files: best.pt config.json last.pt metrics.csv" in line
+
+
+@pytest.mark.parametrize("kind", ["a limit", "a file system"])
+def test_a_full_disk_loses_nothing(tmp_path, kind):
+    if kind == "a limit":
+        lines = run_script("full_disk.py", tmp_path / "run", 100_000)
+        reason = "File too large"
+    else:
+        script = Path(__file__).with_name("full_disk.py")
+        mount = 'mount -t tmpfs -o size=2m tmpfs "$1" && exec "$2" "$3" "$1/run"'
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", mount, "sh", tmp_path, sys.executable, script],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            check=False,
+        )
+        if "mount" in done.stderr or "unshare" in done.stderr:
+            pytest.skip(f"no file system of our own here: {done.stderr}")
+        assert done.returncode == 0, done.stderr
+        lines, reason = done.stdout.splitlines(), "No space left on device"
+    assert len(lines) == 3, lines
+    assert f"could not be written ({reason}). The files of the run are as they were" in lines[0]
+    assert lines[1:] == ["as it was", "3 epochs in the end"]
 
 
 @pytest.mark.parametrize(
@@ -381,7 +769,17 @@ def test_a_checkpoint_is_never_half_written(data, tmp_path, monkeypatch):
         ({"method": "trades5"}, "method must be one of"),
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"precision": "float16"}, "precision must be one of"),
+        ({"activation": "sine"}, "activation must be one of"),
+        ({"select_on": "train"}, "select_on must be one of"),
+        ({"attack_mode": "both"}, "attack_mode must be one of"),
         ({"epochs": 0}, "epochs must be at least 1"),
+        ({"alternations": 0}, "alternations must be at least 1"),
+        ({"mixup": -1.0}, "mixup must not be negative"),
+        ({"mixup": math.nan}, "mixup must not be negative"),
+        ({"patience": -1}, "patience must not be negative"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
+        ({"unlabeled_share": 1.0}, r"unlabeled_share must be in \(0, 1\)"),
     ],
 )
 def test_bad_settings_are_named(settings, match):

@@ -1,0 +1,62 @@
+"""Ctrl-C and SIGTERM as a wish to stop, heard at the end of a training step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["StopRequest", "graceful_stop"]
+
+
+class StopRequest:
+    """Whether a signal has asked the program to stop; call it, as ``fit(stop=...)`` does.
+
+    Attributes:
+        signal: the signal, or None as long as there was none.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell shows of a program that this signal ended: 130 or 143. 0 without one."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+@contextmanager
+def graceful_stop(say: Callable[[str], object] = print) -> Iterator[StopRequest]:
+    """Inside, the first SIGINT or SIGTERM is noted, and the second ends the program as usual.
+
+    Python takes signals in the main thread alone: elsewhere nothing is changed.
+
+    Args:
+        say: gets a line of text when the first one comes.
+    """
+    request = StopRequest()
+    previous: dict[signal.Signals, object] = {}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        previous.clear()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.signal = signal.Signals(number)
+        restore()  # the next one is not for us
+        say(f"{request.signal.name}: stopping after this step (once more to stop at once)")
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread
+        previous.clear()
+    try:
+        yield request
+    finally:
+        restore()

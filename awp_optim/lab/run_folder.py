@@ -1,0 +1,200 @@
+"""The files of a run: ``config.json``, ``metrics.csv``, ``best.pt``, ``last.pt``, ``tensorboard``.
+
+Each file is written beside its place and moved there when it is whole, so that at any moment a run
+folder can be read, and gone on with.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awp_optim.lab.config import Config
+
+__all__ = ["Row", "RunFolder", "best", "read_metrics"]
+
+Row = dict[str, float]
+"""One line of ``metrics.csv``.
+
+``train_*``, ``test_*`` and ``val_*`` (images held out, with ``select_on="val"``) are measured
+alike, with the test attack in eval mode at the weights as they are saved, so that the difference of
+the first two is the generalisation gap. ``step_*`` are averages over the training steps of the
+epoch, at the weights that gave the updates (w + v with AWP): what the published logs call training
+figures. ``step_robust_loss`` is the method's objective. ``ema_test_*`` and ``ema_val_*`` are of the
+averaged weights, where there are any.
+"""
+
+COLUMNS = (
+    "epoch",
+    "lr",
+    "train_seconds",
+    "eval_seconds",
+    "step_robust_loss",
+    "step_robust_acc",
+    *(
+        f"{part}_{kind}_{what}"
+        for part in ("train", "test", "val", "ema_test", "ema_val")
+        for kind in ("natural", "robust")
+        for what in ("loss", "acc")
+    ),
+)
+
+
+def best(rows: list[Row]) -> Row:
+    """The epoch with the highest robust accuracy, the first of equals.
+
+    On the images held out, if the run had some; else on the test set, the paper's "best".
+    """
+    name = "val_robust_acc" if any("val_robust_acc" in row for row in rows) else "test_robust_acc"
+    return max((row for row in rows if name in row), key=lambda row: row[name])
+
+
+def read_metrics(folder: Path | str) -> list[Row]:
+    """The rows of a run folder's ``metrics.csv``."""
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+class RunFolder:
+    """A run's folder, made if needed.
+
+    Args:
+        path: where.
+        config: the run's settings.
+        about: what else decides the run (the data set, the initial weights), to be kept in
+            ``config.json`` and compared when the run is gone on with.
+        resume: whether a run that is there may be gone on with.
+
+    Raises:
+        FileExistsError: there is a run, and ``resume`` is False.
+        OSError: the folder cannot be written to.
+        ValueError: the run that is there had other settings, or its ``config.json`` is damaged.
+    """
+
+    def __init__(self, path: Path, config: Config, about: Mapping[str, Any], resume: bool) -> None:
+        self.path = path
+        self.about = {**asdict(config), "attack_mode": config.training_mode, **about}
+        if (path / "config.json").exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{path} already holds a run: go on with --resume, or choose another folder"
+                )
+            self._compare()
+        path.mkdir(parents=True, exist_ok=True)
+        for left in path.glob(".*.part"):  # by a run that was killed while it wrote
+            left.unlink(missing_ok=True)
+        self._write("config.json", json.dumps(self.about, indent=2).encode())
+        self._board: Any = None
+
+    def _compare(self) -> None:
+        file = self.path / "config.json"
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): put the run's own back, or choose another folder"
+            ) from error
+        # A folder may be older than a setting: it had what is now the default.
+        before = {"unlabeled_images": 0, **asdict(Config()), **before}
+        changed = [k for k, now in self.about.items() if before.get(k) != now]
+        if changed:
+            raise ValueError(
+                f"the run in {self.path} cannot be resumed with other settings: "
+                + ", ".join(f"{k} was {before.get(k)}, is {self.about[k]}" for k in changed)
+            )
+
+    def load_last(self, device: torch.device) -> dict[str, Any] | None:
+        """The content of ``last.pt``, or None if there is none yet.
+
+        Raises:
+            ValueError: it cannot be read, or is no checkpoint of a run.
+        """
+        file = self.path / "last.pt"
+        if not file.exists():
+            return None
+        try:
+            saved = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # whatever the damage made of it
+            raise self.foreign(f"{type(error).__name__}: {error}") from error
+        if not isinstance(saved, dict) or not {"model", "optimizer", "rows"} <= saved.keys():
+            raise self.foreign("it holds something else")
+        return saved
+
+    def foreign(self, why: str) -> ValueError:
+        """The error of a ``last.pt`` that cannot be gone on with."""
+        return ValueError(
+            f"{self.path / 'last.pt'} is not a checkpoint of this run, or damaged "
+            f"({' '.join(why.split())[:200]}). Nothing was changed. Put a copy of it back, or "
+            "remove it to begin again in this folder"
+        )
+
+    def save_best(self, content: Mapping[str, Any]) -> None:
+        """Write ``best.pt``: ``content`` and the settings."""
+        self._save("best.pt", content)
+
+    def save_last(self, content: Mapping[str, Any]) -> None:
+        """Write ``last.pt``: ``content`` and the settings."""
+        self._save("last.pt", content)
+
+    def save_metrics(self, rows: list[Row]) -> None:
+        """Write ``metrics.csv``."""
+        lines = [",".join(COLUMNS)]
+        lines += [",".join(_cell(row.get(name)) for name in COLUMNS) for row in rows]
+        self._write("metrics.csv", "\n".join([*lines, ""]).encode())
+
+    def log(self, row: Row) -> None:
+        """Add a row to TensorBoard's logs, if that is installed."""
+        if self._board is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            # What a run that was killed had logged from this epoch on is dropped.
+            self._board = SummaryWriter(
+                str(self.path / "tensorboard"), purge_step=int(row["epoch"])
+            )
+        for name, value in row.items():
+            if name != "epoch":
+                part, _, what = name.rpartition("_")
+                self._board.add_scalar(f"{what}/{part}" if part else name, value, int(row["epoch"]))
+        self._board.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's log."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _save(self, name: str, content: Mapping[str, Any]) -> None:
+        # Not straight to the file: of a full disk, torch.save would say "unexpected pos".
+        buffer = io.BytesIO()
+        torch.save({**content, "config": self.about}, buffer)
+        self._write(name, buffer.getbuffer())
+
+    def _write(self, name: str, content: bytes | memoryview) -> None:
+        part = self.path / f".{name}.{os.getpid()}.part"
+        try:
+            with open(part, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path / name)
+        except OSError as error:
+            raise OSError(
+                f"{self.path / name} could not be written ({error.strerror}). The files of the run "
+                "are as they were: make room, and go on with --resume"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"

@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM: the first is a wish, the second an end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from awp_optim.lab.interrupt import graceful_stop
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_is_noted(number, status):
+    before = signal.getsignal(number)
+    said = []
+    with graceful_stop(said.append) as request:
+        assert not request()
+        assert request.exit_status == 0
+        os.kill(os.getpid(), number)
+        assert request()
+        assert request.signal == number
+        assert request.exit_status == status
+        assert signal.getsignal(number) is before  # the next one does what it always did
+    assert len(said) == 1
+    assert number.name in said[0]
+
+
+def test_the_second_ctrl_c_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), graceful_stop(lambda text: None) as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_handlers_are_put_back_after_an_exception():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(RuntimeError), graceful_stop():
+        assert signal.getsignal(signal.SIGTERM) is not before[1]
+        raise RuntimeError
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_elsewhere_than_in_the_main_thread_nothing_is_changed():
+    seen = []
+
+    def work():
+        with graceful_stop() as request:
+            seen.append((request(), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
