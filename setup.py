@@ -27,6 +27,7 @@ TEST = [
     "pytest-xdist",
     "hypothesis",
     "ruff",
+    "tensorboard",
     "torchattacks",
 ]
 

@@ -10,7 +10,9 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -151,26 +153,29 @@ class RunFolder:
         self._write("metrics.csv", "\n".join([*lines, ""]).encode())
 
     def log(self, row: Row) -> None:
-        """Add a row to TensorBoard's logs, if that is installed."""
-        if self._board is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                return
-            # What a run that was killed had logged from this epoch on is dropped.
-            self._board = SummaryWriter(
-                str(self.path / "tensorboard"), purge_step=int(row["epoch"])
-            )
-        for name, value in row.items():
-            if name != "epoch":
+        """Add a row to TensorBoard's logs, if that is installed.
+
+        They are an extra: if they cannot be written there is a warning, and no more logs.
+        """
+        try:
+            if self._board is None:
+                # What a run that was killed had logged from this epoch on is dropped.
+                logs, epoch = str(self.path / "tensorboard"), int(row["epoch"])
+                self._board = _summary_writer()(logs, purge_step=epoch)
+            for name, value in row.items():
                 part, _, what = name.rpartition("_")
                 self._board.add_scalar(f"{what}/{part}" if part else name, value, int(row["epoch"]))
-        self._board.flush()
+            self._board.flush()
+        except OSError as error:
+            warnings.warn(f"no more logs for TensorBoard: {error}", RuntimeWarning, stacklevel=2)
+            self.close()
+            self._board = _Silent()
 
     def close(self) -> None:
-        """Close TensorBoard's log."""
+        """Close TensorBoard's logs."""
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
             self._board = None
 
     def _save(self, name: str, content: Mapping[str, Any]) -> None:
@@ -194,6 +199,26 @@ class RunFolder:
             ) from error
         finally:
             part.unlink(missing_ok=True)
+
+
+class _Silent:
+    """A writer of logs that writes none."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def add_scalar(self, *_: Any) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _summary_writer() -> Callable[..., Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return _Silent
+    return SummaryWriter
 
 
 def _cell(value: float | None) -> str:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from awp_optim import AWP
 from awp_optim.attacks import PGD
-from awp_optim.lab import trainer
+from awp_optim.lab import run_folder, trainer
 from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
@@ -529,6 +529,46 @@ def test_metrics_are_complete_after_a_kill_before_they_were_written(data, tmp_pa
     metrics.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     fit(CONFIG, data, tmp_path, resume=True)
     assert metrics.read_text() == whole
+
+
+def logged(folder):
+    """TensorBoard's own reading of its logs: values by tag and epoch."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_is_told_what_the_metrics_say(data, tmp_path):
+    fit(CONFIG, data, tmp_path / "whole")
+    done = []
+    fit(CONFIG, data, tmp_path / "parts", on_epoch=done.append, stop=lambda: len(done) == 2)
+    fit(CONFIG, data, tmp_path / "parts", resume=True)
+    logs, parts = logged(tmp_path / "whole"), logged(tmp_path / "parts")
+    for row in read_metrics(tmp_path / "whole"):
+        epoch = int(row["epoch"])
+        assert logs["lr"][epoch] == pytest.approx(row["lr"])
+        for name in ("acc", "loss"):
+            expected = pytest.approx(row[f"test_robust_{name}"], rel=1e-4)
+            assert logs[f"{name}/test_robust"][epoch] == expected
+            assert parts[f"{name}/test_robust"][epoch] == expected
+
+
+def test_logs_that_cannot_be_written_do_not_stop_a_run(data, tmp_path, monkeypatch):
+    class Full(run_folder._Silent):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        close = flush
+
+    monkeypatch.setattr(run_folder, "_summary_writer", lambda: Full)
+    with pytest.warns(RuntimeWarning, match="no more logs for TensorBoard.*No space") as warned:
+        _, rows = fit(CONFIG, data, tmp_path)
+    assert len(rows) == 3
+    assert len(warned) == 1
 
 
 # --------------------------------------------------------------------- what a step is given
