@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     add("--data-dir", type=Path, default=Path("data"), help="(%(default)s)")
     add("--limit", type=int, help="use this many training and test images at the most")
     add("--threat", choices=sorted(THREATS), help="(linf)")
-    add("--max-minutes", type=float, help="stop after the epoch in which they are over")
+    add("--max-minutes", type=float, default=math.inf, help="then stop, to go on with --resume")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
 
     add(
@@ -215,7 +215,7 @@ def main() -> None:
     if args.list_recipes:
         list_recipes(console)
         return
-    deadline = time.monotonic() + 60 * (args.max_minutes or math.inf)
+    deadline = time.monotonic() + 60 * args.max_minutes
     # Matrix products and convolutions in TF32 on a GPU that has it, by the fastest algorithm.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
@@ -223,7 +223,7 @@ def main() -> None:
         data = load(args)
         config = configure(args, data)
         init = None if args.init is None else load_weights(args.init)
-        with step_bars(console) as progress, graceful_stop(console.print) as request:
+        with step_bars(console) as progress, graceful_stop() as request:
 
             def report(row: Row) -> None:
                 console.print(describe(row, config.epochs), highlight=False, soft_wrap=True)
@@ -255,8 +255,7 @@ def main() -> None:
     over = is_over(config, rows)
     if not over:
         console.print(
-            f"Stopped after {len(rows)} of {config.epochs} epochs and saved in {args.out}; go on "
-            "with --resume.",
+            f"Stopped after {len(rows)} of {config.epochs} epochs; go on with --resume.",
             highlight=False,
             soft_wrap=True,
         )

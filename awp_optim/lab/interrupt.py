@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 __all__ = ["StopRequest", "graceful_stop"]
@@ -30,13 +31,14 @@ class StopRequest:
 
 
 @contextmanager
-def graceful_stop(say: Callable[[str], object] = print) -> Iterator[StopRequest]:
+def graceful_stop(say: Callable[[str], object] | None = None) -> Iterator[StopRequest]:
     """Inside, the first SIGINT or SIGTERM is noted, and the second ends the program as usual.
 
     Python takes signals in the main thread alone: elsewhere nothing is changed.
 
     Args:
-        say: gets a line of text when the first one comes.
+        say: gets a line of text when the first one comes, in the middle of anything; None writes
+            it to the standard error.
     """
     request = StopRequest()
     previous: dict[signal.Signals, object] = {}
@@ -49,7 +51,7 @@ def graceful_stop(say: Callable[[str], object] = print) -> Iterator[StopRequest]
     def note(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number)
         restore()  # the next one is not for us
-        say(f"{request.signal.name}: stopping after this step (once more to stop at once)")
+        (say or _write)(f"{request.signal.name}: stopping after this step (again: at once)")
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -60,3 +62,9 @@ def graceful_stop(say: Callable[[str], object] = print) -> Iterator[StopRequest]
         yield request
     finally:
         restore()
+
+
+def _write(text: str) -> None:
+    # Past Python's buffers: the signal may have come while one of them was written.
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())

@@ -27,6 +27,12 @@ def test_the_first_signal_is_noted(number, status):
     assert number.name in said[0]
 
 
+def test_it_is_said_on_the_standard_error(capfd):
+    with graceful_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == "SIGTERM: stopping after this step (again: at once)\n"
+
+
 def test_the_second_ctrl_c_ends_at_once():
     with pytest.raises(KeyboardInterrupt), graceful_stop(lambda text: None) as request:
         os.kill(os.getpid(), signal.SIGINT)
