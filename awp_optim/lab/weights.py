@@ -117,8 +117,9 @@ def initialize(
     The head is the network's last ``nn.Linear``. Where its weight and bias differ from the given
     ones in their first dimension, the number of classes, it stays as it was built.
 
-    The statistics of :class:`~awp_optim.lab.models.Normalize` come with the weights, and stay as
-    they were built if the weights have none; so do BatchNorm's counters of batches.
+    The statistics of :class:`~awp_optim.lab.models.Normalize` come with the weights, where one
+    number may stand for all channels, and stay as they were built if the weights have none; so do
+    BatchNorm's counters of batches.
 
     Args:
         model: The network; its tensors are written to in place, wherever they are.
@@ -142,13 +143,15 @@ def initialize(
     other_classes = any(name in weights and weights[name].shape != own[name].shape for name in head)
     fresh = head if fits_but_for_classes and (new_head or other_classes) else []
 
+    optional = _optional(model)
     shared = [name for name in own if name in weights]
     other_shape = [
         f"{name} ({tuple(weights[name].shape)} given, {tuple(own[name].shape)} in the network)"
         for name in shared
-        if name not in fresh and weights[name].shape != own[name].shape
+        if name not in fresh
+        and weights[name].shape != own[name].shape
+        and not (name in optional and weights[name].numel() == 1)
     ]
-    optional = _optional(model)
     problems = [
         _some("missing", [name for name in own if name not in weights and name not in optional]),
         _some("unexpected", [name for name in weights if name not in own]),

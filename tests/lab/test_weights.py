@@ -396,3 +396,15 @@ class TestInitialize:
         source, model = network(1), network(2).cuda()
         initialize(model, source.state_dict())
         equal({k: v.cpu() for k, v in model.state_dict().items()}, source.state_dict())
+
+
+def test_one_number_of_a_normalisation_stands_for_all_channels():
+    given = build_model("wide_resnet10_1", num_classes=4, in_channels=3, mean=0.5, std=0.25)
+    model = build_model(
+        "wide_resnet10_1", num_classes=4, in_channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)
+    )
+    initialize(model, given.state_dict())
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(model.normalize(x), (x - 0.5) / 0.25)
+    with pytest.raises(ValueError, match=r"normalize\.mean"):
+        initialize(given, model.state_dict())
