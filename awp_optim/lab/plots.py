@@ -21,6 +21,7 @@ __all__ = ["ablations", "curve_panels", "learning_curves", "perturbation_sizes"]
 # Okabe & Ito's colours, told apart by colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D")
+LINES = ("-", "--")
 
 
 def learning_curves(runs: Mapping[str, Runs], path: Path | str, title: str = "") -> None:
@@ -68,25 +69,26 @@ def curve_panels(
     labels = list(next(iter(panels.values())))
     if any(list(runs) != labels for runs in panels.values()):
         raise ValueError(f"every panel must have the same labels, {labels}: the legend is of all")
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = _figure(1 + 2.6 * columns, 0.8 + 2.4 * rows)
+    rows = -(-len(panels) // 4)
+    columns = -(-len(panels) // rows)
+    figure = _figure(max(6, 1 + 2.6 * columns), 0.8 + 2.4 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (name, runs) in zip(grid.flat, panels.items(), strict=False):
+    for i, (axes, (name, runs)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
         for colour, (label, seeds) in _coloured(runs):
             epochs, test, train = _curves(seeds)
             _line(axes, epochs, train, colour, f"{label}, training images", linestyle="--")
             _line(axes, epochs, test, colour, f"{label}, test images")
         axes.set_title(name, fontsize=10)
         _by_epoch(axes)
-        axes.xaxis.set_tick_params(labelbottom=True)
-        axes.label_outer(remove_inner_ticks=False)
+        is_lowest = i + columns >= len(panels)
+        axes.set_xlabel("epoch" if is_lowest else "")
+        axes.xaxis.set_tick_params(labelbottom=is_lowest)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes in grid[:, 0]:
         axes.set_ylabel("robust accuracy (%)")
     handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     _save(figure, path, title)
 
 
@@ -219,7 +221,7 @@ def _bars(axes: Any, strategies: Mapping[str, Mapping[str, tuple[Runs, float]]])
             axes.bar(at, mean, 0.8, color=colour, alpha=0.75, label=setting if first else None)
             axes.errorbar(at, mean, deviation or None, color="black", capsize=3)
             axes.annotate(
-                f"\N{MULTIPLICATION SIGN}{cost:.2f}",
+                f"x {cost:.2f}",
                 (at, mean + deviation),
                 (0, 4),
                 textcoords="offset points",
@@ -246,30 +248,35 @@ def _size_lines(
     axes: Any, sizes: Mapping[str, Mapping[float, Runs]], figures: Mapping[str, str]
 ) -> None:
     """One or two figures of :func:`summary` by gamma, the first solid and the second dashed."""
+    without = [runs[0.0] for runs in sizes.values() if 0.0 in runs]
     for i, (colour, (label, runs)) in enumerate(_coloured(sizes)):
         gammas = sorted(gamma for gamma in runs if gamma > 0)
-        for linestyle, (part, name) in zip(("-", "--"), figures.items(), strict=False):
+        for j, (part, name) in enumerate(figures.items()):
             means, deviations = zip(*(_figures(runs[g], name) for g in gammas), strict=True)
             axes.errorbar(
-                [g * 1.05**i for g in gammas],  # or error bars would cover one another
+                [g * 1.03 ** (2 * i + j) for g in gammas],  # or error bars would cover one another
                 means,
                 deviations if any(deviations) else None,
                 color=colour,
-                linestyle=linestyle,
+                linestyle=LINES[j],
                 marker=MARKERS[i],
                 markersize=4,
+                markerfacecolor="white" if j else colour,
+                elinewidth=1,
                 capsize=2,
                 label=f"{label}, {part}" if part else label,
             )
             if 0.0 in runs:
-                mean, _ = _figures(runs[0.0], name)
-                axes.axhline(mean, color=colour, linestyle=linestyle, linewidth=0.9, alpha=0.6)
-    axes.plot(
-        [], [], color="0.4", linewidth=0.9, label="horizontal: \N{GREEK SMALL LETTER GAMMA} = 0"
-    )
+                is_shared = without.count(runs[0.0]) > 1
+                axes.axhline(
+                    _figures(runs[0.0], name)[0],
+                    color="0.4" if is_shared else colour,
+                    linestyle=LINES[j],
+                    linewidth=0.9,
+                    alpha=0.7,
+                )
+    axes.plot([], [], color="0.4", linewidth=0.9, label=r"horizontal: $\gamma$ = 0")
     axes.set_xscale("log")
-    axes.set_xlabel(
-        "size of the perturbation, \N{GREEK SMALL LETTER GAMMA} (share of the weights' norm)"
-    )
+    axes.set_xlabel(r"size of the perturbation, $\gamma$ (share of the weights' norm)")
     _tidy(axes)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, handlelength=3.5)

@@ -1,0 +1,360 @@
+"""Many runs: in order, side by side, kept in a file, and what happens when one fails."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("rich")
+
+import torch
+from rich.console import Console
+
+from awp_optim.lab import sweep as module
+from awp_optim.lab.config import Config
+from awp_optim.lab.sweep import sweep
+
+CONFIGS = {f"run {seed}": Config(seed=seed) for seed in range(3)}
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=100)
+
+
+class Train:
+    """Remembers what it was asked to train."""
+
+    def __init__(self, fails_on=()):
+        self.trained = []
+        self.fails_on = fails_on
+
+    def __call__(self, config, report):
+        if config.seed in self.fails_on:
+            raise FloatingPointError("the loss is not finite")
+        self.trained.append(config)
+        report(1, 2)
+        report(2, 2)
+        return rows_of(config)
+
+
+def rows_of(config):
+    return [{"epoch": 0.0, "test_robust_acc": config.seed / 7 + config.gamma}]
+
+
+def run(configs, train, file=None, **kwargs):
+    return sweep(configs, train, file=file, workers=1, console=quiet(), **kwargs)
+
+
+def test_one_worker_trains_in_order_in_this_process():
+    train = Train()
+    found = run(CONFIGS, train)
+    assert train.trained == list(CONFIGS.values())
+    assert found == {name: rows_of(config) for name, config in CONFIGS.items()}
+    assert list(found) == list(CONFIGS)
+
+
+def test_nothing_to_do(tmp_path):
+    assert run({}, Train(), tmp_path / "runs.json") == {}
+
+
+def test_equal_settings_are_trained_once():
+    train = Train()
+    found = run({"a": Config(), "b": Config(seed=1), "c": Config()}, train)
+    assert train.trained == [Config(), Config(seed=1)]
+    assert found["a"] == found["c"] == rows_of(Config())
+    assert list(found) == ["a", "b", "c"]
+
+
+def test_goes_on_with_what_the_file_has(tmp_path):
+    file = tmp_path / "folder" / "runs.json"
+    first = run({"run 1": CONFIGS["run 1"]}, Train(), file)
+    train = Train()
+    found = run(CONFIGS, train, file)
+    assert [config.seed for config in train.trained] == [0, 2]
+    assert list(found) == list(CONFIGS)
+    assert found["run 1"] == first["run 1"]
+    again = Train()
+    assert run(CONFIGS, again, file) == found  # numbers come back as they were
+    assert again.trained == []
+    assert [p.name for p in file.parent.iterdir()] == ["runs.json"]
+
+
+def test_other_settings_are_trained_and_the_old_ones_kept(tmp_path):
+    file = tmp_path / "runs.json"
+    before = run(CONFIGS, Train(), file)
+    train = Train()
+    changed = CONFIGS | {"run 1": replace(CONFIGS["run 1"], gamma=0.01)}
+    after = run(changed, train, file)
+    assert train.trained == [changed["run 1"]]
+    assert after["run 1"] == rows_of(changed["run 1"]) != before["run 1"]
+    again = Train()
+    assert run(CONFIGS, again, file) == before
+    assert again.trained == []
+
+
+def test_other_data_are_other_runs(tmp_path):
+    file = tmp_path / "runs.json"
+    run(CONFIGS, Train(), file, about={"images": 450, "shape": (8, 8)})
+    same, other = Train(), Train()
+    run(CONFIGS, same, file, about={"images": 450, "shape": (8, 8)})
+    run(CONFIGS, other, file, about={"images": 64, "shape": (8, 8)})
+    assert same.trained == []
+    assert len(other.trained) == 3
+
+
+def test_a_file_older_than_a_setting_had_its_default(tmp_path):
+    file = tmp_path / "runs.json"
+    run(CONFIGS, Train(), file)
+    content = json.loads(file.read_text())
+    for saved in content["runs"]:
+        del saved["config"]["mixup"]
+    file.write_text(json.dumps(content))
+    train = Train()
+    mixed = replace(CONFIGS["run 0"], mixup=1.4)
+    run(CONFIGS | {"mixed": mixed}, train, file)
+    assert train.trained == [mixed]
+
+
+def test_every_run_is_in_the_file_at_once(tmp_path):
+    file = tmp_path / "runs.json"
+    seen = []
+
+    def train(config, report):
+        names = [r["name"] for r in json.loads(file.read_text())["runs"]] if file.exists() else []
+        seen.append(names)
+        return rows_of(config)
+
+    run(CONFIGS, train, file)
+    assert seen == [[], ["run 0"], ["run 0", "run 1"]]
+
+
+def test_a_run_that_fails_is_named_and_the_others_kept(tmp_path):
+    file = tmp_path / "runs.json"
+    with pytest.raises(RuntimeError, match=r"'run 1' failed: FloatingPointError: the loss") as info:
+        run(CONFIGS, Train(fails_on=[1]), file)
+    assert isinstance(info.value.__cause__, FloatingPointError)
+    train = Train()
+    run(CONFIGS, train, file)
+    assert [config.seed for config in train.trained] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"runs": [{"name": "run 0", "con',
+        "[]",
+        '{"epochs": 3}',
+        '{"runs": [{"name": "run 0", "config": {}}]}',
+        '{"runs": [{"name": "run 0", "config": {}, "rows": [3]}]}',
+        '{"runs": [3]}',
+    ],
+)
+def test_a_damaged_file_is_an_error_and_left_alone(tmp_path, content):
+    file = tmp_path / "runs.json"
+    file.write_text(content)
+    train = Train()
+    with pytest.raises(ValueError, match=r"runs.json is damaged, or no file of a sweep.*remove it"):
+        run(CONFIGS, train, file)
+    assert train.trained == []
+    assert file.read_text() == content
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "runs.json"
+    run({"run 0": CONFIGS["run 0"]}, Train(), file)
+    before = file.read_text()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"runs.json could not be written \(No space.*'run 1'"):
+        run(CONFIGS, Train(), file)
+    assert file.read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["runs.json"]
+
+
+def test_no_workers():
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        sweep(CONFIGS, Train(), workers=0)
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_bars(count):
+    console = quiet()
+    configs = {f"run {seed:02}": Config(seed=seed) for seed in range(count)}
+    sweep(configs, Train(), workers=1, console=console)
+    shown = console.file.getvalue()
+    assert ("10 of 10 runs" in shown) == (count == 10)
+    assert ("20/20 steps" in shown) == (count == 10)
+    assert ("run 01" in shown) == (count == 2)  # with many, those that are over are not shown
+
+
+def test_the_bar_of_all_counts_what_was_there_before(tmp_path):
+    configs = {f"run {seed:02}": Config(seed=seed) for seed in range(12)}
+    run(dict(list(configs.items())[:2]), Train(), tmp_path / "runs.json")
+    console = quiet()
+    sweep(configs, Train(), file=tmp_path / "runs.json", workers=1, console=console)
+    assert "12 of 12 runs" in console.file.getvalue()
+
+
+# --- In other processes -----------------------------------------------------------------------
+
+TRAINS = '''
+import os
+import time
+import torch
+
+
+class Odd(Exception):
+    def __init__(self, one, two):  # cannot be sent from one process to another
+        super().__init__(f"{one} and {two}")
+
+
+def train(config, report):
+    if config.seed == 0:
+        time.sleep(0.5)
+    report(1, 1)
+    threads = torch.get_num_threads()
+    return [{"epoch": 0.0, "seed": config.seed, "pid": os.getpid(), "threads": threads}]
+
+
+def wait_for(config):
+    """For a run that has finished, so that the order is certain."""
+    while not os.path.exists(config.arch):
+        time.sleep(0.02)
+
+
+def fail(config, report):
+    if config.seed == 0:
+        return []
+    if config.seed == 2:
+        wait_for(config)
+        raise Odd("this", "that")
+    while True:
+        time.sleep(0.05)
+
+
+def die(config, report):
+    if config.seed == 2:
+        wait_for(config)
+        os._exit(3)
+    return fail(config, report)
+'''
+
+
+@pytest.fixture
+def trains(tmp_path, monkeypatch):
+    """Functions in a module that other processes can import, too."""
+    (tmp_path / "trains_of_sweep.py").write_text(TRAINS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trains_of_sweep", raising=False)
+    import trains_of_sweep
+
+    return trains_of_sweep
+
+
+def test_side_by_side(trains, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_cores", lambda: 7)
+    file, threads = tmp_path / "runs.json", torch.get_num_threads()
+    found = sweep(CONFIGS, trains.train, workers=2, file=file, console=quiet())
+    assert list(found) == list(CONFIGS)
+    rows = [found[name][0] for name in CONFIGS]
+    assert [row["seed"] for row in rows] == [0, 1, 2]
+    assert len({row["pid"] for row in rows} - {os.getpid()}) == 2
+    assert {row["threads"] for row in rows} == {3}
+    assert torch.get_num_threads() == threads
+    saved = [saved["name"] for saved in json.loads(file.read_text())["runs"]]
+    assert sorted(saved) == sorted(CONFIGS)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fail", r"'run 2' failed: Odd: this and that"),
+        ("die", r"'run 2' failed: its process ended with exit code 3\."),
+    ],
+)
+def test_a_failure_elsewhere_ends_the_others(trains, tmp_path, name, message):
+    file = tmp_path / "runs.json"
+    # The third run waits until the first is in the file; the second would go on for ever.
+    configs = {n: replace(config, arch=str(file)) for n, config in CONFIGS.items()}
+    with pytest.raises(RuntimeError, match=message) as info:
+        sweep(configs, getattr(trains, name), workers=3, file=file, console=quiet())
+    assert [saved["name"] for saved in json.loads(file.read_text())["runs"]] == ["run 0"]
+    assert multiprocessing.active_children() == []
+    if name == "fail":
+        assert "in fail" in str(info.value.__cause__)  # where it happened
+
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from awp_optim.lab.config import Config
+from awp_optim.lab.sweep import sweep
+
+
+def train(config, report):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    for i in range(10**6):
+        time.sleep(0.05)
+        report(i, 10**6)
+
+
+if __name__ == "__main__":
+    sweep({str(seed): Config(seed=seed) for seed in range(2)}, train, workers=2)
+"""
+
+
+def is_alive(pid):
+    """Whether there is such a process, other than as a dead one nobody has asked for."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_a_sweep_is_the_end_of_its_processes(tmp_path, number):
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(pids)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        while len(children := [int(p.name) for p in pids.iterdir()]) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        if number == signal.SIGINT:
+            for child in children:
+                os.kill(child, number)
+            time.sleep(0.5)
+            assert all(map(is_alive, children))  # Ctrl-C is for the parent
+            os.killpg(process.pid, number)  # as a terminal does
+        else:
+            process.kill()
+        _, said = process.communicate(timeout=20)
+        assert process.returncode == -number
+        assert said.decode().count("Traceback") == (number == signal.SIGINT)  # the parent's own
+        deadline = time.monotonic() + 20
+        while any(map(is_alive, children)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
