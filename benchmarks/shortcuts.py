@@ -28,7 +28,7 @@ from awp_optim import AWP, frozen_batch_norm
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
-from awp_optim.lab.run_folder import best
+from awp_optim.lab.summary import spread, summary
 from awp_optim.lab.trainer import fit
 from awp_optim.objectives import at
 from benchmarks.harness import RESULTS, environment, write_json
@@ -52,13 +52,7 @@ def train(mode: str, seed: int, epochs: int) -> dict[str, float]:
     torch.set_num_threads(1)
     config = replace(SETTING, seed=seed, epochs=epochs, **MODES[mode])
     rows = fit(config, load_digits().limit(QUICKSTART_IMAGES))[1]
-    top, last = best(rows), rows[-1]
-    return {
-        "robust, best": 100 * top["test_robust_acc"],
-        "robust, last": 100 * last["test_robust_acc"],
-        "natural, last": 100 * last["test_natural_acc"],
-        "gap, last": 100 * (last["train_robust_acc"] - last["test_robust_acc"]),
-    }
+    return summary(rows)
 
 
 def cosines(seed: int, epochs: int) -> list[dict[str, float]]:
@@ -124,11 +118,6 @@ def _cosine(a: Vector, b: Vector) -> float:
     """Of all layers together."""
     dot, aa, bb = (sum((s[p] * t[p]).sum().item() for p in a) for s, t in ((a, b), (a, a), (b, b)))
     return float(dot / (aa * bb) ** 0.5)
-
-
-def spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 def accuracy_table(runs: dict[str, dict[str, dict[str, float]]]) -> Table:
