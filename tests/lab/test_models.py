@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from awp_optim.lab.data import CIFAR10_MEAN, CIFAR10_STD
+from awp_optim.lab.models import ACTIVATIONS as BY_NAME
 from awp_optim.lab.models import (
     MODELS,
     VGG,
@@ -600,6 +601,122 @@ class TestRegistry:
             build_model("vgg", num_classes=10, in_channels=3)
         with pytest.raises(ValueError, match="torchvision/NAME"):
             build_model("resnet18", num_classes=10, in_channels=3)
+
+    def test_wide_resnets_by_depth_and_width(self):
+        with torch.device("meta"):
+            wide = build_model("wide_resnet16_4", num_classes=7, in_channels=3)
+        assert isinstance(wide, WideResNet)
+        assert count(wide) == wide_count(16, 4, 7)
+
+    @pytest.mark.parametrize("name", ["wide_resnet34_10", "wide_resnet28_10"])
+    def test_a_published_wide_resnet_is_the_one_of_its_sizes(self, name):
+        with torch.device("meta"):
+            published = build_model(name, num_classes=10, in_channels=3)
+            sizes = [int(size) for size in name.removeprefix("wide_resnet").split("_")]
+            by_sizes = WideResNet(*sizes)
+        assert {k: v.shape for k, v in published.state_dict().items()} == {
+            k: v.shape for k, v in by_sizes.state_dict().items()
+        }
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "wide_resnet",
+            "wide_resnet34",
+            "wide_resnet34_",
+            "wide_resnet_10",
+            "wide_resnet34_10_2",
+            "wide_resnet-34_10",
+            "wide_resnet34_1.5",
+            "wide_resnet34-10",
+            "Wide_ResNet34_10",
+            "xwide_resnet34_10",
+            "wide_resnet34_10\n",
+            "",
+        ],
+    )
+    def test_bad_names(self, name):
+        with pytest.raises(ValueError, match=r"no model .*; there are: .*wide_resnetDEPTH_WIDTH"):
+            build_model(name, num_classes=10, in_channels=3)
+
+    @pytest.mark.parametrize(
+        ("name", "match"),
+        [
+            ("wide_resnet17_4", r"depth must be 6n \+ 4 .* got 17"),
+            ("wide_resnet4_4", r"depth must be 6n \+ 4 .* got 4"),
+            ("wide_resnet16_0", "must be at least 1: 0, 10, 3"),
+        ],
+    )
+    def test_bad_depths_and_widths(self, name, match):
+        with pytest.raises(ValueError, match=match):
+            build_model(name, num_classes=10, in_channels=3)
+
+
+# Each as its paper or torch's documentation defines it.
+FORMULAS = {
+    "relu": lambda x: x.clamp(min=0),
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "elu": lambda x: torch.where(x > 0, x, x.exp() - 1),
+    "celu": lambda x: torch.where(x > 0, x, x.exp() - 1),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "mish": lambda x: x * torch.tanh((1 + x.exp()).log()),
+    "softplus": lambda x: (1 + x.exp()).log(),
+    "tanh": lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
+}
+
+
+class TestActivationsByName:
+    def test_all_have_a_formula_here(self):
+        assert BY_NAME.keys() == FORMULAS.keys()
+
+    @pytest.mark.parametrize("name", FORMULAS)
+    @pytest.mark.parametrize("arch", ["preact_resnet_small", "wide_resnet10_1", "vgg"])
+    def test_the_network_computes_with_it(self, arch, name, monkeypatch):
+        monkeypatch.setitem(MODELS, "vgg", TINY["vgg"])
+        torch.manual_seed(0)
+        model = build_model(arch, num_classes=5, in_channels=3, mean=0.0, std=1.0, activation=name)
+        model = unsettled(model.double())
+        x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+        logits = {}
+        for other, formula in FORMULAS.items():
+            twin = build_model(
+                arch, num_classes=5, in_channels=3, mean=0.0, std=1.0, activation=formula
+            ).double()
+            twin.load_state_dict(model.state_dict())
+            logits[other] = twin.eval()(x)
+        torch.testing.assert_close(model(x), logits[name])
+        for other, theirs in logits.items():
+            if {name, other} not in ({name}, {"elu", "celu"}):
+                assert not torch.allclose(model(x), theirs, rtol=1e-3, atol=1e-4), other
+
+    def test_relu_is_the_default(self):
+        torch.manual_seed(0)
+        model = unsettled(build_model("preact_resnet_small", num_classes=5, in_channels=1))
+        named = build_model("preact_resnet_small", num_classes=5, in_channels=1, activation="relu")
+        named.load_state_dict(model.state_dict())
+        x = torch.rand(4, 1, 8, 8)
+        assert torch.equal(model(x), named.eval()(x))
+
+    @pytest.mark.parametrize("name", ["sine", "ReLU", "", "relu "])
+    @pytest.mark.parametrize("arch", ["preact_resnet_small", "wide_resnet10_1", "nonsense"])
+    def test_an_unknown_name_is_an_error(self, arch, name):
+        with pytest.raises(ValueError, match=f"no activation '{name}'; there are: relu, leaky_re"):
+            build_model(arch, num_classes=5, in_channels=1, activation=name)
+
+    @pytest.mark.parametrize("activation", ["silu", "sine", F.silu])
+    def test_torchvisions_networks_have_their_own(self, activation):
+        with pytest.raises(ValueError, match=r"torchvision/resnet18 has its own activation"):
+            build_model("torchvision/resnet18", num_classes=5, in_channels=3, activation=activation)
+
+    @pytest.mark.parametrize("activation", ["relu", F.relu])
+    def test_torchvisions_networks_take_the_default_by_name_or_not(self, activation):
+        pytest.importorskip("torchvision")
+        with torch.device("meta"):
+            model = build_model(
+                "torchvision/resnet18", num_classes=5, in_channels=3, activation=activation
+            )
+        assert model(torch.rand(2, 3, 64, 64, device="meta")).shape == (2, 5)
 
 
 class TestTorchvision:
