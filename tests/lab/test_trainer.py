@@ -416,8 +416,12 @@ def test_the_last_good_checkpoint_is_kept(data, tmp_path, monkeypatch, broken):
 
     monkeypatch.setattr(trainer.AdversarialStep, "__call__", breaking)
     said = {"loss": "loss is not finite at step 2", "weights": "weights are not finite at step 3"}
-    with pytest.raises(FloatingPointError, match=f"{said[broken]} of 3 of epoch 2"):
-        fit(CONFIG, data, tmp_path)
+    rate = {"loss": 0.1, "weights": 0.01}[broken]  # piecewise, of 9 steps: the fifth, the sixth
+    config = replace(CONFIG, schedule="piecewise")
+    with pytest.raises(
+        FloatingPointError, match=rf"{said[broken]} of 3 of epoch 2, at a learning rate of {rate}:"
+    ):
+        fit(config, data, tmp_path)
     monkeypatch.undo()
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     assert last["row"]["epoch"] == 0
@@ -467,6 +471,9 @@ def test_a_file_is_never_half_written(data, tmp_path, monkeypatch, name):
         fit(CONFIG, data, tmp_path, resume=True)
     assert (tmp_path / name).read_bytes() == before[name]
     assert not list(tmp_path.glob(".*"))
+    # What comes after a file is not written without it: no best epoch is forgotten.
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)["row"]["epoch"]
+    assert saved == 0
     monkeypatch.undo()
     _, rows = fit(CONFIG, data, tmp_path, resume=True)
     assert without_times(rows) == without_times(fit(CONFIG, data)[1])
@@ -630,6 +637,67 @@ def test_unlabelled_images_have_their_share_of_every_batch(data, monkeypatch):
     colour = PseudoLabeled(torch.zeros(9, 3, 8, 8, dtype=torch.uint8), torch.zeros(9).long())
     with pytest.raises(ValueError, match="8"):
         fit(config, data, unlabeled=colour)
+
+
+def answering(monkeypatch, answer):
+    """Let every training step return the loss and logits that ``answer(number, x, y)`` says."""
+    calls = iter(range(1000))
+    step = trainer.AdversarialStep.__call__
+
+    def answered(self, x, y):
+        loss, logits = answer(next(calls), x, y)
+        return step(self, x, y)._replace(loss=torch.tensor(float(loss)), logits=logits)
+
+    monkeypatch.setattr(trainer.AdversarialStep, "__call__", answered)
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(60, (24, 24, 12)), (49, (24, 24))])
+def test_step_figures_are_means_over_the_images_trained_on(data, monkeypatch, images, sizes):
+    """Of 49, one is left over and dropped."""
+    answering(monkeypatch, lambda i, x, y: (i % len(sizes), F.one_hot((y + (i > 0)) % 10, 10)))
+    _, rows = fit(Config(**{**vars(CONFIG), "epochs": 2}), data.limit(images, 8))
+    mean = sum(i * n for i, n in enumerate(sizes)) / sum(sizes)
+    assert [row["step_robust_loss"] for row in rows] == pytest.approx([mean, mean])
+    assert rows[0]["step_robust_acc"] == pytest.approx(sizes[0] / sum(sizes))
+    assert rows[1]["step_robust_acc"] == 0
+
+
+def test_accuracy_with_mixup_is_of_the_greater_share(data, monkeypatch):
+    answering(monkeypatch, lambda i, x, y: (0, y))
+    _, rows = fit(Config(**{**vars(CONFIG), "epochs": 1, "mixup": 1.4}), data)
+    assert rows[0]["step_robust_acc"] == 1
+
+
+def test_the_rate_of_each_row_is_that_of_its_first_step(data, monkeypatch):
+    rates = []
+
+    def looking(self, x, y, step=trainer.AdversarialStep.__call__):
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return step(self, x, y)
+
+    monkeypatch.setattr(trainer.AdversarialStep, "__call__", looking)
+    for schedule in ("piecewise", "cosine", "cyclic"):
+        rates.clear()
+        config = Config(**{**vars(CONFIG), "epochs": 4, "schedule": schedule, "eval_every": 4})
+        _, rows = fit(config, data)
+        assert [row["lr"] for row in rows] == pytest.approx(rates[::3])
+        assert len(set(rates)) > 2
+
+
+def test_the_order_and_the_augmentation_are_the_seeds(data, monkeypatch):
+    config = Config(**{**vars(CONFIG), "epochs": 1, "augment": False, "seed": 3})
+    (x, y), *_ = batches_of(config, data, monkeypatch)
+    index = torch.randperm(60, generator=torch.Generator().manual_seed(3))[:24]
+    assert torch.equal(y, data.y_train[index])
+    assert torch.equal(x, data.x_train[index] / 255)
+    same = replace(data, x_train=data.x_train[:1].expand(60, -1, -1, -1))
+    config = replace(config, augment=True)
+    first, again, other = (
+        torch.cat([x for x, _ in batches_of(replace(config, seed=seed), same, monkeypatch)])
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_an_epoch_can_have_more_images(data, monkeypatch):
