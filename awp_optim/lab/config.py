@@ -97,8 +97,8 @@ class Config:
         select_on: what the best epoch is picked on: "test", as in the paper, or "val", images held
             out of the training set, which is honest.
         val_images: how many are held out then, drawn by a seed that does not change.
-        patience: stop early, once this many epochs have brought no new best. 0 for never; best.pt
-            is the paper's early stopping (AT-ES) either way.
+        patience: stop early, at the evaluation that finds no new best for this many epochs. 0 for
+            never; best.pt is the paper's early stopping (AT-ES) either way.
         seed: of the weights, the order, the augmentation and the attacks.
 
     Raises:

@@ -103,8 +103,8 @@ def is_over(config: Config, rows: list[Row]) -> bool:
     """Whether a run with these rows has all its epochs, or early stopping has ended it."""
     if len(rows) >= config.epochs:
         return True
-    if not config.patience or not any("test_robust_acc" in row for row in rows):
-        return False
+    if not config.patience or not rows or "test_robust_acc" not in rows[-1]:
+        return False  # not before an evaluation could have found a new best
     return rows[-1]["epoch"] - best(rows)["epoch"] >= config.patience
 
 

@@ -794,6 +794,21 @@ def test_early_stopping_waits_for_a_new_best(data, tmp_path, monkeypatch):
     assert len(again) == 8
 
 
+@pytest.mark.parametrize(
+    ("best_epoch", "eval_every", "patience", "length"), [(1, 2, 1, 4), (3, 2, 3, 8), (3, 4, 1, 8)]
+)
+def test_early_stopping_waits_for_an_evaluation(best_epoch, eval_every, patience, length):
+    """The last row is always evaluated, and a new best could still be found in it."""
+    config = replace(CONFIG, epochs=20, eval_every=eval_every, patience=patience)
+    rows = []
+    while not trainer.is_over(config, rows):
+        row = {"epoch": len(rows)}
+        if (len(rows) + 1) % eval_every == 0:
+            row["test_robust_acc"] = float(len(rows) == best_epoch)
+        rows.append(row)
+    assert len(rows) == length
+
+
 # ------------------------------------------------------------ K2, A and the norm of Figure 2
 
 
