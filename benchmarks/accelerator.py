@@ -784,21 +784,25 @@ def reproduce(options: Options, record: Record) -> None:
             flush=True,
         )
 
-    def stop() -> bool:  # rather an epoch early than cut off in the midst of one
-        spent = rows[-1]["train_seconds"] + rows[-1].get("eval_seconds", 0)
-        return time.monotonic() + spent > deadline
-
     def train() -> Figures:
         if len(rows) < config.epochs:
-            fit(config, data, options.run_dir, resume=True, on_epoch=on_epoch, stop=stop)
+            fit(
+                config,
+                data,
+                options.run_dir,
+                resume=True,
+                on_epoch=on_epoch,
+                stop=lambda: time.monotonic() >= deadline,
+            )
         return run_figures(rows, config, name)
 
     figures = record.part(name, train)
     if not figures:
         return
     record.figure("epochs done", figures["epochs_done"])
-    record.figure("seconds an epoch, training", figures["median_train_seconds"])
-    record.figure("seconds an epoch, testing", figures["median_eval_seconds"])
+    if figures["epochs_done"]:
+        record.figure("seconds an epoch, training", figures["median_train_seconds"])
+        record.figure("seconds an epoch, testing", figures["median_eval_seconds"])
     if figures["epochs_done"] == config.epochs:
         paper = PAPER[name] if config.gamma in (0, GAMMA) else {}
         record.figure("best robust accuracy, %", figures["best"], at_least=paper.get("best"))
@@ -826,7 +830,7 @@ def run_figures(rows: list[Row], config: Config, name: str) -> Figures:
     return {
         "config": vars(config),
         "epochs_done": len(rows),
-        "median_train_seconds": statistics.median(training),
+        "median_train_seconds": statistics.median(training) if training else None,
         "median_eval_seconds": statistics.median(testing) if testing else None,
         "total_seconds": sum(training) + sum(testing),
         "best": 100 * best(rows)["test_robust_acc"] if evaluated else None,

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from awp_optim.attacks.base import MODEL_MODES
 from awp_optim.lab.config import METHODS, PRECISIONS, SELECTIONS, THREATS, Config
@@ -39,7 +40,7 @@ from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
-from awp_optim.lab.run_folder import Row, best
+from awp_optim.lab.run_folder import Row, best, refuse_run
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.trainer import fit, is_over
@@ -162,6 +163,7 @@ def unlabeled_images(
     args: argparse.Namespace,
     config: Config,
     data: ImageData,
+    init: dict[str, Tensor] | None,
     fitting: Callable[[str], dict[str, Any]],
     console: Console,
 ) -> tuple[ImageData, PseudoLabeled | None] | None:
@@ -173,7 +175,10 @@ def unlabeled_images(
     if args.labeled is None:
         return data, None
     out = args.out / "classifier"
-    made = pseudo_label_rest(config, data, args.labeled, out, **fitting("classifier"))
+    if not args.resume:
+        refuse_run(args.out)
+    bar = fitting("classifier")
+    made = pseudo_label_rest(config, data, args.labeled, out, init=init, **bar)
     if made is None:
         return None
     labeled, others, right = made
@@ -239,7 +244,7 @@ def main() -> None:
                 }
 
             rows: list[Row] = []
-            if found := unlabeled_images(args, config, data, fitting, console):
+            if found := unlabeled_images(args, config, data, init, fitting, console):
                 data, unlabeled = found
                 _, rows = fit(
                     config,
@@ -260,7 +265,10 @@ def main() -> None:
             soft_wrap=True,
         )
     if any("test_robust_acc" in row for row in rows):
-        summarise(args, config, data, rows, console)
+        try:
+            summarise(args, config, data, rows, console)
+        except OSError as error:
+            sys.exit(f"error: {error}")
     if not over:
         sys.exit(request.exit_status)
 

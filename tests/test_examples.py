@@ -140,7 +140,7 @@ def test_recipes_on_cifar10(tmp_path, recipe):
         (("--method", "pretrain"), "--init CHECKPOINT"),
         (("--method", "pretrain", "--init", "none.pt"), "none.pt"),
         (("--unlabeled", "none.npz"), "none.npz"),
-        (("--mixup", "-1"), "mixup must not be negative"),
+        (("--mixup", "-1"), "mixup must be finite and >= 0"),
         (("--activation", "sine"), "invalid choice: 'sine'"),
         (("--image-size", "8"), "--image-size is for --dataset folder"),
     ],

@@ -5,6 +5,7 @@ The defaults are those of Rice et al. (2020) and of Section 4.4 of the AWP paper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -160,10 +161,13 @@ class Config:
                 raise ValueError(
                     f"{name} must be one of {tuple(options)}, got {getattr(self, name)!r}"
                 )
-        for name in ("l1", "l2", "cutout", "mixup", "epoch_images", "patience", "awp_start"):
-            if not getattr(self, name) >= 0:
+        for name in ("gamma", "beta", "lr", "weight_decay", "l1", "l2", "mixup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+        for name in ("cutout", "epoch_images", "patience", "awp_start"):
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("ema", "label_smoothing"):
+        for name in ("momentum", "ema", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in (

@@ -55,6 +55,8 @@ def graceful_stop(say: Callable[[str], object] | None = None) -> Iterator[StopRe
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue  # as a shell sets it for what must not hear a Ctrl-C
             previous[number] = signal.signal(number, note)
     except ValueError:  # not the main thread
         previous.clear()

@@ -155,10 +155,13 @@ def defaults(dataset: str, norm: str = "linf", method: str = "at") -> Config:
     """The paper's settings with AWP for a data set; CIFAR-10's for one that is not in the paper.
 
     PreAct ResNet-18; gamma as in the published runs, 1e-2 with "at" and 5e-3 with other methods.
-    RST and pre-training have the settings of Table 2 but for the network.
+    RST and pre-training have the settings of Table 2 but for the network; TRADES on CIFAR has no
+    AWP for 10 epochs.
     """
     fallback = RECIPES[f"at-awp/cifar10-{norm}-preact18"]
     config = RECIPES.get(f"at-awp/{dataset}-{norm}-preact18", fallback).config
     if method == "at":
         return config
+    if method == "trades" and dataset in ("cifar10", "cifar100"):
+        config = replace(config, awp_start=10)
     return replace(config, method=method, gamma=5e-3, **_WITH_DATA.get(method, {}))

@@ -21,7 +21,7 @@ import torch
 
 from awp_optim.lab.config import Config
 
-__all__ = ["Row", "RunFolder", "best", "read_metrics"]
+__all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run"]
 
 Row = dict[str, float]
 """One line of ``metrics.csv``.
@@ -34,6 +34,7 @@ figures. ``step_robust_loss`` is the method's objective. ``ema_test_*`` and ``em
 averaged weights, where there are any.
 """
 
+RESULTS = ("last.pt", "best.pt", "metrics.csv")
 COLUMNS = (
     "epoch",
     "lr",
@@ -65,8 +66,16 @@ def read_metrics(folder: Path | str) -> list[Row]:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
+def refuse_run(path: Path) -> None:
+    """Raise FileExistsError if there are files of a run in the folder."""
+    if any((path / name).exists() for name in ("config.json", *RESULTS)):
+        raise FileExistsError(
+            f"{path} already holds a run: go on with --resume, or choose another folder"
+        )
+
+
 class RunFolder:
-    """A run's folder, made if needed.
+    """A run's folder, not touched before :meth:`begin`.
 
     Args:
         path: where.
@@ -77,35 +86,46 @@ class RunFolder:
 
     Raises:
         FileExistsError: there is a run, and ``resume`` is False.
-        OSError: the folder cannot be written to.
         ValueError: the run that is there had other settings, or its ``config.json`` is damaged.
     """
 
     def __init__(self, path: Path, config: Config, about: Mapping[str, Any], resume: bool) -> None:
         self.path = path
         self.about = {**asdict(config), "attack_mode": config.training_mode, **about}
-        if (path / "config.json").exists():
-            if not resume:
-                raise FileExistsError(
-                    f"{path} already holds a run: go on with --resume, or choose another folder"
-                )
-            self._compare()
-        path.mkdir(parents=True, exist_ok=True)
-        for left in path.glob(".*.part"):  # by a run that was killed while it wrote
+        self._board: Any = None
+        if not resume:
+            refuse_run(path)
+        elif any((path / name).exists() for name in RESULTS):  # else there is nothing to lose
+            self._compare(self._read_config())
+
+    def begin(self) -> None:
+        """Make the folder if needed, and write ``config.json``.
+
+        Raises:
+            OSError: it cannot be written to.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.glob(".*.part"):  # by a run that was killed while it wrote
             left.unlink(missing_ok=True)
         self._write("config.json", json.dumps(self.about, indent=2).encode())
-        self._board: Any = None
 
-    def _compare(self) -> None:
+    def _read_config(self) -> dict[str, Any]:
         file = self.path / "config.json"
         try:
-            before = dict(json.loads(file.read_text()))
+            return dict(json.loads(file.read_text()))
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{file} is not there, beside files of a run: put it back, or choose another folder"
+            ) from error
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}): put the run's own back, or choose another folder"
             ) from error
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
         # A folder may be older than a setting: it had what is now the default.
-        before = {"unlabeled_images": 0, **asdict(Config()), **before}
+        older = {"unlabeled_images": 0, "data": self.about.get("data"), **asdict(Config())}
+        before = {**older, **before}
         changed = [k for k, now in self.about.items() if before.get(k) != now]
         if changed:
             raise ValueError(
@@ -117,17 +137,22 @@ class RunFolder:
         """The content of ``last.pt``, or None if there is none yet.
 
         Raises:
-            ValueError: it cannot be read, or is no checkpoint of a run.
+            OSError: it is there, but cannot be opened.
+            ValueError: it is damaged, or no checkpoint of this run.
         """
         file = self.path / "last.pt"
         if not file.exists():
             return None
         try:
             saved = torch.load(file, map_location=device, weights_only=True)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever the damage made of it
             raise self.foreign(f"{type(error).__name__}: {error}") from error
-        if not isinstance(saved, dict) or not {"model", "optimizer", "rows"} <= saved.keys():
+        needed = {"model", "optimizer", "rows", "config"}
+        if not isinstance(saved, dict) or not needed <= saved.keys():
             raise self.foreign("it holds something else")
+        self._compare(saved["config"])  # it may be of another run
         return saved
 
     def foreign(self, why: str) -> ValueError:

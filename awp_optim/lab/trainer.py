@@ -31,7 +31,7 @@ from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.weights import initialize
 
-__all__ = ["fit", "is_over", "measure"]
+__all__ = ["check", "fit", "is_over", "measure"]
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -63,7 +63,7 @@ def fit(
             A head for another number of classes is left as it was initialised. "pretrain" needs
             it; the other methods can have it, too.
         resume: go on from ``last.pt`` in ``out`` if it is there. The result is the one that a run
-            without a break would have had.
+            without a break would have had, on a GPU as far as its kernels are repeatable.
         on_step: called after each step with the number of steps done and to do, in all.
         on_epoch: called after each epoch with its row.
         stop: asked after every step, and while evaluating; True saves the run and ends it there, to
@@ -85,12 +85,18 @@ def fit(
     if out is not None:
         folder = RunFolder(Path(out), config, training.about, resume)
         if saved := folder.load_last(training.device):
+            if (was := saved.get("device", training.device.type)) != training.device.type:
+                raise ValueError(f"the run was on {was}, and cannot go on on {training.device}")
             try:
                 training.load_state_dict(saved)
+            except torch.OutOfMemoryError:
+                raise
             except (KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
                 raise folder.foreign(f"{type(error).__name__}: {error}") from error
-            if training.rows:  # a run that was killed in between has not written them
-                folder.save_metrics(training.rows)
+        del saved  # it would keep its tensors on the device
+        folder.begin()
+        if training.rows:  # a run that was killed in between has not written them
+            folder.save_metrics(training.rows)
     try:
         _train(training, folder, on_step, on_epoch, stop)
     finally:
@@ -142,9 +148,9 @@ def _train(
         if folder:
             if "test_robust_acc" in row and best(training.rows) is row:
                 folder.save_best(training.best())
+            folder.log(row)  # before, for what is not in last.pt is logged anew
             folder.save_last(training.state_dict())
             folder.save_metrics(training.rows)
-            folder.log(row)
         if on_epoch:
             on_epoch(row)
 
@@ -187,11 +193,17 @@ class _Training:
             "test_images": len(data.x_test),
             "unlabeled_images": len(unlabeled) if unlabeled else 0,
             "init": None if init is None else _fingerprint(init),
+            "data": _fingerprint(_samples(data, unlabeled)),
         }
         self.config = config
         self.device = device = data.x_train.device
         self.tested = {"test_": (data.x_test, data.y_test)}
         if config.select_on == "val":
+            if config.val_images >= len(data.x_train):
+                raise ValueError(
+                    f"val_images must be fewer than the {len(data.x_train)} training images, got "
+                    f"{config.val_images}"
+                )
             data, self.tested["val_"] = data.split(config.val_images)
         shown = data.limit(min(config.train_eval, len(data.x_train)))
         self.shown = shown.x_train, shown.y_train
@@ -306,7 +318,8 @@ class _Training:
         start = time.perf_counter()
         bad = epoch.bad_step.item()  # waits for the device, whose time belongs to the steps
         epoch.seconds += time.perf_counter() - start
-        size = nn.utils.get_total_norm([p.detach() for p in self.model.parameters()])
+        values = self.model.state_dict().values()  # BatchNorm's statistics, too
+        size = nn.utils.get_total_norm([v for v in values if v.is_floating_point()])
         if math.isfinite(bad) or not size.isfinite():
             what = "loss is" if math.isfinite(bad) else "weights are"
             step = int(bad) if math.isfinite(bad) else epoch.step - 1
@@ -316,8 +329,9 @@ class _Training:
             )
             raise FloatingPointError(
                 f"the {what} not finite at step {step + 1} of {self.batches} of epoch "
-                f"{len(self.rows) + 1}, at a learning rate of {lr:g}: try a lower --lr or --gamma, "
-                "or float32. The checkpoints are of before"
+                f"{len(self.rows) + 1}, at a learning rate of {lr:g}: start again in another "
+                "folder with a lower --lr or --gamma, or in float32, perhaps by --init from the "
+                "last checkpoint. What is saved is of before"
             )
 
     def end_epoch(self, stop: Callable[[], bool] | None) -> Row:
@@ -374,6 +388,7 @@ class _Training:
             "step": self.adversarial_step.state_dict(),
             "rows": self.rows,
             "random": _random_states(self.device, self.shuffler, self.augmenter),
+            "device": self.device.type,
         }
         if self.rows:
             state["row"] = self.rows[-1]
@@ -407,10 +422,30 @@ class _Training:
         )
 
 
-def _fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Tells one state dict from another."""
+def check(
+    config: Config,
+    data: ImageData,
+    *,
+    unlabeled: PseudoLabeled | None = None,
+    init: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Raise what :func:`fit` would about these arguments, without training."""
+    _Training(config, data, unlabeled, init)
+
+
+def _samples(data: ImageData, unlabeled: PseudoLabeled | None) -> dict[str, Tensor]:
+    """All labels, and a thousand images of each part: enough to tell data from other data."""
+    parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
+    if unlabeled:
+        parts["unlabeled"] = unlabeled.x, unlabeled.y
+    samples = {f"y_{name}": y for name, (_, y) in parts.items()}
+    return samples | {f"x_{name}": x[:: -(-len(x) // 1000)] for name, (x, _) in parts.items()}
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Tells one set of named tensors from another."""
     digest = hashlib.sha256()
-    for name, value in sorted(weights.items()):
+    for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -40,6 +40,17 @@ def test_the_second_ctrl_c_ends_at_once():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with graceful_stop() as request:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not request()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_handlers_are_put_back_after_an_exception():
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(RuntimeError), graceful_stop():

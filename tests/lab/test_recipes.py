@@ -88,6 +88,8 @@ def test_defaults_are_those_of_the_data_set():
     svhn = defaults("svhn", method="trades")
     assert (svhn.step_size, svhn.lr, svhn.awp_start) == (1 / 255, 0.01, 5)
     assert (svhn.method, svhn.gamma) == ("trades", 5e-3)
+    assert defaults("cifar10", method="trades").awp_start == 10
+    assert defaults("digits", method="trades").awp_start == 0
     pretrain, rst = (defaults("cifar10", method=m) for m in ("pretrain", "rst"))
     assert (pretrain.epochs, pretrain.lr, pretrain.schedule) == (50, 0.001, "cosine")
     assert (rst.epochs, rst.batch_size, rst.gamma) == (200, 256, 5e-3)

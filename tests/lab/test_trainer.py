@@ -399,7 +399,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
     assert not (tmp_path / "last.pt").exists()
 
 
-@pytest.mark.parametrize("broken", ["loss", "weights"])
+@pytest.mark.parametrize("broken", ["loss", "weights", "statistics"])
 def test_the_last_good_checkpoint_is_kept(data, tmp_path, monkeypatch, broken):
     """The weights after the last step of an epoch are in no loss before the next."""
     step = trainer.AdversarialStep.__call__
@@ -410,16 +410,20 @@ def test_the_last_good_checkpoint_is_kept(data, tmp_path, monkeypatch, broken):
         calls.append(None)
         if broken == "weights" and len(calls) == 6:
             self.model.conv1.weight.detach()[0] = math.nan
+        if broken == "statistics" and len(calls) == 6:
+            self.model.bn.running_var[0] = math.nan
         if broken == "loss" and len(calls) == 5:
             out = out._replace(loss=out.loss * math.inf)
         return out
 
     monkeypatch.setattr(trainer.AdversarialStep, "__call__", breaking)
-    said = {"loss": "loss is not finite at step 2", "weights": "weights are not finite at step 3"}
-    rate = {"loss": 0.1, "weights": 0.01}[broken]  # piecewise, of 9 steps: the fifth, the sixth
+    said = (
+        "loss is not finite at step 2" if broken == "loss" else "weights are not finite at step 3"
+    )
+    rate = 0.1 if broken == "loss" else 0.01  # piecewise, of 9 steps: the fifth, the sixth
     config = replace(CONFIG, schedule="piecewise")
     with pytest.raises(
-        FloatingPointError, match=rf"{said[broken]} of 3 of epoch 2, at a learning rate of {rate}:"
+        FloatingPointError, match=rf"{said} of 3 of epoch 2, at a learning rate of {rate}:"
     ):
         fit(config, data, tmp_path)
     monkeypatch.undo()
@@ -517,6 +521,69 @@ def test_a_damaged_or_foreign_checkpoint_is_a_clear_error(data, tmp_path, damage
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()} == before
     (tmp_path / "last.pt").write_bytes(whole)
     fit(CONFIG, data, tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with(data, tmp_path):
+    config = replace(CONFIG, epochs=2)
+    for name, c in (("ours", config), ("other", replace(config, seed=5, gamma=0.02))):
+        fit(c, data, tmp_path / name)
+    (tmp_path / "ours/last.pt").write_bytes((tmp_path / "other/last.pt").read_bytes())
+    with pytest.raises(ValueError, match=r"gamma was 0\.02, is 0\.01, seed was 5, is 0"):
+        fit(config, data, tmp_path / "ours", resume=True)
+
+
+@pytest.mark.parametrize("there", ["last.pt", "best.pt", "metrics.csv"])
+def test_a_run_without_its_config_is_not_overwritten(data, tmp_path, there):
+    (tmp_path / there).write_bytes(b"a run's")
+    with pytest.raises(FileExistsError, match="--resume"):
+        fit(CONFIG, data, tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json is not there"):
+        fit(CONFIG, data, tmp_path, resume=True)
+    assert [file.name for file in tmp_path.iterdir()] == [there]
+
+
+def test_a_run_that_has_saved_nothing_takes_new_settings(data, tmp_path):
+    fit(CONFIG, data, tmp_path, stop=lambda: True)
+    with pytest.raises(FileExistsError):
+        fit(CONFIG, data, tmp_path)
+    fit(replace(CONFIG, lr=0.01, epochs=1), data, tmp_path, resume=True)
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.01
+
+
+def test_other_data_of_the_same_size_is_not_gone_on_with(data, tmp_path):
+    config = replace(CONFIG, epochs=1)
+    fit(config, data, tmp_path)
+    changed = data.x_test.clone()
+    changed[7, 0, 3, 3] ^= 1
+    others = (
+        replace(data, x_test=changed),
+        replace(data, y_train=(data.y_train + 1) % 10),
+        replace(data, x_train=data.x_train.flip(0), y_train=data.y_train.flip(0)),
+    )
+    for other in others:
+        with pytest.raises(ValueError, match=r"data was .*, is"):
+            fit(config, other, tmp_path, resume=True)
+    fit(config, data, tmp_path, resume=True)
+
+
+def test_a_run_does_not_change_its_device(data, tmp_path):
+    fit(replace(CONFIG, epochs=1), data, tmp_path)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save({**saved, "device": "cuda"}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="the run was on cuda, and cannot go on on cpu"):
+        fit(replace(CONFIG, epochs=1), data, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), torch.OutOfMemoryError("no")])
+def test_what_is_no_damage_is_not_called_so(data, tmp_path, monkeypatch, error):
+    fit(replace(CONFIG, epochs=1), data, tmp_path)
+
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(type(error)):
+        fit(replace(CONFIG, epochs=1), data, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", '{"gamma": 0.0'])
@@ -764,6 +831,25 @@ def test_best_prefers_the_images_held_out():
     assert best([{"epoch": 0, "test_robust_acc": 0.9}])["epoch"] == 0
 
 
+def test_there_must_be_more_images_than_are_held_out(data):
+    with pytest.raises(ValueError, match="val_images must be fewer than the 60 training images"):
+        fit(Config(**{**vars(CONFIG), "select_on": "val", "val_images": 60}), data)
+
+
+def test_the_last_epoch_is_evaluated_in_any_case(data):
+    _, rows = fit(Config(**{**vars(CONFIG), "eval_every": 2}), data)
+    assert ["test_robust_acc" in row for row in rows] == [False, True, True]
+
+
+def test_the_best_average_is_saved_with_the_best_weights(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "best", lambda rows: rows[-1])
+    fit(Config(**{**vars(CONFIG), "ema": 0.5}), data, tmp_path)
+    top, last = (torch.load(tmp_path / n, weights_only=True) for n in ("best.pt", "last.pt"))
+    for name, value in top["ema"].items():
+        assert torch.equal(value, last["ema"][f"module.{name}"])
+    assert not torch.equal(top["ema"]["linear.weight"], top["model"]["linear.weight"])
+
+
 def test_held_out_images_are_not_trained_on(data, monkeypatch):
     config = Config(
         **{**vars(CONFIG), "select_on": "val", "val_images": 12, "augment": False, "epochs": 1}
@@ -897,8 +983,12 @@ def test_a_full_disk_loses_nothing(tmp_path, kind):
         ({"attack_mode": "both"}, "attack_mode must be one of"),
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"alternations": 0}, "alternations must be at least 1"),
-        ({"mixup": -1.0}, "mixup must not be negative"),
-        ({"mixup": math.nan}, "mixup must not be negative"),
+        ({"mixup": -1.0}, "mixup must be finite and >= 0"),
+        ({"lr": math.nan}, "lr must be finite and >= 0"),
+        ({"l2": math.inf}, "l2 must be finite and >= 0"),
+        ({"gamma": -1.0}, "gamma must be finite and >= 0"),
+        ({"beta": -1.0}, "beta must be finite and >= 0"),
+        ({"momentum": 2.0}, r"momentum must be in \[0, 1\)"),
         ({"patience": -1}, "patience must not be negative"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
