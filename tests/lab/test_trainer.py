@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -620,6 +621,7 @@ def test_tensorboard_is_told_what_the_metrics_say(data, tmp_path):
     fit(CONFIG, data, tmp_path / "whole")
     done = []
     fit(CONFIG, data, tmp_path / "parts", on_epoch=done.append, stop=lambda: len(done) == 2)
+    time.sleep(1.1)  # the order of its files is that of their seconds
     fit(CONFIG, data, tmp_path / "parts", resume=True)
     logs, parts = logged(tmp_path / "whole"), logged(tmp_path / "parts")
     for row in read_metrics(tmp_path / "whole"):
