@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from awp_optim.lab.files import replacing
+
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 """``x_train``, ``x_test``: uint8 (N, C, H, W). ``y_train``, ``y_test``: uint8 (N,)."""
 
@@ -368,15 +370,9 @@ def _read_cache(folder: Path) -> Arrays:
 def _write_cache(folder: Path, arrays: Arrays, log: Callable[[str], object]) -> None:
     """Write the cache so that it is either whole or not there, and never fatal if it cannot be."""
     path = folder / CACHE
-    # Ranks on several machines may share the folder: a name of its own for every writer.
-    part = folder / f".{CACHE}.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
-        try:
-            with open(part, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as file:  # ranks on several machines may share the folder
+            np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         log(f"CIFAR-10: could not write the cache {path} ({_one_line(error)}); going on without")
     else:

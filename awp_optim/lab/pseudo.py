@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from awp_optim.attacks.base import Model, in_mode
 from awp_optim.lab.data import ImageData, _images, _labels, _one_line
+from awp_optim.lab.files import replacing
 
 __all__ = [
     "PseudoLabeled",
@@ -303,15 +303,8 @@ def save_pseudo_labeled(labeled: PseudoLabeled, file: str | os.PathLike[str]) ->
         raise ValueError(f"images of {shape} cannot be saved: fewer channels than columns, please")
     path = Path(file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
-    try:
-        with open(part, "wb") as stream:
-            np.savez(stream, x=labeled.x.cpu().numpy(), y=labeled.y.cpu().numpy())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as stream:
+        np.savez(stream, x=labeled.x.cpu().numpy(), y=labeled.y.cpu().numpy())
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from awp_optim.lab.config import Config
+from awp_optim.lab.files import replacing
 
 __all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run"]
 
@@ -210,20 +210,14 @@ class RunFolder:
         self._write(name, buffer.getbuffer())
 
     def _write(self, name: str, content: bytes | memoryview) -> None:
-        part = self.path / f".{name}.{os.getpid()}.part"
         try:
-            with open(part, "wb") as file:
+            with replacing(self.path / name) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path / name)
         except OSError as error:
             raise OSError(
                 f"{self.path / name} could not be written ({error.strerror}). The files of the run "
                 "are as they were: make room, and go on with --resume"
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
 
 
 class _Silent:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from awp_optim.lab.config import Config
+from awp_optim.lab.files import replacing
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.run_folder import Row
 
@@ -272,20 +273,14 @@ class _Results:
         if self.file is None:
             return
         self.runs.append({"name": name, "config": self._settings(config), "rows": rows})
-        part = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")
         try:
-            with open(part, "w", encoding="utf-8") as lines:
-                lines.write(_lines(self.runs))
-                lines.flush()
-                os.fsync(lines.fileno())
-            os.replace(part, self.file)
+            with replacing(self.file) as file:
+                file.write(_lines(self.runs).encode())
         except OSError as error:
             raise OSError(
                 f"{self.file} could not be written ({error.strerror}). It is as it was, without "
                 f"{name!r}: make room, and start the sweep again"
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     def _settings(self, config: Config) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(json.dumps({**asdict(config), **self.about}))

@@ -250,9 +250,9 @@ class _Training:
             self.optimizer.base_optimizer.register_step_pre_hook(
                 lambda base, *_: _add_l1_gradient(model, config.l1)
             )
-        schedule, steps = SCHEDULES[config.schedule], config.epochs * self.batches
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda i: schedule(i / steps)
+            self.optimizer,
+            lambda step: self._factor(step),  # a function: a method would be saved
         )
         self.autocast = PRECISIONS[config.precision]
         self.adversarial_step = AdversarialStep(
@@ -323,10 +323,7 @@ class _Training:
         if math.isfinite(bad) or not size.isfinite():
             what = "loss is" if math.isfinite(bad) else "weights are"
             step = int(bad) if math.isfinite(bad) else epoch.step - 1
-            done = len(self.rows) * self.batches + step
-            lr = self.config.lr * SCHEDULES[self.config.schedule](
-                done / (self.config.epochs * self.batches)
-            )
+            lr = self._rate(len(self.rows) * self.batches + step)
             raise FloatingPointError(
                 f"the {what} not finite at step {step + 1} of {self.batches} of epoch "
                 f"{len(self.rows) + 1}, at a learning rate of {lr:g}: start again in another "
@@ -346,7 +343,7 @@ class _Training:
         number = len(self.rows)
         row: Row = {
             "epoch": number,
-            "lr": config.lr * SCHEDULES[config.schedule](number / config.epochs),
+            "lr": self._rate(number * self.batches),
             "step_robust_loss": epoch.loss_sum.item() / seen,
             "step_robust_acc": epoch.correct.item() / seen,
             "train_seconds": epoch.seconds,
@@ -410,6 +407,14 @@ class _Training:
         self.rows = saved["rows"]
         self.epoch = _Epoch(**saved["epoch"]) if "epoch" in saved else None
         _set_random_states(saved["random"], self.device, self.shuffler, self.augmenter)
+
+    def _factor(self, step: int) -> float:
+        """What the schedule makes of the learning rate at a step of all."""
+        t = step / (self.config.epochs * self.batches)
+        return SCHEDULES[self.config.schedule](t)
+
+    def _rate(self, step: int) -> float:
+        return self.config.lr * self._factor(step)
 
     def _order(self) -> Tensor:
         return epoch_order(
