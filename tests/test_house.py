@@ -16,20 +16,43 @@ BELOW = {
     "perturbation": set(),
     "batchnorm": set(),
     "objectives": set(),
+    "files": set(),
     "graphs": set(),
     "attacks": {"attacks", "graphs"},
     "optimizer": {"perturbation"},
     "capturable": {"graphs", "optimizer"},
+    "ledger": {"files"},
+    "sanity": {"attacks"},
+    "evaluation": {"attacks", "ledger", "sanity"},
     "step": {"attacks", "batchnorm", "capturable", "graphs", "objectives", "optimizer"},
     "__init__": {"batchnorm", "optimizer", "step"},
 }
 
 
+def _own(node: ast.Import | ast.ImportFrom) -> bool:
+    """Whether an import is of this package."""
+    if isinstance(node, ast.ImportFrom):
+        return node.level > 0 or (node.module or "").startswith("awp_optim")
+    return any(alias.name.startswith("awp_optim") for alias in node.names)
+
+
 def imports(file: Path) -> set[str]:
-    """The modules a file imports, with relative ones made absolute."""
+    """The modules a file imports, with relative ones made absolute.
+
+    Those of other packages inside a function, or for type checkers only, do not count.
+    """
     package = ["awp_optim", *file.relative_to(ROOT).parts[:-1]]
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    optional = [
+        inner
+        for node in ast.walk(tree := ast.parse(file.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.If))
+        for inner in ast.walk(node)
+        if isinstance(inner, (ast.Import, ast.ImportFrom))
+    ]
+    for node in ast.walk(tree):
+        if node in optional and not _own(node):
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -19,11 +20,15 @@ class BallAttack(Attack):
     :meth:`_climb` or from a loop of its own.
 
     Attributes:
+        norms, losses: of the class, the names that it takes.
         eps: radius of the ball, in the units of the input.
         norm: "linf" or "l2".
         loss: "ce", "kl", "cw" or "dlr": see :mod:`awp_optim.attacks.losses`. Labels may be
             probabilities for "ce", and for "kl", which ignores them.
     """
+
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+    losses: ClassVar[tuple[str, ...]] = tuple(LOSSES)
 
     eps: float
     norm: str
@@ -34,8 +39,8 @@ class BallAttack(Attack):
         self._set("eps", real("eps", self.eps))
         if self.eps < 0:
             raise ValueError(f"eps must not be negative, got {self.eps!r}")
-        one_of("norm", self.norm, BALLS)
-        one_of("loss", self.loss, LOSSES)
+        one_of("norm", self.norm, self.norms)
+        one_of("loss", self.loss, self.losses)
 
     def with_weight_gradients(
         self, model: Model, x: Tensor, y: Tensor | None, weights: Sequence[Tensor]

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,12 @@ class Attack(ABC):
     that the order of its arguments is its own) and implements :meth:`_perturb`.
 
     Attributes:
+        uses_gradients: of the class, whether it asks the model for gradients.
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
     """
+
+    uses_gradients: ClassVar[bool] = True
 
     clip: tuple[float, float] | None
     model_mode: str
@@ -202,7 +205,7 @@ class Victim:
     def logits(self, z: Tensor) -> Tensor:
         """The logits at ``z``, shape (N, C), without gradients: one forward pass."""
         with torch.no_grad(), uncached_autocast(z.device.type):
-            return self._forward(self.shown(z))
+            return self.forward(self.shown(z))
 
     def gradient(self, z: Tensor, loss: Loss, target: Tensor, *, last: bool = False) -> Tensor:
         """The gradient at ``z`` of each example's ``loss(logits, target)``, in the dtype of ``z``.
@@ -215,7 +218,7 @@ class Victim:
             shown = self.shown(z).detach().requires_grad_()
             # The view, because tools that hook a module's input (FlopCounterMode, say) cannot hook
             # a leaf that autograd.grad was asked for.
-            total = loss(self._forward(shown.view_as(shown)), target).sum()
+            total = loss(self.forward(shown.view_as(shown)), target).sum()
             g = None
             if total.requires_grad:
                 g, *rest = torch.autograd.grad(total, [shown, *weights], allow_unused=True)
@@ -228,7 +231,8 @@ class Victim:
             )
         return g.to(z.dtype)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of ``x``, in the caller's dtype, through autograd if that is on; checked."""
         logits = self._model(x)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise TypeError(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from awp_optim.lab.config import Config
-from awp_optim.lab.files import replacing
+from awp_optim.files import replacing
 
 __all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run"]
 
