@@ -56,10 +56,10 @@ def probe(
 ) -> list[Finding]:
     """Ask the model itself, at a few examples, for 60 forward and backward passes at most.
 
-    The checks: ``random`` (two passes disagree), ``one_class``, ``probabilities`` (softmax inside the model),
-    ``not_finite`` (logits or gradients), ``no_gradient`` (cut off), ``vanishing`` (the margin's
-    gradient is exactly zero), ``saturated`` (the cross-entropy's alone is), ``unbounded`` (an
-    attack that may turn any image into plain grey leaves some right).
+    The checks: ``random`` (two passes disagree), ``one_class``, ``probabilities`` (softmax inside
+    the model), ``not_finite`` (logits or gradients), ``no_gradient`` (cut off), ``vanishing`` (the
+    margin's gradient is exactly zero), ``saturated`` (the cross-entropy's alone is),
+    ``random_gradient``, ``unbounded`` (an attack that may turn an image into any other fails).
 
     Args:
         model: maps inputs in ``clip`` to logits (N, C); a module is put in eval mode meanwhile.
@@ -200,11 +200,8 @@ def _probe_unbounded(
     lo, hi = clip
     if not (bool((x >= lo).all()) and bool((x <= hi).all())):
         return []  # attacks refuse it with a message of their own
-    # Half the box is enough for plain grey, where no classifier can tell images apart.
-    attack = PGD(
-        eps=(hi - lo) / 2, step_size=(hi - lo) / 20, steps=50, loss="cw", random_start=False,
-        clip=clip,
-    )  # fmt: skip
+    width = hi - lo  # enough to turn any image into one of another class
+    attack = PGD(width, width / 20, 50, loss="cw", random_start=False, clip=clip)
     x_adv = attack(model, x, y)
     stood = int((Victim(model, x, y).logits(x_adv).argmax(1) == y).sum())
     if stood <= max(2, SHARE * len(x)):
@@ -212,10 +209,9 @@ def _probe_unbounded(
     return [
         Finding(
             "unbounded",
-            f"{stood} of {len(x)} images are still classified right after PGD-50 that may change "
-            f"every value by {(hi - lo) / 2:g}, enough for plain grey: the attack fails, so it "
-            "must be gradients that are masked, or logits that no input changes. Attack without "
-            "gradients (SPSA, Square), from other models (transfer), or a differentiable stand-in",
+            f"{stood} of {len(x)} images are still classified right after PGD-50 that may turn "
+            "them into any other image: the attack fails, so gradients must be masked, unless the "
+            "model says the same of every image. Attack without gradients (SPSA, Square), from other models (transfer), or a differentiable stand-in",
         )
     ]
 

@@ -43,9 +43,10 @@ def imports(file: Path) -> set[str]:
     """
     package = ["awp_optim", *file.relative_to(ROOT).parts[:-1]]
     found = set()
+    tree = ast.parse(file.read_text())
     optional = [
         inner
-        for node in ast.walk(tree := ast.parse(file.read_text()))
+        for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.If))
         for inner in ast.walk(node)
         if isinstance(inner, (ast.Import, ast.ImportFrom))

@@ -1,0 +1,582 @@
+"""Accuracies under attack against loops of their own, and every way an evaluation can go wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from awp_optim.attacks import FGSM, PGD
+from awp_optim.attacks.base import Attack
+from awp_optim.evaluation import EvaluationWarning, evaluate
+
+N = 60
+pytestmark = pytest.mark.filterwarnings("ignore::awp_optim.evaluation.EvaluationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(seed: int = 0, classes: int = 4) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(),
+            nn.Linear(16, classes, bias=False),
+        ).eval()  # fmt: skip
+        nn.init.normal_(model[1].weight)
+        model[1].bias.data = -model[1].weight.sum(1) / 2  # grey is in the middle
+        return model
+
+
+def images(n: int = N, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """Images of which the model gets about three in four right."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.rand(n, 3, 2, 2, generator=g)
+    with torch.no_grad():
+        y = (model or network())(x).argmax(1)
+    wrong = torch.rand(n, generator=g) < 0.25
+    return x, torch.where(wrong, (y + 1) % 4, y)
+
+
+def relabelled() -> tuple[Tensor, Tensor]:
+    """The same with another label in the second batch of 16."""
+    x, y = images()
+    y[20] = (y[20] + 1) % 4
+    return x, y
+
+
+ATTACKS = {
+    "fgsm": FGSM(eps=0.04),
+    "pgd": PGD(eps=0.06, step_size=0.02, steps=5),
+    "l2": PGD(eps=0.1, step_size=0.03, steps=5, norm="l2", restarts=2),
+}
+
+
+def run(model, data, attacks=ATTACKS, **settings):
+    return evaluate(model, data, attacks, **{"checks": False, "progress": False, **settings})
+
+
+def same(a, b) -> None:
+    assert (a.natural, a.robust, a.worst_case, a.n) == (b.natural, b.robust, b.worst_case, b.n)
+    assert a.broken_by.tolist() == b.broken_by.tolist()
+    assert a.warnings == b.warnings
+    assert list(a.records) == list(b.records)
+    for name, record in a.records.items():
+        for what in ("attacked", "fooled", "prediction", "loss"):
+            np.testing.assert_array_equal(getattr(record, what), getattr(b.records[name], what))
+        assert record.passes == b.records[name].passes
+
+
+class TestAccuracies:
+    def test_equal_a_loop_of_ones_own(self):
+        model, (x, y) = network(), images()
+        attacks = {"fgsm": FGSM(eps=0.04), "l2": PGD(0.11, 0.04, 5, "l2", "cw", False)}
+        r = run(model, (x, y), attacks)
+        right = model(x).argmax(1) == y
+        assert 0.5 < r.natural < 0.9
+        assert r.natural == pytest.approx(right.double().mean().item(), abs=1e-12)
+        stood, first = right.clone(), np.where(right.numpy(), "", "natural").astype(object)
+        for name, attack in attacks.items():
+            x_adv = attack(model, x, y)
+            logits = model(x_adv).detach()
+            fooled = right & (logits.argmax(1) != y)
+            assert 0 < fooled.sum() < right.sum()
+            assert r.robust[name] == (right & ~fooled).double().mean().item()
+            record = r.records[name]
+            assert (record.attacked == right.numpy()).all()
+            assert (record.fooled == fooled.numpy()).all()
+            loss = F.cross_entropy(logits, y, reduction="none").numpy()
+            np.testing.assert_allclose(record.loss[right], loss[right], rtol=1e-5)
+            assert np.isnan(record.loss[~right]).all()
+            assert (record.prediction[right] == logits.argmax(1).numpy()[right]).all()
+            assert (record.prediction[~right] == -1).all()
+            first[fooled.numpy() & (first == "")] = name
+            stood &= ~fooled
+        assert r.worst_case == stood.double().mean().item()
+        assert r.worst_case < min(r.robust.values())
+        assert r.broken_by.tolist() == first.tolist()
+        assert r.broken_by.dtype.kind == "U"
+        assert (r.labels == y.numpy()).all()
+        assert (r.predictions == model(x).argmax(1).numpy()).all()
+
+    @pytest.mark.parametrize("eps", [0.01, 0.05, 0.2])
+    def test_a_linear_classifier_falls_where_its_margin_is_short(self, eps):
+        """Under L_inf the margin of w.x falls by eps |w|_1, and no further."""
+        g = torch.Generator().manual_seed(0)
+        w = torch.randn(6, generator=g, dtype=torch.float64)
+        x = torch.rand(500, 6, generator=g, dtype=torch.float64) * 0.5 + 0.25
+        score = (x - 0.5) @ w
+        y = (score > 0).long()
+
+        def model(z: Tensor) -> Tensor:
+            z = (z - 0.5) @ w
+            return torch.stack([-z, z], 1) / 2
+
+        stands = (score.abs() > eps * w.abs().sum()).double().mean().item()
+        r = run(model, (x, y), {"fgsm": FGSM(eps), "pgd": PGD(eps, eps / 2, 5)})
+        assert r.natural == 1
+        assert r.robust == {"fgsm": stands, "pgd": stands}
+        assert r.worst_case == stands
+
+    def test_no_attack_leaves_natural_accuracy(self):
+        r = run(network(), images(), {})
+        assert (r.robust, r.worst_case) == ({}, r.natural)
+
+    def test_skipping_broken_examples_keeps_the_worst_case_and_saves_passes(self):
+        model, data = network(), images()
+        every = run(model, data, seed=3)
+        fewer = run(model, data, seed=3, skip_broken=True)
+        assert fewer.worst_case == pytest.approx(every.worst_case, abs=2 / N)
+        accuracies = list(fewer.robust.values())
+        assert accuracies == sorted(accuracies, reverse=True)
+        assert accuracies[-1] == fewer.worst_case
+        broken = np.zeros(N, dtype=bool)
+        for name, record in fewer.records.items():
+            assert not (record.attacked & broken).any()
+            broken |= record.fooled
+            assert record.attacked.sum() <= every.records[name].attacked.sum()
+        assert fewer.records["l2"].attacked.sum() < every.records["l2"].attacked.sum()
+
+    def test_forward_passes_are_counted(self):
+        attacks = {
+            "fgsm": FGSM(0.04),
+            "pgd": PGD(0.05, 0.01, 7),
+            "kl": PGD(0.05, 0.01, 7, loss="kl"),
+        }
+        r = run(network(), images(), attacks, batch_size=7)
+        assert {name: record.passes for name, record in r.records.items()} == {
+            "fgsm": 1, "pgd": 7, "kl": 8,
+        }  # fmt: skip
+        assert all(record.seconds > 0 for record in r.records.values())
+
+
+class TestData:
+    @pytest.mark.parametrize("batch_size", [1, 7, 20, 60, 1000])
+    def test_how_it_is_cut_does_not_matter(self, batch_size):
+        model, (x, y) = network(), images()
+        attacks = {"fgsm": FGSM(eps=0.04), "pgd": PGD(0.06, 0.02, 5, random_start=False)}
+        whole = run(model, (x, y), attacks)
+        loader = DataLoader(TensorDataset(x, y), batch_size=9)
+        for data in ((x, y), [(x, y)], loader, iter(loader)):
+            got = run(model, data, attacks, batch_size=batch_size)
+            assert got.broken_by.tolist() == whole.broken_by.tolist()
+            assert got.robust == whole.robust
+
+    def test_memory_is_bounded_by_the_batch_size(self):
+        model, sizes = network(), []
+        model.register_forward_pre_hook(lambda m, inputs: sizes.append(len(inputs[0])))
+        given = []
+
+        def data():
+            for batch in zip(*(t.split(50) for t in images(500)), strict=True):
+                given.append(batch)
+                yield batch
+
+        assert run(model, data(), batch_size=8).n == 500
+        assert max(sizes) == 8
+
+    def test_empty_batches_are_passed_over(self):
+        x, y = images()
+        r = run(network(), [(x[:0], y[:0]), (x, y), (x[:0], y[:0])], {"fgsm": FGSM(0.04)})
+        assert r.n == N
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+    def test_labels_of_any_integer_dtype(self, dtype):
+        x, y = images()
+        assert run(network(), (x, y.to(dtype))).robust == run(network(), (x, y)).robust
+
+    @pytest.mark.parametrize(
+        ("data", "error", "words"),
+        [
+            ([], ValueError, "no data"),
+            ([torch.rand(3, 12)], TypeError, "batches"),
+            ((torch.randint(255, (3, 12)), torch.zeros(3).long()), TypeError, "/ 255"),
+            ((torch.rand(3, 12), torch.zeros(3)), TypeError, "class indices"),
+            ((torch.rand(3, 12), torch.zeros(4).long()), ValueError, "one class index"),
+            ((torch.rand(3, 12), torch.zeros(3, 4).long()), ValueError, "one class index"),
+            ((torch.rand(3, 12) * 9, torch.zeros(3).long()), ValueError, "outside clip"),
+            ((torch.rand(3, 12), torch.full((3,), 4)), ValueError, "label 4"),
+        ],
+    )
+    def test_that_is_none_gives_a_clear_error(self, data, error, words):
+        # Labels that the model gets right, or nothing would be attacked.
+        model = network()
+        if isinstance(data, tuple) and words == "outside clip":
+            data = (data[0], model(data[0]).argmax(1))
+        with pytest.raises(error, match=words):
+            run(model, data)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("attacks", "error", "words"),
+        [
+            ([FGSM()], TypeError, "dict"),
+            ({"a/b": FGSM()}, ValueError, "another name"),
+            ({"natural": FGSM()}, ValueError, "another name"),
+            ({3: FGSM()}, TypeError, "str"),
+            ({"a": "fgsm"}, TypeError, "callable"),
+        ],
+    )
+    def test_wrong_attacks(self, attacks, error, words):
+        with pytest.raises(error, match=words):
+            run(network(), images(), attacks)
+
+    def test_wrong_model_batch_size_device_and_level(self):
+        with pytest.raises(TypeError, match="model must be"):
+            run(None, images())
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            run(network(), images(), batch_size=0)
+        with pytest.raises(ValueError, match="model is on cpu: move it"):
+            run(network(), images(), device="meta")
+        r = run(network(), images(), {})
+        with pytest.raises(ValueError, match="level"):
+            r.interval("natural", 1.0)
+        with pytest.raises(KeyError, match="no accuracy 'pgd'"):
+            r.interval("pgd")
+
+    def test_every_attack_has_a_seed_of_its_own(self):
+        model, data = network(), images()
+        both, alone = run(model, data), run(model, data, {"l2": ATTACKS["l2"]})
+        np.testing.assert_array_equal(both.records["l2"].loss, alone.records["l2"].loss)
+        other = run(model, data, {"l2": ATTACKS["l2"]}, seed=1)
+        assert (other.records["l2"].loss != alone.records["l2"].loss).any()
+
+    def test_torchs_generator_is_left_alone(self):
+        torch.manual_seed(5)
+        run(network(), images())
+        after = torch.rand(3)
+        torch.manual_seed(5)
+        assert torch.equal(after, torch.rand(3))
+        torch.manual_seed(5)
+        a = run(network(), images(), {"l2": ATTACKS["l2"]}, seed=None)
+        torch.manual_seed(6)
+        b = run(network(), images(), {"l2": ATTACKS["l2"]}, seed=None)
+        assert (a.records["l2"].loss != b.records["l2"].loss).any()
+
+    def test_the_model_is_left_as_it_was(self):
+        model = network().train()
+        model[2].eval()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.warns(EvaluationWarning, match="train mode"):
+            in_train = run(model, images())
+        assert [m.training for m in model] == [True, True, False, True, True, True]
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert all(p.grad is None and p.requires_grad for p in model.parameters())
+        assert [f.check for f in in_train.warnings] == ["train_mode"]
+        assert in_train.robust == run(network(), images()).robust
+
+    def test_the_model_is_left_as_it_was_after_an_error_too(self):
+        model = network().train()
+        with pytest.raises(ZeroDivisionError):
+            run(model, images(), {"bad": lambda *a: 1 / 0})
+        assert all(m.training for m in model.modules())
+
+
+class TestForeignAttacks:
+    def test_any_function_will_do(self):
+        model, data = network(), images()
+        pgd = PGD(0.06, 0.02, 5, random_start=False)
+        r = run(model, data, {"own": lambda m, x, y: pgd(m, x, y), "pgd": pgd})
+        assert r.robust["own"] == r.robust["pgd"]
+        assert r.records["own"].passes == 5
+
+    def test_the_wrong_shape(self):
+        with pytest.raises(TypeError, match=r"attack 'cut' must return a tensor of shape"):
+            run(network(), images(), {"cut": lambda m, x, y: x[:1]})
+
+    @pytest.mark.parametrize("far", [0.2, float("nan")])
+    def test_what_leaves_the_ball_or_is_not_finite_does_not_count(self, far):
+        class Cheat(FGSM):
+            def _perturb(self, victim, x, y):
+                return (x + far).clamp(0, 1)
+
+        model, data = network(), images()
+        with pytest.warns(EvaluationWarning, match="outside its ball"):
+            r = run(model, data, {"cheat": Cheat(eps=0.1)}, checks=True)
+        assert r.robust["cheat"] == r.natural
+        assert "outside" in [f.check for f in r.warnings]
+
+    def test_attacks_of_several_parts(self):
+        class Both(Attack):
+            clip, model_mode = (0, 1), "eval"
+
+            def parts(self):
+                return {"weak": FGSM(eps=0.02), "strong": PGD(0.06, 0.02, 5)}
+
+            def _perturb(self, victim, x, y):
+                raise AssertionError("its parts are run")
+
+        model, data = network(), images()
+        r = run(model, data, {"both": Both()})
+        weak, strong = r.records["both/weak"], r.records["both/strong"]
+        assert weak.fooled.any()
+        assert (strong.attacked == (weak.attacked & ~weak.fooled)).all()
+        assert (r.records["both"].fooled == (weak.fooled | strong.fooled)).all()
+        assert r.robust == {"both": r.worst_case}
+        assert set(r.broken_by) == {"", "natural", "both/weak", "both/strong"}
+        record = r.records["both"]
+        passes = weak.passes * weak.attacked.sum() + strong.passes * strong.attacked.sum()
+        assert record.passes == pytest.approx(passes / weak.attacked.sum())
+        np.testing.assert_array_equal(record.loss[strong.attacked], strong.loss[strong.attacked])
+
+    def test_what_an_attack_warns_of_is_a_finding(self):
+        def doubtful(model, x, y):
+            warnings.warn("doubtful", UserWarning, stacklevel=1)
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+            return x
+
+        with (
+            pytest.warns(EvaluationWarning, match="a: doubtful"),
+            pytest.warns(DeprecationWarning, match="old"),
+        ):
+            r = run(network(), images(), {"a": doubtful}, checks=True, batch_size=20)
+        assert [(f.check, f.message) for f in r.warnings] == [("a", "doubtful")]
+
+
+class TestOddModels:
+    """On everything wrong, on everything right, one class or a thousand, NaN."""
+
+    def test_wrong_on_everything(self):
+        model, (x, y) = network(), images()
+        y = (model(x).argmax(1) + 1) % 4
+        r = run(model, (x, y), checks=True)
+        assert (r.natural, r.worst_case, set(r.broken_by)) == (0, 0, {"natural"})
+        assert r.robust == dict.fromkeys(ATTACKS, 0.0)
+        assert r.records["pgd"].passes == 0
+        assert r.interval("pgd")[0] == 0 < r.interval("pgd")[1] < 0.1
+
+    def test_right_on_everything(self):
+        def model(z: Tensor) -> Tensor:
+            return torch.stack([z.flatten(1).sum(1) * 0 + 1, z.flatten(1).sum(1) * 0], 1)
+
+        x, _ = images()
+        with pytest.warns(EvaluationWarning, match="exactly zero"):
+            r = run(model, (x, torch.zeros(N).long()), checks=True)
+        assert (r.natural, r.worst_case, set(r.broken_by)) == (1, 1, {""})
+        assert {"vanishing", "unbounded"} <= {f.check for f in r.warnings}
+        assert r.interval("worst_case")[1] == 1
+
+    def test_one_class(self):
+        x, _ = images()
+        data = (x, torch.zeros(N).long())
+        with pytest.warns(EvaluationWarning, match="single class"):
+            r = run(network(classes=1), data, checks=True)
+        assert r.worst_case == 1
+        with pytest.raises(ValueError, match="2 classes or more"):
+            run(network(classes=1), data, {"cw": PGD(loss="cw")})
+
+    def test_a_thousand_classes(self):
+        model = network(classes=1000)
+        x, _ = images()
+        r = run(model, (x, model(x).argmax(1)), checks=True)
+        assert r.natural == 1
+        assert 0 <= r.worst_case < 1
+
+    def test_nan_names_no_class(self):
+        """Its argmax would be class 0 or wherever the NaN is, and so right at times."""
+
+        def model(z: Tensor) -> Tensor:
+            return network()(z).where(z.flatten(1)[:, :1] > 0.5, torch.nan)
+
+        x, y = images()
+        nan = (x.flatten(1)[:, 0] <= 0.5).numpy()
+        with pytest.warns(EvaluationWarning, match="logits hold NaN"):
+            r = run(model, (x, y), {"fgsm": FGSM(0.0)}, checks=True)
+        assert 0.2 < nan.mean() < 0.8
+        assert (r.broken_by[nan] == "natural").all()
+        assert r.natural == run(network(), (x, y), {}).records.get("", r).natural
+        assert "not_finite" in {f.check for f in r.warnings}
+
+    def test_everything_nan_where_all_labels_are_class_0(self):
+        x, _ = images()
+        with pytest.warns(EvaluationWarning, match="not finite"):
+            r = run(lambda z: z.flatten(1) * torch.nan, (x, torch.zeros(N).long()), checks=True)
+        assert r.natural == r.worst_case == 0
+
+    def test_nan_under_attack_is_broken_and_said(self):
+        def model(z: Tensor) -> Tensor:
+            return network()(z).where((z != 0.5).flatten(1).all(1, keepdim=True), torch.nan)
+
+        x, y = images()
+        with pytest.warns(EvaluationWarning, match="under grey"):
+            r = run(model, (x, y), {"grey": lambda m, x, y: x * 0 + 0.5}, checks=True)
+        assert r.worst_case == 0
+
+    def test_infinite_logits_of_classes_that_are_out_are_fine(self):
+        def model(z: Tensor) -> Tensor:
+            return F.pad(network()(z), (0, 1), value=-torch.inf)
+
+        assert run(model, images()).natural == run(network(), images()).natural
+
+
+class TestInterval:
+    @pytest.mark.parametrize(
+        ("right", "n", "lo", "hi"),
+        [  # Agresti & Coull (1998), and R's binconf
+            (50, 100, 0.40383, 0.59617),
+            (0, 10, 0.0, 0.27753),
+            (10, 10, 0.72247, 1.0),
+            (8, 10, 0.49016, 0.94332),
+        ],
+    )
+    def test_is_wilsons(self, right, n, lo, hi):
+        y = torch.zeros(n).long()
+        x = (torch.arange(n) < right).float() * 2 - 1
+        r = run(lambda z: torch.stack([z, -z], 1), (x, y), {})
+        assert r.interval("natural") == pytest.approx((lo, hi), abs=1e-5)
+        assert r.interval("worst_case") == r.interval("natural")
+
+    def test_to_dict_is_json(self):
+        r = run(network(), images())
+        d = json.loads(json.dumps(r.to_dict()))
+        assert d["robust"] == r.robust
+        assert d["intervals"]["pgd"] == list(r.interval("pgd"))
+        assert sum(d["broken_first_by"].values()) == round((1 - r.worst_case) * N)
+
+
+class Killed(BaseException):
+    """What no handler of errors catches."""
+
+
+class TestResume:
+    def test_interrupted_anywhere_it_gives_the_same(self, tmp_path):
+        data = images()
+        whole = run(network(), data, batch_size=16)
+        state = tmp_path / "state"
+        calls = 0
+
+        def killing(at: int) -> nn.Module:
+            model = network()
+
+            def count(*_):
+                nonlocal calls
+                calls += 1
+                if calls == at:
+                    raise Killed
+
+            model.register_forward_pre_hook(count)
+            return model
+
+        run(killing(0), data, batch_size=16)
+        total = calls
+        for at in range(1, total, 7):
+            state.unlink(missing_ok=True)
+            calls = 0
+            with pytest.raises(Killed):
+                run(killing(at), data, batch_size=16, state=state)
+            before = calls
+            same(run(killing(0), data, batch_size=16, state=state), whole)
+            assert calls - before <= total - at + 20  # no more than one attack again
+            kept = state.read_bytes()
+            calls = 0
+            same(run(killing(0), data, batch_size=16, state=state), whole)
+            assert calls == 0
+            assert state.read_bytes() == kept
+
+    def test_cut_at_any_byte(self, tmp_path):
+        model, data = network(), images(12)
+        state = tmp_path / "state"
+        whole = run(model, data, {"fgsm": FGSM(0.04)}, batch_size=5, state=state)
+        content = state.read_bytes()
+        header = content.index(b"\n") + 1
+        for cut in range(header, len(content), 13):
+            state.write_bytes(content[:cut])
+            same(run(model, data, {"fgsm": FGSM(0.04)}, batch_size=5, state=state), whole)
+
+    def test_the_probes_warnings_come_back(self, tmp_path):
+        data = (images()[0], torch.zeros(N).long())
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+        nn.init.zeros_(model[1].weight)
+        found = []
+        for _ in range(2):
+            with pytest.warns(EvaluationWarning):
+                r = run(model, data, checks=True, state=tmp_path / "state")
+            found.append(r.warnings)
+        assert found[0] == found[1] != ()
+
+    @pytest.mark.parametrize(
+        ("changed", "words"),
+        [
+            ({"attacks": {"fgsm": FGSM(0.05)}}, "other attacks"),
+            ({"seed": 1}, "other seed"),
+            ({"skip_broken": True}, "other skip_broken"),
+            ({"model": network(1)}, "other model"),
+            ({"data": relabelled()}, "other data: batch 1"),
+            ({"batch_size": 8}, "other data: batch 0"),
+        ],
+    )
+    def test_another_evaluations_state_is_refused_untouched(self, changed, words, tmp_path):
+        state = tmp_path / "state"
+        settings = {
+            "model": network(), "data": images(), "attacks": {"fgsm": FGSM(0.04)},
+            "batch_size": 16, "state": state,
+        }  # fmt: skip
+        run(**settings)
+        kept = state.read_bytes()
+        with pytest.raises(ValueError, match=words):
+            run(**settings | changed)
+        assert state.read_bytes() == kept
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"\n", b"{}\n", b"nonsense\n", b'{"evaluation": 3}\n[]\n', b"\x80\x00\n"]
+    )
+    def test_another_file_is_refused_untouched(self, content, tmp_path):
+        state = tmp_path / "state"
+        state.write_bytes(content)
+        with pytest.raises(ValueError, match="not the state of an evaluation"):
+            run(network(), images(), state=state)
+        assert state.read_bytes() == content
+
+    def test_killed_for_real(self, tmp_path):
+        """SIGKILL at a random moment, again and again, until it is through."""
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import sys, time, torch\n"
+            f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+            "from test_evaluation import ATTACKS, images, network, run\n"
+            "torch.set_num_threads(1)\n"
+            "print('ready', flush=True)\n"
+            "model = network()\n"
+            "model.register_forward_hook(lambda *a: time.sleep(0.004))\n"
+            "run(model, images(), batch_size=8, state=sys.argv[1])\n"
+        )
+        state = tmp_path / "state"
+        rng, kills = np.random.default_rng(0), 0
+        while True:
+            process = subprocess.Popen(
+                [sys.executable, script, state], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(rng.uniform(0.01, 0.3))
+            process.send_signal(signal.SIGKILL)
+            _, error = process.communicate()
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL, error.decode()
+            kills += 1
+            if kills == 4:
+                break
+        assert kills >= 2
+        same(
+            run(network(), images(), batch_size=8, state=state),
+            run(network(), images(), batch_size=8),
+        )
