@@ -211,7 +211,8 @@ def _probe_unbounded(
             "unbounded",
             f"{stood} of {len(x)} images are still classified right after PGD-50 that may turn "
             "them into any other image: the attack fails, so gradients must be masked, unless the "
-            "model says the same of every image. Attack without gradients (SPSA, Square), from other models (transfer), or a differentiable stand-in",
+            "model says the same of every image. Attack without gradients (SPSA, Square), from "
+            "other models (transfer), or a differentiable stand-in",
         )
     ]
 
