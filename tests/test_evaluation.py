@@ -260,6 +260,10 @@ class TestSettings:
         other = run(model, data, {"l2": ATTACKS["l2"]}, seed=1)
         assert (other.records["l2"].loss != alone.records["l2"].loss).any()
 
+    def test_two_of_the_same_draw_apart(self):
+        r = run(network(), images(), {"a": ATTACKS["l2"], "b": ATTACKS["l2"]})
+        assert (r.records["a"].loss != r.records["b"].loss).any()
+
     def test_torchs_generator_is_left_alone(self):
         torch.manual_seed(5)
         run(network(), images())
@@ -334,6 +338,9 @@ class TestForeignAttacks:
         assert r.robust == {"both": r.worst_case}
         assert set(r.broken_by) == {"", "natural", "both/weak", "both/strong"}
         record = r.records["both"]
+        np.testing.assert_array_equal(
+            record.prediction, np.where(strong.attacked, strong.prediction, weak.prediction)
+        )
         passes = weak.passes * weak.attacked.sum() + strong.passes * strong.attacked.sum()
         assert record.passes == pytest.approx(passes / weak.attacked.sum())
         np.testing.assert_array_equal(record.loss[strong.attacked], strong.loss[strong.attacked])
@@ -491,6 +498,16 @@ class TestResume:
             same(run(killing(0), data, batch_size=16, state=state), whole)
             assert calls == 0
             assert state.read_bytes() == kept
+
+    def test_what_is_done_is_on_the_disk_before_the_next_attack(self, tmp_path):
+        state, lines = tmp_path / "state", []
+
+        def look(model, x, y):
+            lines.append(len(state.read_bytes().splitlines()))
+            return x
+
+        run(network(), images(), {"fgsm": FGSM(0.04), "look": look}, batch_size=20, state=state)
+        assert lines == [3, 6, 9]  # a header, and three entries a batch
 
     def test_cut_at_any_byte(self, tmp_path):
         model, data = network(), images(12)

@@ -85,6 +85,12 @@ def test_log_probabilities_are_logits(honest, digits):
     assert not checks(lambda z: model(z).log_softmax(1), digits[0][:64], digits[1][:64])
 
 
+def test_inputs_without_influence_are_fine(honest, digits):
+    model, x, y = honest("natural"), digits[0][:64], digits[1][:64]
+    mask = torch.arange(64) % 2
+    assert not checks(lambda z: model(z * mask), x, y)
+
+
 class Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z):
