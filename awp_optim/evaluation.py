@@ -27,6 +27,7 @@ from .attacks import Attack, Captured
 from .attacks.base import Model, Victim, describe, in_mode, is_integer, whole
 from .attacks.geometry import BALLS, DTYPES, limits
 from .attacks.losses import ce
+from .graphs import RECORDERS
 from .ledger import Ledger, checksum
 from .sanity import Finding, compare, probe
 
@@ -413,9 +414,11 @@ def _attack(
     """Run one attack on the examples of a batch that ``index`` names."""
     if len(index) == 0:
         return {"index": [], "fooled": [], "prediction": [], "loss": [], "seconds": 0.0}
-    everything = len(index) == len(x)  # then without a copy
-    here = index.to(x.device)
-    x, y = (x, y) if everything else (x[here], y[here])
+    replayed = isinstance(c.attack, Captured) and x.device.type in RECORDERS
+    chosen = slice(None) if len(index) == len(x) else index.to(x.device)
+    if not replayed:
+        x, y, chosen = x[chosen], y[chosen], slice(None)
+    # Else the whole batch: a graph is of one shape, and how many are left changes.
     model.passes = 0
     started = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught, _seeded(x.device, seed, i, c.name):
@@ -435,6 +438,7 @@ def _attack(
             f"attack {c.name!r} must return a tensor of shape {tuple(x.shape)}, got "
             f"{describe(x_adv)}"
         )
+    x, y, x_adv = x[chosen], y[chosen], x_adv[chosen]
     outside = _outside(c.attack, x, x_adv)
     prediction, loss, fooled, nans = _judge(model.model, x_adv, y)
     entry: dict[str, Any] = {
@@ -444,7 +448,6 @@ def _attack(
         "loss": loss,
         "seconds": time.perf_counter() - started,
     }
-    replayed = isinstance(c.attack, Captured) and x.device.type != "cpu"
     if not replayed:
         entry["passes"] = passes
     if any(outside):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from awp_optim.attacks import FGSM, PGD
+from awp_optim.attacks import FGSM, PGD, Captured
 from awp_optim.attacks.base import Attack
 from awp_optim.evaluation import EvaluationWarning, evaluate
 
@@ -322,6 +322,18 @@ class TestForeignAttacks:
             r = run(model, data, {"cheat": Cheat(eps=0.1)}, checks=True)
         assert r.robust["cheat"] == r.natural
         assert "outside" in [f.check for f in r.warnings]
+
+    def test_captured_ones_replay_one_graph(self, cpu_graphs):
+        """Though the model gets more of one batch right than of another."""
+        pgd = PGD(0.06, 0.02, 5, random_start=False)
+        model, data = network(), images()
+        plain = run(model, data, {"pgd": pgd}, batch_size=10)
+        r = run(model, data, {"pgd": Captured(pgd)}, batch_size=10)
+        assert (cpu_graphs.captures, cpu_graphs.replays) == (1, N // 10 - 2)
+        assert r.broken_by.tolist() == plain.broken_by.tolist()
+        assert (r.records["pgd"].attacked == plain.records["pgd"].attacked).all()
+        np.testing.assert_allclose(r.records["pgd"].loss, plain.records["pgd"].loss, rtol=1e-5)
+        assert r.records["pgd"].passes is None
 
     def test_attacks_of_several_parts(self):
         class Both(Attack):

@@ -23,7 +23,7 @@ BELOW = {
     "capturable": {"graphs", "optimizer"},
     "ledger": {"files"},
     "sanity": {"attacks"},
-    "evaluation": {"attacks", "ledger", "sanity"},
+    "evaluation": {"attacks", "graphs", "ledger", "sanity"},
     "step": {"attacks", "batchnorm", "capturable", "graphs", "objectives", "optimizer"},
     "__init__": {"batchnorm", "optimizer", "step"},
 }
