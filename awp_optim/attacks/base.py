@@ -213,12 +213,20 @@ class Victim:
         One forward pass and one backward pass to the input alone: no weight's gradient is computed.
         But in the ``last`` one of an attack, those that its caller asked for.
         """
+        return self.look(z, loss, target, last=last)[2]
+
+    def look(
+        self, z: Tensor, loss: Loss, target: Tensor, *, last: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits at ``z``, the losses and their :meth:`gradient`, all of the same passes."""
         weights = self._weights if last else []
         with torch.enable_grad(), without_gradients([] if weights else self._costly):
             shown = self.shown(z).detach().requires_grad_()
             # The view, because tools that hook a module's input (FlopCounterMode, say) cannot hook
             # a leaf that autograd.grad was asked for.
-            total = loss(self.forward(shown.view_as(shown)), target).sum()
+            logits = self.forward(shown.view_as(shown))
+            losses = loss(logits, target)
+            total = losses.sum()
             g = None
             if total.requires_grad:
                 g, *rest = torch.autograd.grad(total, [shown, *weights], allow_unused=True)
@@ -229,7 +237,7 @@ class Victim:
                 "the model's logits do not depend on its input through autograd, so there is no"
                 " gradient to climb; does its forward pass detach, or run under torch.no_grad()?"
             )
-        return g.to(z.dtype)
+        return logits.detach(), losses.detach(), g.to(z.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of ``x``, in the caller's dtype, through autograd if that is on; checked."""

