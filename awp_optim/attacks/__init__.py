@@ -1,6 +1,7 @@
 """Adversarial attacks on the input: immutable values, called as ``x_adv = attack(model, x, y)``."""
 
 from .apgd import APGD
+from .autoattack import AutoAttack, AutoAttackWarning
 from .base import Attack
 from .captured import Captured
 from .cw import CW
@@ -8,4 +9,14 @@ from .fgsm import FGSM
 from .pgd import PGD
 from .spsa import SPSA
 
-__all__ = ["APGD", "CW", "FGSM", "PGD", "SPSA", "Attack", "Captured"]
+__all__ = [
+    "APGD",
+    "CW",
+    "FGSM",
+    "PGD",
+    "SPSA",
+    "Attack",
+    "AutoAttack",
+    "AutoAttackWarning",
+    "Captured",
+]

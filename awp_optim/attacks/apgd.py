@@ -105,7 +105,10 @@ class APGD(BallAttack):
                 if len(rows) == 0:
                     break
             of_rows = None if target is None else target[rows]
-            end = self._run(victim, x[rows], y[rows], of_rows, start[rows], last=i == len(runs) - 1)
+            of_victim = victim.only(rows)
+            end = self._run(
+                of_victim, x[rows], y[rows], of_rows, start[rows], last=i == len(runs) - 1
+            )
             was = fooled[rows]
             better = ~was & (end.fooled | (end.loss > loss[rows]))
             x_adv[rows] = torch.where(_like(better, x), end.x_adv, x_adv[rows])
@@ -181,7 +184,8 @@ class APGD(BallAttack):
         for i in range(steps):
             if drop and (look_always or i in rule.checkpoints) and bool(s.fooled.any()):
                 end.note(s)
-                s = s.only(~s.fooled)
+                stands = ~s.fooled
+                s, victim = s.only(stands), victim.only(stands)
                 if len(s.x) == 0:
                     return end
                 project = self._ball.projection(s.x, eps, self.clip)

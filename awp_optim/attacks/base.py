@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -182,10 +183,11 @@ class Victim:
     def __init__(
         self, model: Model, x: Tensor, y: Tensor | None, weights: Sequence[Tensor] = ()
     ) -> None:
-        self._model = model
+        self.model = model
         self._x = x
         self._weights = list(weights)
         self.weight_gradients: Gradients = (None,) * len(self._weights)
+        self._whole = self
         # A compiled backward pass computes all gradients there are, asked for or not.
         self._costly: list[Tensor] = []
         if isinstance(model, nn.Module) and any(map(_is_compiled, model.modules())):
@@ -197,6 +199,17 @@ class Victim:
             self._classes = y.shape[1]
         elif y is not None and y.device.type == "cpu":
             self._largest_label = int(y.max())
+
+    def only(self, rows: Tensor) -> Victim:
+        """The same for some of the examples, which an index or a mask names."""
+        of_rows = copy.copy(self)
+        of_rows._x = self._x[rows]
+        return of_rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The caller's, in which the model is shown its inputs."""
+        return self._x.dtype
 
     def shown(self, z: Tensor) -> Tensor:
         """``z`` as the model is shown it: in the caller's dtype, and no further from x than z."""
@@ -231,7 +244,7 @@ class Victim:
             if total.requires_grad:
                 g, *rest = torch.autograd.grad(total, [shown, *weights], allow_unused=True)
                 if last:
-                    self.weight_gradients = tuple(rest)
+                    self._whole.weight_gradients = tuple(rest)
         if g is None:
             raise ValueError(
                 "the model's logits do not depend on its input through autograd, so there is no"
@@ -241,7 +254,7 @@ class Victim:
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of ``x``, in the caller's dtype, through autograd if that is on; checked."""
-        logits = self._model(x)
+        logits = self.model(x)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise TypeError(
                 f"the model must return a floating-point tensor of logits, got {describe(logits)};"

@@ -1,0 +1,270 @@
+"""AutoAttack behind our interface: its reference's verdicts, and none of its side effects."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from awp_optim.attacks import AutoAttack, AutoAttackWarning
+from awp_optim.attacks.autoattack import NORMS, VERSIONS
+from awp_optim.evaluation import evaluate
+
+pyautoattack = pytest.importorskip("pyautoattack")
+
+EPS = {"linf": 0.012, "l2": 0.1, "l1": 0.5}
+P = {"linf": torch.inf, "l2": 2, "l1": 1}
+# Tests' networks are small enough for a part to be honest and still give odd gradients.
+pytestmark = pytest.mark.filterwarnings("ignore::awp_optim.attacks.AutoAttackWarning")
+
+
+@pytest.fixture
+def fewer_queries(monkeypatch) -> None:
+    """Square's 5000 queries take most of the time."""
+    build = pyautoattack.AutoAttack._set_version
+
+    def patched(self, version="standard"):
+        build(self, version)
+        self.square.n_queries = 50
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", patched)
+
+
+def by_the_reference(model, x: Tensor, y: Tensor, norm: str, eps: float, **settings) -> Tensor:
+    attack = pyautoattack.AutoAttack(model, norm=NORMS[norm], eps=eps, seed=5, **settings)
+    attack.square.n_queries = 50
+    for part in (attack.apgd_targeted, attack.fab):
+        part.n_target_classes = 4  # of five
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    return attack.run_standard_evaluation(x, y, batch_size=len(x))[0].detach()
+
+
+def wrong(model, x, y) -> Tensor:
+    with torch.no_grad():
+        return model(x).argmax(1) != y
+
+
+@pytest.mark.parametrize(
+    ("norm", "version"),
+    [("linf", "standard"), ("l2", "standard"), ("l1", "standard"), ("linf", "rand")],
+)
+def test_equals_its_reference(norm, version, solid, fewer_queries):
+    model, x, y = solid(12)
+    eps = EPS[norm] / 2
+    theirs = by_the_reference(model, x, y, norm, eps, version=version)
+    ours = AutoAttack(eps, norm, version, seed=5)(model, x, y)
+    fooled = wrong(model, theirs, y)
+    assert 0.1 < fooled.float().mean() < 0.9
+    assert torch.equal(wrong(model, ours, y), fooled)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("attacks", [("fab",), ("apgd-dlr", "fab-t"), ("fab-t", "apgd-ce")])
+def test_custom_equals_its_reference(attacks, solid):
+    model, x, y = solid(10)
+    theirs = by_the_reference(model, x, y, "linf", 0.006, version="custom", attacks=list(attacks))
+    ours = AutoAttack(0.006, "linf", "custom", attacks, seed=5)(model, x, y)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    assert wrong(model, ours, y).any()
+
+
+@pytest.mark.parametrize("norm", EPS)
+def test_the_native_parts_fool_the_same(norm, solid):
+    model, x, y = solid()
+    attacks = ("apgd-ce", "apgd-t")
+    verdicts = [
+        wrong(model, AutoAttack(EPS[norm], norm, "custom", attacks, backend)(model, x, y), y)
+        for backend in ("reference", "native")
+    ]
+    assert 0.2 < verdicts[0].float().mean() < 0.95
+    assert (verdicts[0] != verdicts[1]).sum() <= 1
+
+
+def test_the_versions_are_those_of_the_reference():
+    for version, names in VERSIONS.items():
+        reference = pyautoattack.AutoAttack(lambda x: x, eps=0.1, version=version)
+        assert tuple(reference.attacks_to_run) == names
+        assert tuple(AutoAttack(version=version).parts()) == names
+
+
+def test_parts_see_no_gradients_only_in_square():
+    parts = AutoAttack(version="plus").parts()
+    assert [name for name, part in parts.items() if not part.uses_gradients] == ["square"]
+    assert all(name in repr(part) for name, part in parts.items())
+
+
+@pytest.mark.parametrize("norm", EPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_stays_in_ball_and_box(norm, dtype, solid, fewer_queries):
+    model, x, y = solid(8)
+    x = x.to(dtype)
+    x_adv = AutoAttack(EPS[norm], norm)(model.to(dtype), x, y)
+    assert (x_adv.dtype, x_adv.shape) == (dtype, x.shape)
+    assert (x_adv >= 0).all()
+    assert (x_adv <= 1).all()
+    apart = torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), P[norm], dim=1)
+    assert (apart <= EPS[norm] * (1 + 1e-6)).all()
+
+
+def test_leaves_everything_as_it_was(solid, fewer_queries):
+    model, x, y = solid(6)
+    model.train()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    logger = logging.getLogger("auto-attack")
+    log = logger.level, logger.propagate, list(logger.handlers)
+    torch.manual_seed(1)
+    trace = sys.gettrace()
+    own = lambda *a: None  # noqa: E731
+    sys.settrace(own)
+    try:
+        AutoAttack(0.01)(model, x, y)
+        assert sys.gettrace() is own
+    finally:
+        sys.settrace(trace)
+    after = torch.rand(2)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(2))
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad and (p.grad == 1).all() for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert (logger.level, logger.propagate, list(logger.handlers)) == log
+
+
+def test_prints_nothing(solid, fewer_queries, capfd):
+    AutoAttack(0.01)(*solid(4))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_its_warnings_are_pythons(solid):
+    model, x, y = solid(6)
+    attack = AutoAttack(0.01, version="custom", attacks=("apgd-ce",))
+    with pytest.warns(AutoAttackWarning, match="randomized defense.*github.com"):
+        attack(lambda z: model(z + 0.1 * torch.randn_like(z)), x, y)
+    with pytest.warns(AutoAttackWarning, match="probability distribution"):
+        attack(lambda z: model(z).softmax(1), x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(model, x, y)
+
+
+def test_one_evaluation_records_the_parts(solid, fewer_queries):
+    model, x, y = solid()
+    attack = AutoAttack(0.006, seed=5)
+    r = evaluate(model, (x, y), {"aa": attack}, checks=False, seed=None)
+    assert list(r.records) == [*(f"aa/{name}" for name in VERSIONS["standard"]), "aa"]
+    whole = wrong(model, attack(model, x, y), y)
+    assert r.robust["aa"] == pytest.approx(1 - whole.double().mean().item(), abs=1e-9)
+    assert (
+        r.records["aa/apgd-t"].attacked
+        == ~(wrong(model, x, y).numpy() | r.records["aa/apgd-ce"].fooled)
+    ).all()
+    assert set(r.broken_by) <= {"", "natural", *r.records}
+
+
+class TestOddModels:
+    def linear(self, classes: int) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(48, classes))
+
+    @pytest.mark.parametrize(
+        ("classes", "left_out"), [(2, {"apgd-dlr", "apgd-t"}), (3, {"apgd-t"}), (4, set())]
+    )
+    def test_few_classes(self, classes, left_out):
+        model, x = self.linear(classes), torch.rand(5, 3, 4, 4)
+        y = model(x).argmax(1)
+        for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t"):
+            attack = AutoAttack(0.5, version="custom", attacks=(name,))
+            if name in left_out:
+                with pytest.warns(AutoAttackWarning, match=f"{name} is left out"):
+                    assert torch.equal(attack(model, x, y), x)
+            else:
+                assert wrong(model, attack(model, x, y), y).all()
+
+    def test_one_class(self):
+        with pytest.raises(ValueError, match="2 classes or more"):
+            AutoAttack()(self.linear(1), torch.rand(2, 3, 4, 4), torch.zeros(2).long())
+
+    @pytest.mark.parametrize("shape", [(48,), (6, 8), (2, 2, 3, 4)])
+    def test_inputs_that_are_no_images(self, shape, fewer_queries):
+        model, x = self.linear(5), torch.rand(5, *shape)
+        y = model(x).argmax(1)
+        x_adv = AutoAttack(0.4)(model, x, y)
+        assert x_adv.shape == x.shape
+        assert wrong(model, x_adv, y).all()
+        if len(shape) != 2:
+            with pytest.warns(AutoAttackWarning, match="square is left out"):
+                AutoAttack(0.4, version="custom", attacks=("square",))(model, x, y)
+
+    def test_none_or_one_left(self, solid):
+        model, x, y = solid(6)
+        attack = AutoAttack(0.01, version="custom", attacks=("apgd-ce", "fab-t"))
+        assert torch.equal(attack(model, x, (model(x).argmax(1) + 1) % 5), x)
+        assert attack(model, x[:1], y[:1]).shape == x[:1].shape
+        assert attack(model, x[:0], y[:0]).shape == x[:0].shape
+
+    def test_nan(self, solid):
+        _, x, y = solid(4)
+        attack = AutoAttack(0.01, version="custom", attacks=("apgd-ce", "apgd-t"))
+        x_adv = attack(lambda z: z.flatten(1)[:, :5] * torch.nan, x, y)
+        assert x_adv.isfinite().all()
+
+    def test_eps_zero(self, solid):
+        model, x, y = solid(4)
+        assert torch.equal(AutoAttack(0.0)(model, x, y), x)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"eps": -0.1}, ValueError, "eps"),
+        ({"norm": "Linf"}, ValueError, "norm must be one of 'linf'"),
+        ({"version": "fast"}, ValueError, "version must be one of"),
+        ({"version": "custom"}, ValueError, "needs attacks"),
+        ({"version": "custom", "attacks": "square"}, ValueError, "needs attacks"),
+        ({"version": "custom", "attacks": ("pgd",)}, ValueError, "attacks must be one of"),
+        ({"version": "custom", "attacks": ("fab", "fab")}, ValueError, "must differ"),
+        ({"attacks": ("fab",)}, ValueError, "version='custom' alone"),
+        ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"backend": "native", "version": "rand"}, ValueError, "averages gradients"),
+        ({"clip": (0, 255)}, ValueError, r"\[0, 1\] only"),
+        ({"clip": None}, ValueError, r"\[0, 1\] only"),
+        ({"seed": -1}, ValueError, "seed"),
+    ],
+)
+def test_wrong_settings(settings, error, words):
+    with pytest.raises(error, match=words):
+        AutoAttack(**settings)
+
+
+def test_without_the_package(monkeypatch, solid):
+    real_import = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "pyautoattack":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"pip install 'awp_optim\[eval\]'"):
+        AutoAttack(0.01)(*solid(4))
+
+
+@pytest.mark.slow
+def test_both_backends_on_a_trained_resnet(resnet18, cifar10):
+    """200 test images of CIFAR-10 at 1/255: who is fooled by APGD, natural or the reference's."""
+    x, y = (t[:200] for t in cifar10)
+    torch.set_num_threads(2)
+    verdicts = []
+    for backend in ("reference", "native"):
+        attack = AutoAttack(1 / 255, version="custom", attacks=("apgd-ce",), backend=backend)
+        verdicts.append(wrong(resnet18, attack(resnet18, x, y), y))
+    a, b = verdicts
+    print(f"fooled: {int(a.sum())} and {int(b.sum())}, {int((a != b).sum())} differ")
+    assert (a != b).sum() <= 2
