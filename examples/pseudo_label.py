@@ -12,17 +12,15 @@ function of one's own returns.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from awp_optim.lab.models import MODELS, build_model
+from awp_optim.lab.loading import from_checkpoint, from_function
+from awp_optim.lab.models import MODELS
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.pseudo import (
     PseudoLabeled,
@@ -32,7 +30,6 @@ from awp_optim.lab.pseudo import (
     load_labels,
     save_pseudo_labeled,
 )
-from awp_optim.lab.weights import initialize, load_checkpoint, load_weights
 
 
 def probability(text: str) -> float:
@@ -72,55 +69,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def from_checkpoint(
-    file: Path, arch: str | None, num_classes: int | None, in_channels: int
-) -> nn.Module:
-    """The classifier of a checkpoint. What is not given, its settings and its head say."""
-    config = load_checkpoint(file).get("config")
-    config = config if isinstance(config, dict) else {}
-    arch = arch or config.get("arch")
-    if arch is None:
-        raise ValueError(f"{file} does not say of which network it is: give --arch")
-    weights = load_weights(file)
-    matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
-    if num_classes is None:
-        if not matrices:
-            raise ValueError(f"{file} does not say how many classes there are: give --num-classes")
-        num_classes = len(matrices[-1])
-    settings: dict[str, Any] = (
-        {"activation": config["activation"]} if "activation" in config else {}
-    )
-    for name in ("mean", "std"):  # without them, the network was trained on images as they are
-        if f"normalize.{name}" in weights:
-            settings[name] = weights[f"normalize.{name}"].flatten().tolist()
-    model = build_model(arch, num_classes=num_classes, in_channels=in_channels, **settings)
-    try:
-        fresh = initialize(model, weights)
-    except ValueError as error:
-        raise ValueError(f"{file}, as {arch}: {error}") from error
-    if fresh:
-        raise ValueError(
-            f"{file} has a head for {len(weights[fresh[0]])} classes, not {num_classes}: "
-            "leave --num-classes away"
-        )
-    return model
-
-
-def from_function(name: str) -> nn.Module:
-    """What ``module:function`` returns; modules of the folder that this is run in count, too."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f"--model must be module:function, not {name!r}")
-    sys.path.insert(0, str(Path.cwd()))
-    make = getattr(importlib.import_module(module), function, None)
-    if not callable(make):
-        raise ValueError(f"{module} has no function {function!r}")
-    model = make()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} must return a torch module, not {type(model).__name__}")
-    return model
-
-
 def report(console: Console, labeled: PseudoLabeled) -> None:
     table = Table(title="Images by label")
     for column in ("label", "images", "share"):
@@ -145,7 +93,12 @@ def main() -> None:
         if truth is not None and len(truth) != len(x):
             raise ValueError(f"{args.images} has {len(x)} images and {len(truth)} labels")
         if args.model is None:
-            model = from_checkpoint(args.checkpoint, args.arch, args.num_classes, x.shape[1])
+            model = from_checkpoint(
+                args.checkpoint,
+                arch=args.arch,
+                num_classes=args.num_classes,
+                in_channels=x.shape[1],
+            )
         else:
             model = from_function(args.model)
         model.to(args.device)

@@ -119,7 +119,8 @@ def initialize(
 
     The statistics of :class:`~awp_optim.lab.models.Normalize` come with the weights, where one
     number may stand for all channels, and stay as they were built if the weights have none; so do
-    BatchNorm's counters of batches.
+    BatchNorm's counters of batches. The published wide ResNets of TRADES and RST hold a second
+    first block, ``sub_block1``, which never runs: it is passed over.
 
     Args:
         model: The network; its tensors are written to in place, wherever they are.
@@ -134,6 +135,7 @@ def initialize(
             not finite. Nothing was changed then.
     """
     own: dict[str, Tensor] = model.state_dict()
+    weights = _without_copy(weights, own)
     head = _head(model)
     if new_head and not head:
         raise ValueError("the network has no nn.Linear, so no head to leave as it was built")
@@ -175,6 +177,14 @@ def initialize(
         if name not in fresh:
             own[name].copy_(weights[name])
     return fresh
+
+
+def _without_copy(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All but the block of the published wide ResNets that their forward pass does not use."""
+    unused = "sub_block1."
+    if any(name.startswith(unused) for name in own) or "block1.layer.0.conv1.weight" not in own:
+        return dict(weights)
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(unused)}
 
 
 def _head(model: nn.Module) -> list[str]:
