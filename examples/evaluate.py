@@ -1,0 +1,331 @@
+"""Robust accuracy of a classifier, from FGSM to AutoAttack: the columns of the paper's Table 2.
+
+    python examples/evaluate.py --checkpoint runs/at-awp/best.pt
+    python examples/evaluate.py --checkpoint runs/at-awp/best.pt \\
+        --attacks fgsm,pgd20,pgd100,cw,spsa,autoattack --out results
+    python examples/evaluate.py --model mine:classifier --mean 0.5 0.5 0.5 --std 0.2 0.2 0.2
+    python examples/evaluate.py --robustbench Wu2020Adversarial --attacks autoattack
+
+The data set, the network and the threat are those of the checkpoint's run, unless options say
+otherwise. --out gets results.json, .csv, .md, record.csv (an image a line) and, with --plot,
+pictures. A run that was stopped or killed goes on with --resume, at the attack and batch it was at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import awp_optim
+from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, Attack, AutoAttack
+from awp_optim.evaluation import Evaluation, EvaluationWarning, evaluate
+from awp_optim.files import replacing
+from awp_optim.lab.data import DATASETS, ImageData
+from awp_optim.lab.data import load as load_dataset
+from awp_optim.lab.loading import (
+    from_checkpoint,
+    from_function,
+    from_robustbench,
+    normalized,
+    settings_of,
+)
+from awp_optim.lab.models import MODELS
+from awp_optim.lab.plots import accuracy_by_radius, adversarial_images
+from awp_optim.lab.tables import as_csv, as_json, as_markdown, per_attack, per_example, title
+
+DEFAULT_ATTACKS = "fgsm,pgd20,pgd100,cw"
+ATTACKS = (
+    "fgsm, pgdN (pgd20, pgd100), cw, spsa, apgd, apgd-dlr, apgd-t, square, autoattack,"
+    " autoattack-plus, autoattack-rand"
+)
+CURVE = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Radii of --plot, as multiples of eps."""
+CURVE_IMAGES, GRID_IMAGES = 200, 8
+
+
+def number(text: str) -> float:
+    """A number, or a fraction such as 8/255."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 8/255") from error
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text}")
+    return int(text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_argument_group("the model").add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint", type=Path, help="of examples/cifar10.py, or a state dict")
+    model.add_argument(
+        "--model", metavar="MODULE:FUNCTION", help="what, called, returns a torch module"
+    )
+    model.add_argument("--robustbench", metavar="NAME", help="a model of RobustBench")
+    add = parser.add_argument
+    add(
+        "--arch",
+        help=f"the checkpoint's network (its own): {', '.join(sorted(MODELS))}, wide_resnetD_W,"
+        " torchvision/NAME",
+    )
+    add("--num-classes", type=positive, help="the checkpoint's classes (as many as its head has)")
+    add("--ema", action="store_true", help="the checkpoint's averaged weights")
+    add("--mean", type=number, nargs="+", help="normalise with it, a number a channel")
+    add("--std", type=number, nargs="+", help="the same")
+
+    add("--attacks", default=DEFAULT_ATTACKS, help=f"of {ATTACKS} (%(default)s)")
+    add("--eps", type=number, help="radius, of images in [0, 1] (the run's, or 8/255)")
+    add("--norm", choices=("linf", "l2", "l1"), help="(the run's, or linf); l1: APGD, AutoAttack")
+    add("--backend", choices=("reference", "native"), default="reference", help="of AutoAttack's")
+    add("--skip-broken", action="store_true", help="spare attacks the images broken before")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+
+    add("--dataset", choices=DATASETS, help="its test images (the run's, or cifar10)")
+    add("--data-dir", type=Path, default=Path("data"), help="(%(default)s)")
+    add("--limit", type=positive, help="use this many test images at the most")
+    add("--batch-size", type=positive, default=128, help="(%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+
+    add("--out", type=Path, default=Path("evaluation"), help="folder of results (%(default)s)")
+    add("--resume", action="store_true", help="go on with the evaluation in --out")
+    add("--plot", action="store_true", help="draw curves.png, accuracy by eps, and images.png")
+    return parser.parse_args()
+
+
+def make_attack(name: str, eps: float, norm: str, backend: str) -> Attack:
+    """An attack by its name on the command line, with the paper's settings."""
+    step_size = eps / (4 if norm == "linf" else 8) or 1.0  # with eps=0 there are no steps
+    if pgd := re.fullmatch(r"pgd([1-9]\d*)", name):
+        return PGD(eps, step_size, int(pgd[1]), norm)
+    losses = {"apgd": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
+    if name in losses:
+        return APGD(eps, norm=norm, loss=losses[name], drop_fooled=True)
+    if name == "square":
+        return AutoAttack(eps, norm, "custom", ("square",))
+    versions = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
+    if name in versions:
+        return AutoAttack(eps, norm, versions[name], backend=backend)
+    if name == "fgsm":
+        return FGSM(eps, norm)
+    if name == "cw":
+        return CW(eps, norm=norm)
+    if name == "spsa":
+        return SPSA(eps, norm=norm)
+    raise ValueError(f"no attack {name!r}; there are: {ATTACKS}")
+
+
+def make_attacks(names: str, eps: float, norm: str, backend: str) -> dict[str, Attack]:
+    attacks: dict[str, Attack] = {}
+    for name in (part.strip() for part in names.split(",")):
+        name = "autoattack" + name[2:] if re.match(r"aa(-|$)", name) else name
+        if name in attacks:
+            raise ValueError(f"--attacks names {name} twice")
+        attacks[name] = make_attack(name, eps, norm, backend)
+    return attacks
+
+
+class Batches:
+    """Test images as floats in [0, 1], a batch at a time."""
+
+    def __init__(self, x: Tensor, y: Tensor, size: int) -> None:
+        self._x, self._y, self._size = x, y, size
+
+    def __len__(self) -> int:
+        return -(-len(self._x) // self._size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in range(0, len(self._x), self._size):
+            yield self._x[i : i + self._size].float() / 255, self._y[i : i + self._size]
+
+
+def run_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the run that the checkpoint is of says of itself."""
+    if args.checkpoint is None:
+        return {}
+    config = dict(settings_of(args.checkpoint))
+    beside = args.checkpoint.parent / "config.json"
+    if beside.exists():
+        try:
+            config |= json.loads(beside.read_text())
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{beside} is damaged ({error}): delete it") from error
+    return config
+
+
+def load_model(args: argparse.Namespace, data: ImageData, dataset: str, norm: str) -> nn.Module:
+    if args.checkpoint is not None:
+        return from_checkpoint(
+            args.checkpoint,
+            arch=args.arch,
+            num_classes=args.num_classes,
+            in_channels=data.in_channels,
+            ema=args.ema,
+            mean=args.mean,
+            std=args.std,
+        )
+    if args.arch or args.num_classes or args.ema:
+        raise ValueError("--arch, --num-classes and --ema go with --checkpoint")
+    if args.model is not None:
+        return normalized(from_function(args.model), args.mean, args.std)
+    model = from_robustbench(args.robustbench, dataset, norm, args.data_dir / "robustbench")
+    return normalized(model, args.mean, args.std)
+
+
+def about(args: argparse.Namespace, dataset: str, eps: float, norm: str) -> dict[str, Any]:
+    """What was measured, with what, for results.json."""
+    checksum = None
+    if args.checkpoint is not None:
+        checksum = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
+    return {
+        "command": " ".join(["examples/evaluate.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "checkpoint_sha256": checksum,
+        "dataset": dataset,
+        "eps": eps,
+        "norm": norm,
+        "device": str(args.device),
+        "awp_optim": awp_optim.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def plot(
+    args: argparse.Namespace,
+    model: nn.Module,
+    data: ImageData,
+    attacks: dict[str, Attack],
+    eps: float,
+    norm: str,
+    r: Evaluation,
+) -> None:
+    """Accuracy by radius, and some images as they are and attacked."""
+    cheap = [name for name, a in attacks.items() if isinstance(a, (FGSM, PGD, CW, APGD))][:4]
+    if not cheap:
+        cheap = ["pgd20"] if norm != "l1" else ["apgd"]
+    few = Batches(data.x_test[:CURVE_IMAGES], data.y_test[:CURVE_IMAGES], args.batch_size)
+    points: dict[str, dict[float, float]] = {title(name, norm): {} for name in cheap}
+    for radius in (scale * eps for scale in CURVE if scale * eps <= 1 or norm != "linf"):
+        at = {name: make_attack(name, radius, norm, args.backend) for name in cheap}
+        result = evaluate(model, few, at, device=args.device, checks=False, seed=args.seed)
+        for name, accuracy in result.robust.items():
+            points[title(name, norm)][radius] = accuracy
+    name = args.checkpoint or args.model or args.robustbench
+    accuracy_by_radius(
+        points,
+        args.out / "curves.png",
+        f"{name}: {min(CURVE_IMAGES, r.n)} images, {norm}",
+        chance=1 / data.num_classes,
+        marked=eps,
+    )
+    right = (r.predictions == r.labels).nonzero()[0][:GRID_IMAGES].tolist()
+    if not right:
+        return
+    x, y = data.x_test[right].to(args.device).float() / 255, data.y_test[right].to(args.device)
+    attack = make_attack(cheap[-1], eps, norm, args.backend)
+    torch.manual_seed(args.seed)
+    x_adv = attack(model, x, y)
+    with torch.no_grad():
+        said = [model(z).argmax(1).tolist() for z in (x, x_adv)]
+    names = [
+        tuple(data.classes[k] for k in of_image) for of_image in zip(y.tolist(), *said, strict=True)
+    ]
+    adversarial_images(
+        x.cpu().numpy(),
+        x_adv.cpu().numpy(),
+        names,
+        args.out / "images.png",
+        f"{title(cheap[-1], norm)}, eps {eps:.4g}, {norm}: what the model says (wrong in orange)",
+    )
+
+
+def report(console: Console, r: Evaluation, norm: str) -> None:
+    head, *rows = per_attack(r, norm)
+    table = Table(title=f"Accuracy on {r.n} images" + (", attacks in turn" * r.skip_broken))
+    table.add_column(head[0], no_wrap=True)
+    for column in head[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == title("worst_case") else None)
+    console.print(table)
+    for finding in r.warnings:
+        console.print(
+            f"[bold]warning[/] ({finding.check}): {finding.message}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console()
+    state = args.out / "state.jsonl"
+    try:
+        config = run_settings(args)
+        eps = args.eps if args.eps is not None else config.get("eps", 8 / 255)
+        norm = args.norm or config.get("norm", "linf")
+        dataset = args.dataset or config.get("dataset", "cifar10")
+        attacks = make_attacks(args.attacks, eps, norm, args.backend)
+        if state.exists() and not args.resume:
+            raise ValueError(
+                f"{args.out} already holds an evaluation: go on with --resume, or choose another"
+                " --out"
+            )
+        data = load_dataset(dataset, args.data_dir)
+        if args.limit is not None:
+            data = data.limit(min(args.limit, len(data.x_train)), min(args.limit, len(data.x_test)))
+        model = load_model(args, data, dataset, norm).to(args.device)
+        args.out.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EvaluationWarning)  # the report has them
+            r = evaluate(
+                model,
+                Batches(data.x_test, data.y_test, args.batch_size),
+                attacks,
+                device=args.device,
+                skip_broken=args.skip_broken,
+                seed=args.seed,
+                state=state,
+            )
+        name = args.robustbench or args.model or str(args.checkpoint)
+        write(args.out / "results.json", as_json(r, about(args, dataset, eps, norm)))
+        write(args.out / "results.csv", as_csv(r))
+        write(args.out / "results.md", as_markdown(r, name, norm) + "\n")
+        write(args.out / "record.csv", per_example(r))
+        report(console, r, norm)
+        if args.plot:
+            plot(args, model, data, attacks, eps, norm, r)
+    except KeyboardInterrupt:
+        sys.exit(f"Stopped; go on with --resume. What is done is in {state}.")
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    console.print(f"All in {args.out}.", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
