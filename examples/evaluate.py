@@ -243,10 +243,13 @@ def plot(
         chance=1 / data.num_classes,
         marked=eps,
     )
-    right = (r.predictions == r.labels).nonzero()[0][:GRID_IMAGES].tolist()
-    if not right:
+    broken = [i for i, by in enumerate(r.broken_by) if by not in ("", "natural")]
+    stood = [i for i, by in enumerate(r.broken_by) if by == ""]
+    half = max(GRID_IMAGES // 2, GRID_IMAGES - len(stood))
+    shown = (broken[:half] + stood)[:GRID_IMAGES]
+    if not shown:
         return
-    x, y = data.x_test[right].to(args.device).float() / 255, data.y_test[right].to(args.device)
+    x, y = data.x_test[shown].to(args.device).float() / 255, data.y_test[shown].to(args.device)
     attack = make_attack(cheap[-1], eps, norm, args.backend)
     torch.manual_seed(args.seed)
     x_adv = attack(model, x, y)
@@ -260,7 +263,7 @@ def plot(
         x_adv.cpu().numpy(),
         names,
         args.out / "images.png",
-        f"{title(cheap[-1], norm)}, eps {eps:.4g}, {norm}: what the model says (wrong in orange)",
+        f"{title(cheap[-1], norm)}, eps {eps:.4g}, {norm}: what the model says, wrong in orange",
     )
 
 

@@ -258,8 +258,8 @@ def test_without_the_package(monkeypatch, solid):
 
 @pytest.mark.slow
 def test_both_backends_on_a_trained_resnet(resnet18, cifar10):
-    """200 test images of CIFAR-10 at 1/255: who is fooled by APGD, natural or the reference's."""
-    x, y = (t[:200] for t in cifar10)
+    """40 test images of CIFAR-10 at 1/255, five restarts: who is fooled by whose APGD."""
+    x, y = (t[:40] for t in cifar10)
     torch.set_num_threads(2)
     verdicts = []
     for backend in ("reference", "native"):
@@ -267,4 +267,4 @@ def test_both_backends_on_a_trained_resnet(resnet18, cifar10):
         verdicts.append(wrong(resnet18, attack(resnet18, x, y), y))
     a, b = verdicts
     print(f"fooled: {int(a.sum())} and {int(b.sum())}, {int((a != b).sum())} differ")
-    assert (a != b).sum() <= 2
+    assert (a != b).sum() <= 1

@@ -10,7 +10,14 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from awp_optim.lab.plots import ablations, curve_panels, learning_curves, perturbation_sizes
+from awp_optim.lab.plots import (
+    ablations,
+    accuracy_by_radius,
+    adversarial_images,
+    curve_panels,
+    learning_curves,
+    perturbation_sizes,
+)
 
 
 def run(epochs, evaluated, offset=0.0):
@@ -200,3 +207,22 @@ def test_one_seed_has_no_error_bars(tmp_path, drawn):
     one = {label: {g: seeds[:1] for g, seeds in of.items()} for label, of in SIZES.items()}
     perturbation_sizes(one, tmp_path / "sizes.png")
     assert not any(c.has_yerr for c in drawn[0].axes[0].containers)
+
+
+def test_accuracy_by_radius(tmp_path):
+    points = {name: {0.0: 0.9, 0.1: 0.5, 0.2: 0.0} for name in ("FGSM", "PGD-20")}
+    accuracy_by_radius(points, tmp_path / "a.png", "title", chance=0.1, marked=0.1)
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="at most 4"):
+        accuracy_by_radius({str(i): {0.0: 1.0} for i in range(5)}, tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("n", [1, 8])
+def test_adversarial_images(tmp_path, channels, n):
+    x = np.random.default_rng(0).random((n, channels, 8, 8))
+    names = [("cat", "cat", "dog")] * n
+    for x_adv in (x, (x + 0.03).clip(0, 1)):
+        adversarial_images(x, x_adv, names, tmp_path / "a.png", "title")
+        assert (tmp_path / "a.png").stat().st_size > 3000

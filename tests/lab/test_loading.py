@@ -1,0 +1,171 @@
+"""Classifiers out of files, functions and RobustBench's zoo."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from awp_optim.lab.loading import (
+    from_checkpoint,
+    from_function,
+    from_robustbench,
+    normalized,
+    settings_of,
+)
+from awp_optim.lab.models import Normalize, WideResNet, build_model
+
+MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.25)
+
+
+def small(seed=0, **settings):
+    torch.manual_seed(seed)
+    settings = {"num_classes": 7, "in_channels": 3, "mean": MEAN, "std": STD, **settings}
+    return build_model("preact_resnet_small", **settings).eval()
+
+
+def same(a, b):
+    x = torch.rand(4, 3, 8, 8)
+    with torch.no_grad():
+        return torch.equal(a(x), b(x))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """As the trainer writes it: weights, settings, averaged weights."""
+    config = {"arch": "preact_resnet_small", "activation": "silu", "eps": 0.1}
+    model, ema = small(0, activation="silu"), small(1, activation="silu")
+    path = tmp_path / "best.pt"
+    torch.save({"model": model.state_dict(), "config": config, "ema": ema.state_dict()}, path)
+    return path, model, ema
+
+
+class TestCheckpoint:
+    def test_says_all_itself(self, checkpoint):
+        path, model, ema = checkpoint
+        assert same(from_checkpoint(path), model)
+        assert not from_checkpoint(path).training
+        assert same(from_checkpoint(path, ema=True), ema)
+        assert settings_of(path)["eps"] == 0.1
+
+    def test_a_state_dict_needs_its_network_and_perhaps_a_normalisation(self, tmp_path):
+        path = tmp_path / "weights.pt"
+        model = small()
+        weights = {k: v for k, v in model.state_dict().items() if "normalize" not in k}
+        torch.save(weights, path)
+        assert settings_of(path) == {}
+        with pytest.raises(ValueError, match="give --arch"):
+            from_checkpoint(path)
+        arch = "preact_resnet_small"
+        assert same(from_checkpoint(path, arch=arch, mean=MEAN, std=STD), model)
+        assert not same(from_checkpoint(path, arch=arch), model)
+
+    def test_is_not_normalised_twice(self, checkpoint):
+        with pytest.raises(ValueError, match="holds its own normalisation"):
+            from_checkpoint(checkpoint[0], mean=MEAN, std=STD)
+
+    def test_of_another_network_or_other_classes(self, checkpoint):
+        with pytest.raises(ValueError, match="as preact_resnet18: the weights do not fit"):
+            from_checkpoint(checkpoint[0], arch="preact_resnet18")
+        with pytest.raises(ValueError, match="head for 7 classes, not 3"):
+            from_checkpoint(checkpoint[0], num_classes=3)
+
+    def test_of_a_published_wide_resnet_with_its_unused_block(self, tmp_path):
+        """TRADES' class builds a second first block, which its forward pass does not use."""
+        settings = {"num_classes": 10, "in_channels": 3, "mean": 0.0, "std": 1.0}
+        model = WideResNet(10, 1, **settings).eval()
+        weights = {f"module.{k}": v for k, v in model.state_dict().items() if "norm" not in k}
+        copies = {
+            k.replace("block1.", "sub_block1."): v + 1
+            for k, v in weights.items()
+            if ".block1." in k
+        }
+        assert copies
+        path = tmp_path / "wrn.pt"
+        torch.save(weights | copies, path)
+        assert same(from_checkpoint(path, arch="wide_resnet10_1"), model)
+        torch.save(weights | {"module.sub_block2.w": torch.ones(1)}, path)
+        with pytest.raises(ValueError, match=r"1 unexpected: sub_block2\.w"):
+            from_checkpoint(path, arch="wide_resnet10_1")
+
+
+class TestFunction:
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path, monkeypatch):
+        (tmp_path / "mine_to_load.py").write_text(
+            "from torch import nn\n"
+            "def good():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3), nn.Dropout())\n"
+            "def bad():\n    return 3\n"
+        )
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        yield
+        sys.modules.pop("mine_to_load", None)
+
+    def test_of_the_folder_one_is_in(self):
+        model = from_function("mine_to_load:good")
+        assert not model.training
+        assert model(torch.rand(2, 3, 2, 2)).shape == (2, 3)
+
+    @pytest.mark.parametrize(
+        ("name", "error", "words"),
+        [
+            ("mine_to_load", ValueError, "module:function"),
+            ("mine_to_load:none", ValueError, "no function 'none'"),
+            ("mine_to_load:bad", TypeError, "must return a torch module, not int"),
+            ("not_there_at_all:good", ImportError, "not_there_at_all"),
+        ],
+    )
+    def test_that_is_none(self, name, error, words):
+        with pytest.raises(error, match=words):
+            from_function(name)
+
+
+class TestRobustBench:
+    def test_is_asked_in_its_own_words(self, monkeypatch, tmp_path):
+        model, asked = small(), {}
+
+        def load_model(**kwargs):
+            asked.update(kwargs)
+            if kwargs["model_name"] == "None":
+                raise KeyError("None")
+            return model.train()
+
+        utils = types.SimpleNamespace(load_model=load_model)
+        monkeypatch.setitem(sys.modules, "robustbench", types.SimpleNamespace(utils=utils))
+        monkeypatch.setitem(sys.modules, "robustbench.utils", utils)
+        loaded = from_robustbench("Wu2020Adversarial", "cifar10", "linf", tmp_path)
+        assert loaded is model
+        assert not loaded.training
+        assert asked == {
+            "model_name": "Wu2020Adversarial", "dataset": "cifar10", "threat_model": "Linf",
+            "model_dir": str(tmp_path),
+        }  # fmt: skip
+        from_robustbench("Wu2020Adversarial", "cifar10", "l2", tmp_path)
+        assert asked["threat_model"] == "L2"
+        with pytest.raises(ValueError, match="RobustBench has no model 'None'"):
+            from_robustbench("None", "cifar10", "linf", tmp_path)
+
+    def test_without_the_package(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "robustbench", None)
+        with pytest.raises(ImportError, match="pip install"):
+            from_robustbench("Wu2020Adversarial", "cifar10", "linf", tmp_path)
+
+
+class TestNormalized:
+    def test_puts_it_in_front(self):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        x = torch.rand(2, 3, 2, 2)
+        mean, std = (torch.tensor(t).view(3, 1, 1) for t in (MEAN, STD))
+        expected = model((x - mean) / std)
+        torch.testing.assert_close(normalized(model, MEAN, STD)(x), expected)
+        assert normalized(model, None, None) is model
+
+    def test_refuses_a_second_and_half_a_one(self):
+        with pytest.raises(ValueError, match="normalises its inputs itself"):
+            normalized(nn.Sequential(Normalize(MEAN, STD)), MEAN, STD)
+        with pytest.raises(ValueError, match="both or none"):
+            normalized(nn.Flatten(), MEAN, None)
