@@ -169,3 +169,29 @@ class TestNormalized:
             normalized(nn.Sequential(Normalize(MEAN, STD)), MEAN, STD)
         with pytest.raises(ValueError, match="both or none"):
             normalized(nn.Flatten(), MEAN, None)
+
+
+@pytest.mark.parametrize("unused_block", [False, True])
+def test_robustbenchs_wide_resnet_is_ours(unused_block, tmp_path):
+    """Weights of its architecture, the published TRADES' and RST's, load by our name."""
+    theirs = pytest.importorskip("robustbench.model_zoo.architectures.wide_resnet")
+    torch.manual_seed(0)
+    model = theirs.WideResNet(10, 10, 2, sub_block1=unused_block).eval()
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": model.state_dict()}, path)
+    ours = from_checkpoint(path, arch="wide_resnet10_2")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), model(x))
+
+
+def test_robustbenchs_preact_resnet_is_ours(tmp_path):
+    theirs = pytest.importorskip("robustbench.model_zoo.architectures.resnet")
+    torch.manual_seed(0)
+    model = theirs.PreActResNet(theirs.PreActBlockV2, [2, 2, 2, 2], bn_before_fc=True).eval()
+    path = tmp_path / "weights.pt"
+    torch.save(model.state_dict(), path)
+    ours = from_checkpoint(path, arch="preact_resnet18")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), model(x))
