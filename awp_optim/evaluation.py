@@ -192,8 +192,9 @@ def evaluate(
             pair of tensors 128 at a time.
         device: where the model is, and batches are moved to; None: where its first parameter is.
         progress: show a bar on a terminal, if rich is installed.
-        skip_broken: spare an attack the examples that were broken before. The worst case is the
-            same and sooner known; ``robust`` then falls from attack to attack.
+        skip_broken: spare an attack the examples that were broken before. The worst case is sooner
+            known, and the same but for chance: a random start depends on what else is in the
+            batch. ``robust`` then falls from attack to attack.
         seed: of all attacks; None leaves torch's generators alone, and results to chance.
         state: a file that holds what is done after each attack on each batch. Called again with
             the same, an evaluation goes on from there.

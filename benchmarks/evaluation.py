@@ -48,10 +48,15 @@ def suites(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Contestants]:
     parts = {
         backend: AutoAttack(EPS, backend=backend).parts() for backend in ("reference", "native")
     }
-    spsa: dict[str, Any] = {"eps": 2 / 255, "delta": 0.001, "lr": 0.01}
-    theirs = torchattacks.SPSA(model, **spsa, nb_iter=5, nb_sample=32, max_batch_size=4)
-    ours = SPSA(**spsa, steps=5, samples=32)
-    every = SPSA(**spsa, steps=5, samples=32, drop_fooled=False)
+    spsa: dict[str, Any] = {"delta": 0.001, "lr": 0.01}
+    theirs = {
+        n: torchattacks.SPSA(model, 8 / 255, **spsa, nb_iter=10, nb_sample=32, max_batch_size=n)
+        for n in (64, 4)
+    }
+    ours = {
+        drop: SPSA(8 / 255, **spsa, steps=10, samples=32, drop_fooled=drop)
+        for drop in (False, True)
+    }
     reference = APGDAttack(model, n_iter=20, norm="Linf", eps=EPS, seed=0, device="cpu")
     apgd = torchattacks.APGD(model, eps=EPS, steps=20)
     return {
@@ -69,10 +74,11 @@ def suites(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Contestants]:
             "awp_optim": lambda: APGD(EPS, 20)(model, x, y),
             "awp_optim, drop_fooled": lambda: APGD(EPS, 20, drop_fooled=True)(model, x, y),
         },
-        "SPSA, 5 steps of 32 directions, eps 2/255, 8 images": {
-            "torchattacks": lambda: theirs(*few),
-            "awp_optim, drop_fooled=False": lambda: every(model, *few),
-            "awp_optim": lambda: ours(model, *few),
+        "SPSA, 10 steps of 32 directions, eps 8/255, 8 images": {
+            "torchattacks": lambda: theirs[64](*few),
+            "torchattacks, 32 images a pass": lambda: theirs[4](*few),
+            "awp_optim, drop_fooled=False": lambda: ours[False](model, *few),
+            "awp_optim": lambda: ours[True](model, *few),
         },
         "AutoAttack's apgd-t, 8 images": {
             name: partial(of["apgd-t"], model, *few) for name, of in parts.items()

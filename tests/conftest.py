@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,3 +130,12 @@ def graph_device(request, monkeypatch):
 
     monkeypatch.setitem(graphs.RECORDERS, "cuda", Counting)
     return "cuda", Counting
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tensors as small as most tests' lose more to starting threads than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
