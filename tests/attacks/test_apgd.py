@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from awp_optim.attacks import APGD, FGSM, PGD, Captured
-from awp_optim.attacks.apgd import _Halving, checkpoints
+from awp_optim.attacks.apgd import _Halving, _Sparse, _State, checkpoints
+from awp_optim.attacks.geometry import BALLS
 from awp_optim.attacks.losses import LOSSES, dlr_targeted
 
 EPS = {"linf": 0.012, "l2": 0.1, "l1": 0.5}
@@ -42,6 +43,45 @@ class TestSchedule:
         periods = [b - a for a, b in zip([0, *at], at)]
         assert periods == sorted(periods, reverse=True)
         assert min(periods) >= 1
+
+
+def state(**fields) -> _State:
+    """Of four examples of three elements, at 0.5; the best point is at 0.6 in one element."""
+    x = torch.full((4, 3), 0.5)
+    s = _State.at(x, torch.zeros(4).long(), None, x + 0.3)
+    s.best = x + torch.tensor([0.1, 0, 0])
+    for name, value in fields.items():
+        setattr(s, name, torch.tensor(value))
+    return s
+
+
+class TestStep:
+    def test_is_halved_where_it_does_not_help(self):
+        """By 12 rises of 16 steps at rho 0.75; or if nothing was gained since it was not halved."""
+        s = state(
+            step=[1.0] * 4,
+            rises=[12.0, 13.0, 16.0, 16.0],
+            spared=[False, True, True, False],
+            checked_loss=[1.0, 1.0, 2.0, 2.0],
+            best_loss=[2.0] * 4,
+        )
+        rule = _Halving(BALLS["linf"], 0.1, 100, 0.75)
+        rule.check(s, 57)  # 41 was the checkpoint before
+        assert s.step.tolist() == [0.5, 1.0, 0.5, 1.0]
+        assert s.spared.tolist() == [False, True, False, True]
+        assert s.checked_loss.tolist() == [2.0] * 4
+        assert s.rises.tolist() == [0.0] * 4
+        back = (s.x_adv == s.best).all(1)
+        assert back.tolist() == [True, False, True, False]
+
+    def test_in_l1_starts_again_where_the_best_point_got_sparser(self):
+        s = state(step=[1.0, 0.9, 1.0, 0.1], moved=[3.0, 2.0, 1.0, 1.0])
+        _Sparse(1.0, 100).check(s, 4)
+        torch.testing.assert_close(s.step, torch.tensor([1.0, 1.0, 1 / 1.5, 0.1]))
+        assert s.moved.tolist() == [1.0] * 4
+        torch.testing.assert_close(s.sparsity, torch.full((4,), 1 / 3 / 1.5))
+        back = (s.x_adv == s.best).all(1)
+        assert back.tolist() == [True, True, False, False]
 
 
 def by_the_authors(model, x: Tensor, y: Tensor, norm: str, eps: float, loss: str) -> Tensor:
@@ -177,12 +217,14 @@ class TestContract:
         model, x, y = solid(8)
         model, x = model.to(dtype), x.to(dtype)
         for loss in ("ce", "dlr-targeted"):
-            x_adv = APGD(EPS[norm], 10, norm, loss, restarts=2)(model, x, y)
-            assert (x_adv.dtype, x_adv.shape) == (x.dtype, x.shape)
-            assert (x_adv >= 0).all()
-            assert (x_adv <= 1).all()
-            assert (size(x_adv - x.double(), norm) <= EPS[norm] * (1 + 1e-6)).all()
-            assert (x_adv != x).any()
+            for drop in (False, True):
+                attack = APGD(EPS[norm], 10, norm, loss, restarts=2, drop_fooled=drop)
+                x_adv = attack(model, x, y)
+                assert (x_adv.dtype, x_adv.shape) == (x.dtype, x.shape)
+                assert (x_adv >= 0).all()
+                assert (x_adv <= 1).all()
+                assert (size(x_adv - x.double(), norm) <= EPS[norm] * (1 + 1e-6)).all()
+                assert (x_adv != x).any()
 
     def test_eps_zero_returns_x_and_calls_nothing(self, solid):
         _, x, y = solid(3)

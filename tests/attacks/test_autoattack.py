@@ -154,6 +154,20 @@ def test_its_warnings_are_pythons(solid):
         attack(model, x, y)
 
 
+def test_one_models_warnings_are_not_the_nexts(solid):
+    model, x, y = solid(4)
+
+    def grad(z: Tensor) -> Tensor:
+        return z
+
+    attack = AutoAttack(0.01, version="custom", attacks=("apgd-ce",))
+    with pytest.warns(AutoAttackWarning, match="dynamic defense"):
+        attack(lambda z: model(grad(z)), x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(model, x, y)
+
+
 def test_one_evaluation_records_the_parts(solid, fewer_queries):
     model, x, y = solid()
     attack = AutoAttack(0.006, seed=5)
