@@ -282,3 +282,22 @@ def test_both_backends_on_a_trained_resnet(resnet18, cifar10):
     a, b = verdicts
     print(f"fooled: {int(a.sum())} and {int(b.sum())}, {int((a != b).sum())} differ")
     assert (a != b).sum() <= 1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("version", ["standard", "plus", "custom"])
+def test_native_parts_have_the_references_settings(norm, version):
+    names = ["apgd-ce", "apgd-dlr", "apgd-t"] if version == "custom" else None
+    reference = pyautoattack.AutoAttack(
+        lambda x: x, norm=NORMS[norm], eps=0.1, version=version, attacks=names
+    )
+    attack = AutoAttack(0.1, norm, version, names and tuple(names), "native")
+    for name, part in attack.parts().items():
+        if name.startswith("apgd"):
+            theirs = reference.apgd_targeted if name == "apgd-t" else reference.apgd
+            ours = part._apgd()
+            assert (ours.steps, ours.restarts, ours.rho) == (
+                theirs.n_iter, theirs.n_restarts, theirs.thr_decr,
+            )  # fmt: skip
+            if name == "apgd-t":
+                assert ours.targets == theirs.n_target_classes
