@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -44,6 +45,8 @@ def test_is_a_value():
     assert "loss" not in repr(CW())
     with pytest.raises(dataclasses.FrozenInstanceError):
         CW().eps = 1.0  # type: ignore[misc]
+    whole = CW(steps=numpy.int64(5), restarts=numpy.int64(2), step_size=1)
+    assert repr(whole) == repr(CW(steps=5, restarts=2, step_size=1.0))
     # The step is of the eps that there is, not of one that there was.
     assert dataclasses.replace(CW(), eps=0.1) == CW(eps=0.1)
 
@@ -112,10 +115,11 @@ def test_bad_settings_are_refused(settings, error, match):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # two attacks of 100 steps
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 1 / 255), ("linf", 2 / 255), ("l2", 0.1)])
 def test_robust_accuracy_of_a_trained_resnet(norm, eps, resnet18, cifar10):
     torchattacks = pytest.importorskip("torchattacks")
-    x, y = cifar10
+    x, y = (t[:64] for t in cifar10)
     torch.set_num_threads(os.cpu_count() or 1)
     make = {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[norm]
     peer = make(resnet18, eps=eps, alpha=eps / 4, steps=100)
@@ -127,6 +131,6 @@ def test_robust_accuracy_of_a_trained_resnet(norm, eps, resnet18, cifar10):
     mine = torch.cat([ours(resnet18, x[i : i + 32], y[i : i + 32]) for i in range(0, len(x), 32)])
     with torch.no_grad():
         a, b = (int((resnet18(t).argmax(1) == y).sum()) for t in (mine, theirs))
-    print(f"{norm} {eps:.4f}: {len(x)} right, CW leaves {a}, torchattacks' PGD-100 {b}, of 200")
-    assert a < len(x) - 10
-    assert a <= b + 2  # a point of 200
+    print(f"{norm} {eps:.4f}: {len(x)} right, CW leaves {a}, torchattacks' PGD-100 {b}")
+    assert a < len(x) - 5
+    assert a <= b + 1

@@ -146,7 +146,7 @@ def test_the_mean_over_all_directions_is_the_gradient_of_a_quadratic():
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * d).double()
     queries = _Queries(SPSA(delta=0.3, samples=1), Victim(model, x, y), x)
     change = queries._difference(x, y, corners[None])
-    g = (change.T * corners.T[None]).mean(-1)[0] / 0.6
+    g = (change.unsqueeze(1) * corners).mean(0) / 0.6
     torch.testing.assert_close(g, gradient(model, x, y)[0], atol=1e-12, rtol=0)
 
 
@@ -248,14 +248,16 @@ def test_the_same_examples_are_fooled_whether_dropped_or_not(solid):
     counted.sizes.clear()
     climbed = SPSA(**settings, drop_fooled=False)(counted, x, y)
     assert sum(counted.sizes) == 24 * (1 + 12 * 49)
-    assert passes < sum(counted.sizes)
+    assert passes < 24 + 20 * 12 * 49  # also of those that were fooled on the way
     with torch.no_grad():
         a, b = model(dropped), model(climbed)
     fooled = a.argmax(1) != y
     assert torch.equal(fooled, b.argmax(1) != y)
     assert 2 < int(fooled.sum()) < 24
     assert torch.equal(dropped[-2:], x[-2:])  # misclassified as they are
-    assert bool((LOSSES["cw"](b, y) >= LOSSES["cw"](a, y) - 1e-9).all())
+    more = LOSSES["cw"](b, y) - LOSSES["cw"](a, y)
+    assert more.min() > -1e-9
+    assert more.max() > 1e-3
     torch.testing.assert_close(dropped[~fooled], climbed[~fooled], atol=1e-9, rtol=0)
 
 
