@@ -179,7 +179,7 @@ class APGD(BallAttack):
         end = _End.at(x)
         project = self._ball.projection(x, eps, self.clip)
         s = _State.at(x, y, target, project(start))
-        s.see(*victim.look(s.x_adv, self._loss(s), s.y))
+        s.see(*victim.look(s.x_adv, self._loss(s), s.y, last=last and steps == 1))
         rule.begin(s)
         for i in range(steps):
             if drop and (look_always or i in rule.checkpoints) and bool(s.fooled.any()):
@@ -191,11 +191,11 @@ class APGD(BallAttack):
                 project = self._ball.projection(s.x, eps, self.clip)
             x_new = rule.propose(s, project, first=i == 0)
             s.x_old, s.x_adv = s.x_adv, x_new
-            if i == steps - 1 and not last:  # nothing climbs from here
+            if i == steps - 1:  # nothing climbs from here
                 logits = victim.logits(s.x_adv)
                 s.see(logits, self._loss(s)(logits, s.y), s.g)
             else:
-                s.see(*victim.look(s.x_adv, self._loss(s), s.y, last=last and i == steps - 1))
+                s.see(*victim.look(s.x_adv, self._loss(s), s.y, last=last and i == steps - 2))
             if i + 1 in rule.checkpoints:
                 rule.check(s, i + 1)
         end.note(s)
