@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .apgd import APGD
-from .base import Attack, Victim, one_of, real, whole, without_gradients
+from .base import Attack, Model, Victim, one_of, real, whole, without_gradients
 from .geometry import BALLS
 
 VERSIONS = {
@@ -176,7 +177,7 @@ class _Part(Attack):
         assert y is not None
         if self.eps == 0 or len(x) == 0:
             return x.clone()
-        classes = victim.logits(x[:1]).shape[1]
+        classes = victim.logits(x).shape[1]
         if classes < 2:
             raise ValueError("AutoAttack needs a model of 2 classes or more, this one has 1")
         if classes < CLASSES.get(self.name, 2):
@@ -221,11 +222,19 @@ class _Part(Attack):
             raise ImportError(
                 "AutoAttack needs its reference: pip install 'awp_optim[eval]', or pyautoattack"
             ) from error
-        # The package works on float32 images of three dimensions.
-        images = x.float() if x.ndim == 4 else _as_images(x.float())
+        # The package works on float32 images of three dimensions, contiguous ones in places.
+        images = (x.float() if x.ndim == 4 else _as_images(x.float())).contiguous()
+        height, width = images.shape[2:]
+        if self.name == "square" and self.norm != "linf":
+            images = _fit_for_square(images)
+
+        def forward(z: Tensor) -> Tensor:
+            z = z[..., :height, :width].reshape(-1, *x.shape[1:])
+            return victim.forward(z.to(victim.dtype)).float()
 
         def model(z: Tensor) -> Tensor:
-            return victim.forward(z.reshape(-1, *x.shape[1:]).to(victim.dtype)).float()
+            logits: Tensor = _Apart.apply(z, forward, self.name == "fab")
+            return logits
 
         custom = self.version == "custom"
         reference = pyautoattack.AutoAttack(
@@ -249,11 +258,64 @@ class _Part(Attack):
         finally:
             sys.settrace(trace)
         project = BALLS[self.norm].projection(x, self.eps, self.clip)  # it overshoots by rounding
-        return project(found.reshape(x.shape))
+        found = project(found[..., :height, :width].reshape(x.shape))
+        # A model that gives NaN can lead it there, too.
+        finite = found.isfinite().flatten(1).all(1) if x.ndim > 1 else found.isfinite()
+        return torch.where(finite.view(-1, *[1] * (x.ndim - 1)), found, x)
 
 
 class _BlindPart(_Part):
     uses_gradients: ClassVar[bool] = False
+
+
+class _Apart(torch.autograd.Function):
+    """The model, so that a backward pass reaches its input and nothing else.
+
+    The package calls ``backward``, which would add to the weights' gradients, also to those of a
+    function's model, which nobody can see; it views gradients as if they were contiguous; and it
+    writes to logits, which may be a view of the input.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, model: Model, again: bool) -> Tensor:
+        ctx.again = again  # whether several backward passes follow
+        with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+            ctx.z = z.detach().requires_grad_(ctx.needs_input_grad[0])
+            # The view as in Victim.gradient.
+            ctx.logits = model(ctx.z.view_as(ctx.z))
+        if ctx.needs_input_grad[0] and not ctx.logits.requires_grad:
+            raise ValueError(
+                "the model's logits do not depend on its input through autograd, so there is no"
+                " gradient to climb; does its forward pass detach, or run under torch.no_grad()?"
+            )
+        return torch.clone(ctx.logits.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (g,) = torch.autograd.grad(ctx.logits, ctx.z, gradients[0], retain_graph=ctx.again)
+        return g.clone(memory_format=torch.contiguous_format), None, None
+
+
+def _fit_for_square(images: Tensor) -> Tensor:
+    """Images padded below and to the right until Square can tile them; most are as they are.
+
+    In L2 and L1 it starts from tiles of a fifth of the height, which must not overhang.
+    """
+
+    def fits(height: int, width: int) -> bool:
+        tile = height // 5
+        if tile < 2:  # single pixels cannot overhang
+            return tile == 1
+        margin = (height - 5 * tile) // 2
+        return all(margin + n // tile * tile <= n for n in (height, width))
+
+    height, width = images.shape[2:]
+    if fits(height, width):
+        return images
+    side = max(height, width)
+    while not fits(side, side):
+        side += 1
+    return F.pad(images, (0, side - width, 0, side - height))
 
 
 def _as_images(x: Tensor) -> Tensor:

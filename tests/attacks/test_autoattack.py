@@ -26,13 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::awp_optim.attacks.AutoAttackWar
 @pytest.fixture
 def fewer_queries(monkeypatch) -> None:
     """Square's 5000 queries take most of the time."""
-    build = pyautoattack.AutoAttack._set_version
+    build = pyautoattack.AutoAttack.__init__
 
-    def patched(self, version="standard"):
-        build(self, version)
+    def patched(self, *args, **settings):
+        build(self, *args, **settings)
         self.square.n_queries = 50
 
-    monkeypatch.setattr(pyautoattack.AutoAttack, "_set_version", patched)
+    monkeypatch.setattr(pyautoattack.AutoAttack, "__init__", patched)
 
 
 def by_the_reference(model, x: Tensor, y: Tensor, norm: str, eps: float, **settings) -> Tensor:
@@ -215,6 +215,73 @@ class TestOddModels:
         if len(shape) != 2:
             with pytest.warns(AutoAttackWarning, match="square is left out"):
                 AutoAttack(0.4, version="custom", attacks=("square",))(model, x, y)
+
+    @pytest.mark.parametrize("norm", EPS)
+    def test_channels_last_is_attacked_alike(self, norm, solid, fewer_queries):
+        model, x, y = solid(6)
+        for name in ("apgd-ce", "apgd-dlr", "fab-t", "square"):
+            attack = AutoAttack(EPS[norm], norm, "custom", (name,))
+            plain = attack(model, x, y)
+            laid_out = x.contiguous(memory_format=torch.channels_last)
+            turned = attack(model.to(memory_format=torch.channels_last), laid_out, y)
+            assert turned.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(turned, plain, atol=1e-4, rtol=0)
+            model.to(memory_format=torch.contiguous_format)
+
+    @pytest.mark.parametrize("name", ["apgd-t", "fab", "fab-t"])
+    def test_a_functions_weights_get_no_gradients(self, name, solid):
+        model, x, y = solid(4)
+        AutoAttack(0.01, version="custom", attacks=(name,))(lambda z: model(z), x, y)
+        assert all(p.grad is None for p in model.parameters())
+
+    @pytest.mark.parametrize("name", ["apgd-ce", "fab", "fab-t", "square"])
+    def test_logits_that_are_a_view_of_the_input(self, name):
+        """Margins below 2 * eps fall, and only these: the package writes to logits it was given."""
+        g = torch.Generator().manual_seed(3)
+        x = 0.2 + 0.6 * torch.rand(12, 5, 1, 1, generator=g)
+        first, second = x.flatten(1).topk(2).values.T
+        y = x.flatten(1).argmax(1)
+        x_adv = AutoAttack(0.05, version="custom", attacks=(name,))(lambda z: z.flatten(1), x, y)
+        assert torch.equal(x_adv.flatten(1).argmax(1) != y, first - second < 0.1)
+
+    @pytest.mark.parametrize("size", [(3, 3), (4, 4), (12, 12), (14, 14), (12, 8), (8, 12)])
+    @pytest.mark.parametrize("norm", ["l2", "l1"])
+    def test_square_on_images_of_any_size(self, norm, size, fewer_queries):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), torch.rand(4, 3, *size)
+        y = model(x).argmax(1)
+        x_adv = AutoAttack(5.0, norm, "custom", ("square",))(model, x, y)
+        assert x_adv.shape == x.shape
+        apart = torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), P[norm], dim=1)
+        assert (apart <= 5 * (1 + 1e-6)).all()
+        assert wrong(model, x_adv, y).any()
+
+    def test_batchnorm_in_train_mode(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+        x = torch.rand(6, 3, 4, 4)
+        attack = AutoAttack(0.01, version="custom", attacks=("apgd-ce",), model_mode="train")
+        assert attack(model, x, model(x).argmax(1)).isfinite().all()
+
+    @pytest.mark.parametrize("norm", EPS)
+    def test_nan_at_some_points(self, norm, solid):
+        model, x, _ = solid(12)
+        x[:, 0, 0, 0] = 0.501  # a step away from where the model says nothing
+        y = model(x).argmax(1)
+
+        def torn(z: Tensor) -> Tensor:
+            logits = model(z)
+            return torch.where(z.flatten(1)[:, :1] > 0.5, logits, logits * torch.nan)
+
+        for name in ("apgd-ce", "apgd-t"):
+            x_adv = AutoAttack(EPS[norm], norm, "custom", (name,))(torn, x, y)
+            assert x_adv.isfinite().all()
+
+    def test_no_gradient_to_climb(self, solid):
+        model, x, y = solid(4)
+        attack = AutoAttack(0.01, version="custom", attacks=("apgd-ce",))
+        with pytest.raises(ValueError, match="no gradient to climb"):
+            attack(lambda z: model(z.detach()).detach(), x, y)
 
     def test_none_or_one_left(self, solid):
         model, x, y = solid(6)
