@@ -33,8 +33,9 @@ class APGD(BallAttack):
     https://arxiv.org/abs/2103.01208): sparse steps inside the ball cut by the box, the radius
     falling from 3 eps over 2 eps to eps. An image that the model gets wrong as it is comes back as
     it is. The others come back at a misclassified iterate if there was one, else at the highest
-    loss seen. It costs ``steps + 1`` forward and ``steps`` backward passes a run, and one forward
-    pass. How to call it: see :meth:`Attack.__call__`; labels are class indices.
+    loss seen. It costs ``steps + 1`` forward and ``steps`` backward passes a run, in L_1 two
+    forward passes more, and one forward pass at ``x``. How to call it: see
+    :meth:`Attack.__call__`; labels are class indices.
 
     Args:
         eps: radius of the ball, at least 0, in the units of the input. At 0 the input is returned
@@ -97,6 +98,7 @@ class APGD(BallAttack):
         fooled = logits.argmax(1) != y
         x_adv, loss = x.clone(), torch.full_like(logits[:, 0], -torch.inf, dtype=torch.float32)
         runs = list(self._runs(logits, y))
+        self._loss(runs[0])(logits, y)  # refuses too few classes, whoever is fooled
         for i, target in enumerate(runs):
             start = x + self._start(x)  # of all examples, that none's depends on the others
             rows = torch.arange(len(x), device=x.device)
@@ -126,7 +128,7 @@ class APGD(BallAttack):
         for target in wrong.topk(max(n, 0), dim=1).indices.unbind(1):
             yield from [target] * self.restarts
         if n <= 0:
-            yield torch.zeros_like(y)  # for the loss to say what is wrong
+            yield y  # for the loss to say what is wrong
 
     def _start(self, x: Tensor) -> Tensor:
         """A random offset: on the ball's surface, as the authors draw it; in L_1 not yet cut."""
@@ -179,7 +181,7 @@ class APGD(BallAttack):
         end = _End.at(x)
         project = self._ball.projection(x, eps, self.clip)
         s = _State.at(x, y, target, project(start))
-        s.see(*victim.look(s.x_adv, self._loss(s), s.y, last=last and steps == 1))
+        s.see(*victim.look(s.x_adv, self._loss(s.target), s.y, last=last and steps == 1))
         rule.begin(s)
         for i in range(steps):
             if drop and (look_always or i in rule.checkpoints) and bool(s.fooled.any()):
@@ -193,17 +195,20 @@ class APGD(BallAttack):
             s.x_old, s.x_adv = s.x_adv, x_new
             if i == steps - 1:  # nothing climbs from here
                 logits = victim.logits(s.x_adv)
-                s.see(logits, self._loss(s)(logits, s.y), s.g)
+                s.see(logits, self._loss(s.target)(logits, s.y), s.g)
             else:
-                s.see(*victim.look(s.x_adv, self._loss(s), s.y, last=last and i == steps - 2))
+                s.see(
+                    *victim.look(s.x_adv, self._loss(s.target), s.y, last=last and i == steps - 2)
+                )
             if i + 1 in rule.checkpoints:
                 rule.check(s, i + 1)
         end.note(s)
         return end
 
-    def _loss(self, s: _State) -> Loss:
+    def _loss(self, target: Tensor | None) -> Loss:
         if self.loss == TARGETED:
-            return partial(dlr_targeted, target=s.target)
+            assert target is not None  # _runs gives one
+            return partial(dlr_targeted, target=target)
         return LOSSES[self.loss]
 
 

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from awp_optim.attacks import APGD, FGSM, PGD, Captured
 from awp_optim.attacks.apgd import _Halving, _Sparse, _State, checkpoints
@@ -322,6 +323,71 @@ class TestContract:
         _, gradients = APGD(0.03, 5).with_weight_gradients(model, x, y, weights)
         assert all(g.isfinite().all() and g.any() for g in gradients)
 
+    @pytest.mark.parametrize("norm", EPS)
+    @pytest.mark.parametrize("steps", [3, 6])
+    def test_weight_gradients_are_those_before_the_last_step(self, norm, steps, solid):
+        model, x, y = solid(6)
+        weights, shown = list(model.parameters()), []
+        model.register_forward_pre_hook(lambda m, inputs: shown.append(inputs[0].detach()))
+        attack = APGD(EPS[norm], steps, norm, restarts=2)
+        _, gradients = attack.with_weight_gradients(model, x, y, weights)
+        with torch.enable_grad():
+            loss = LOSSES["ce"](model(shown[-2]), y).sum()  # of [..., before the last, the last]
+        expected = torch.autograd.grad(loss, weights)
+        torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("norm", EPS)
+    @pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
+    def test_costs_what_it_says(self, norm, loss, solid):
+        model, x, y = solid(4)
+        with FlopCounterMode(display=False) as one, torch.no_grad():
+            model(x)
+        for restarts in (1, 3):
+            with FlopCounterMode(display=False) as counted:
+                APGD(EPS[norm], 10, norm, loss, restarts=restarts, targets=1)(model, x, y)
+            # A backward pass to the input costs as much as a forward pass.
+            runs = restarts * (10 + 1 + 10 + (2 if norm == "l1" else 0))
+            assert counted.get_total_flops() == (1 + runs) * one.get_total_flops()
+
+    @pytest.mark.parametrize("norm", EPS)
+    @pytest.mark.parametrize("loss", ["ce", "cw", "dlr", "dlr-targeted"])
+    def test_no_value_is_read_where_that_is_not_free(self, norm, loss):
+        # On "meta" there are no values: whoever reads one fails.
+        x, y = torch.rand(4, 12, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+        x_adv = APGD(0.1, 30, norm, loss, restarts=2)(lambda z: z[:, :5] * 2, x, y)
+        assert x_adv.shape == x.shape
+
+    @pytest.mark.parametrize("drop", [False, True])
+    @pytest.mark.parametrize("norm", EPS)
+    @pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
+    @pytest.mark.parametrize("kind", ["nan", "inf", "zero", "nan gradient"])
+    def test_a_model_that_blows_up_leaves_nothing_outside(self, drop, norm, loss, kind):
+        w, x, y = torch.randn(12, 5), torch.rand(4, 12), torch.tensor([0, 1, 2, 0])
+
+        def model(z: Tensor) -> Tensor:
+            logits = z @ w
+            if kind == "nan gradient":
+                return (logits - logits.detach()).abs().sqrt()  # infinite slope times zero
+            return logits * {"nan": torch.nan, "inf": torch.inf, "zero": 0.0}[kind]
+
+        x_adv = APGD(0.1, 10, norm, loss, drop_fooled=drop)(model, x, y)
+        assert ((x_adv >= 0) & (x_adv <= 1)).all()
+        assert (size(x_adv - x, norm) <= 0.1 * (1 + 1e-6)).all()
+
+    @pytest.mark.parametrize("norm", EPS)
+    def test_layouts(self, norm, solid):
+        model, x, y = solid(6)
+        attack = APGD(EPS[norm], 6, norm)
+        torch.manual_seed(0)
+        plain = attack(model, x, y)
+        torch.manual_seed(0)
+        last = attack(model, x.to(memory_format=torch.channels_last), y)
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(wrong(model, last, y), wrong(model, plain, y))
+        assert attack(model, x[::2], y[::2]).shape == x[::2].shape
+        numbers = attack(lambda z: torch.stack([z, 1 - z], 1), torch.rand(3), torch.zeros(3).long())
+        assert numbers.shape == (3,)
+
     def test_a_loss_that_is_not_a_number_loses(self, solid):
         model, x, y = solid(6)
         calls = []
@@ -374,6 +440,13 @@ class TestSettings:
         x, y = make_images(3)
         with pytest.raises(ValueError, match=f"compares {least} classes or more"):
             APGD(loss=loss, steps=5)(make_cnn(classes=classes), x, y * 0)
+
+    @pytest.mark.parametrize("loss", ["dlr", "dlr-targeted"])
+    def test_too_few_classes_where_all_are_fooled(self, loss, make_images):
+        x, y = make_images(3)
+        always_1 = lambda z: z.flatten(1)[:, :2] + torch.tensor([0.0, 9.0])  # noqa: E731
+        with pytest.raises(ValueError, match="classes or more, but the model has 2"):
+            APGD(loss=loss, drop_fooled=True)(always_1, x, y * 0)
 
     def test_as_many_targets_as_there_are_others(self, make_cnn, make_images):
         x, _ = make_images(3)
