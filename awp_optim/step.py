@@ -135,7 +135,7 @@ class AdversarialStep:
             )
         if ascent not in ASCENTS:
             raise ValueError(f"ascent must be one of {ASCENTS}, got {ascent!r}")
-        if ascent == "attack" and not isinstance(attack, BallAttack):
+        if ascent == "attack" and not (isinstance(attack, BallAttack) and attack.uses_gradients):
             raise ValueError(
                 "ascent='attack' needs an attack that takes gradients, such as PGD, got "
                 f"{attack!r:.80}"

@@ -19,6 +19,7 @@ import hashlib
 import json
 import platform
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -46,7 +48,16 @@ from awp_optim.lab.loading import (
 )
 from awp_optim.lab.models import MODELS
 from awp_optim.lab.plots import accuracy_by_radius, adversarial_images
-from awp_optim.lab.tables import as_csv, as_json, as_markdown, per_attack, per_example, title
+from awp_optim.lab.tables import (
+    as_csv,
+    as_json,
+    as_report,
+    findings,
+    per_attack,
+    per_example,
+    radius,
+    title,
+)
 
 DEFAULT_ATTACKS = "fgsm,pgd20,pgd100,cw"
 ATTACKS = (
@@ -64,6 +75,14 @@ def number(text: str) -> float:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no number, such as 8/255") from error
+
+
+def radii(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them, none below 0."""
+    values = tuple(sorted({number(part) for part in text.split(",")}))
+    if values[0] < 0:
+        raise argparse.ArgumentTypeError(f"radii must not be negative, got {text}")
+    return values
 
 
 def positive(text: str) -> int:
@@ -86,29 +105,51 @@ def parse_args() -> argparse.Namespace:
     add(
         "--arch",
         help=f"the checkpoint's network (its own): {', '.join(sorted(MODELS))}, wide_resnetD_W,"
-        " torchvision/NAME",
+        " torchvision/NAME; or as in papers, WideResNet-34-10",
     )
     add("--num-classes", type=positive, help="the checkpoint's classes (as many as its head has)")
     add("--ema", action="store_true", help="the checkpoint's averaged weights")
-    add("--mean", type=number, nargs="+", help="normalise with it, a number a channel")
-    add("--std", type=number, nargs="+", help="the same")
+    add(
+        "--mean",
+        type=number,
+        nargs="+",
+        help="normalise with it, a number a channel, if the model does not (no normalisation)",
+    )
+    add("--std", type=number, nargs="+", help="the same; both or none")
 
     add("--attacks", default=DEFAULT_ATTACKS, help=f"of {ATTACKS} (%(default)s)")
     add("--eps", type=number, help="radius, of images in [0, 1] (the run's, or 8/255)")
     add("--norm", choices=("linf", "l2", "l1"), help="(the run's, or linf); l1: APGD, AutoAttack")
-    add("--backend", choices=("reference", "native"), default="reference", help="of AutoAttack's")
-    add("--skip-broken", action="store_true", help="spare attacks the images broken before")
+    add(
+        "--backend",
+        choices=("reference", "native"),
+        default="reference",
+        help="of AutoAttack: its authors' package, or faster APGD parts of ours (reference)",
+    )
+    add(
+        "--skip-broken",
+        action="store_true",
+        help="spare attacks the images broken before, for a sooner worst case",
+    )
     add("--seed", type=int, default=0, help="(%(default)s)")
 
     add("--dataset", choices=DATASETS, help="its test images (the run's, or cifar10)")
     add("--data-dir", type=Path, default=Path("data"), help="(%(default)s)")
+    add("--image-size", type=positive, help="side to resize the images of a folder to")
     add("--limit", type=positive, help="use this many test images at the most")
     add("--batch-size", type=positive, default=128, help="(%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
 
     add("--out", type=Path, default=Path("evaluation"), help="folder of results (%(default)s)")
     add("--resume", action="store_true", help="go on with the evaluation in --out")
-    add("--plot", action="store_true", help="draw curves.png, accuracy by eps, and images.png")
+    add(
+        "--plot",
+        type=radii,
+        nargs="?",
+        const=(),
+        metavar="EPS,EPS,...",
+        help="draw curves.png, accuracy by eps (0 to 8 times --eps), and images.png",
+    )
     return parser.parse_args()
 
 
@@ -172,6 +213,30 @@ def run_settings(args: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
+def load_data(args: argparse.Namespace, dataset: str) -> ImageData:
+    if args.image_size is not None and dataset != "folder":
+        raise ValueError("--image-size is for --dataset folder")
+    options = {} if args.image_size is None else {"size": args.image_size}
+    data = load_dataset(dataset, args.data_dir, **options)
+    if args.limit is not None:
+        data = data.limit(min(args.limit, len(data.x_train)), min(args.limit, len(data.x_test)))
+    return data
+
+
+def refuse(state: Path) -> None:
+    """Raise ValueError if there are results of an evaluation; remove one that never got to any."""
+    if not state.exists():
+        return
+    content = state.read_bytes()
+    only_settings = content.count(b"\n") <= 1 and content.startswith(b'{"evaluation":')
+    if content and not only_settings:
+        raise ValueError(
+            f"{state.parent} already holds an evaluation: go on with --resume, or choose another"
+            " --out"
+        )
+    state.unlink()
+
+
 def load_model(args: argparse.Namespace, data: ImageData, dataset: str, norm: str) -> nn.Module:
     if args.checkpoint is not None:
         return from_checkpoint(
@@ -187,8 +252,12 @@ def load_model(args: argparse.Namespace, data: ImageData, dataset: str, norm: st
         raise ValueError("--arch, --num-classes and --ema go with --checkpoint")
     if args.model is not None:
         return normalized(from_function(args.model), args.mean, args.std)
-    model = from_robustbench(args.robustbench, dataset, norm, args.data_dir / "robustbench")
-    return normalized(model, args.mean, args.std)
+    if args.mean or args.std:
+        raise ValueError(
+            "RobustBench's models take images in [0, 1] and normalise them themselves: leave --mean"
+            " and --std away"
+        )
+    return from_robustbench(args.robustbench, dataset, norm, args.data_dir / "robustbench")
 
 
 def about(args: argparse.Namespace, dataset: str, eps: float, norm: str) -> dict[str, Any]:
@@ -197,7 +266,7 @@ def about(args: argparse.Namespace, dataset: str, eps: float, norm: str) -> dict
     if args.checkpoint is not None:
         checksum = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     return {
-        "command": " ".join(["examples/evaluate.py", *sys.argv[1:]]),
+        "command": shlex.join(["examples/evaluate.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "checkpoint_sha256": checksum,
         "dataset": dataset,
@@ -230,11 +299,12 @@ def plot(
         cheap = ["pgd20"] if norm != "l1" else ["apgd"]
     few = Batches(data.x_test[:CURVE_IMAGES], data.y_test[:CURVE_IMAGES], args.batch_size)
     points: dict[str, dict[float, float]] = {title(name, norm): {} for name in cheap}
-    for radius in (scale * eps for scale in CURVE if scale * eps <= 1 or norm != "linf"):
-        at = {name: make_attack(name, radius, norm, args.backend) for name in cheap}
+    scales = [scale * eps for scale in CURVE if scale * eps <= 1 or norm != "linf"]
+    for at_eps in args.plot or scales:
+        at = {name: make_attack(name, at_eps, norm, args.backend) for name in cheap}
         result = evaluate(model, few, at, device=args.device, checks=False, seed=args.seed)
         for name, accuracy in result.robust.items():
-            points[title(name, norm)][radius] = accuracy
+            points[title(name, norm)][at_eps] = accuracy
     name = args.checkpoint or args.model or args.robustbench
     accuracy_by_radius(
         points,
@@ -263,25 +333,22 @@ def plot(
         x_adv.cpu().numpy(),
         names,
         args.out / "images.png",
-        f"{title(cheap[-1], norm)}, eps {eps:.4g}, {norm}: what the model says, wrong in orange",
+        f"{title(cheap[-1], norm)}, eps {radius(eps)}, {norm}: what the model says, wrong: orange",
     )
 
 
-def report(console: Console, r: Evaluation, norm: str) -> None:
+def report(console: Console, r: Evaluation, about: str, norm: str) -> None:
     head, *rows = per_attack(r, norm)
-    table = Table(title=f"Accuracy on {r.n} images" + (", attacks in turn" * r.skip_broken))
-    table.add_column(head[0], no_wrap=True)
-    for column in head[1:]:
-        table.add_column(column, justify="right")
+    table = Table(title=escape(about))
+    for i, column in enumerate(head):
+        widest = max(len(row[i]) for row in rows)  # only the head is broken on a narrow terminal
+        table.add_column(column, justify="right" if i else "left", min_width=widest)
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == title("worst_case") else None)
     console.print(table)
-    for finding in r.warnings:
-        console.print(
-            f"[bold]warning[/] ({finding.check}): {finding.message}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    if r.warnings:
+        console.print("[bold]Warnings[/], which make these figures doubtful:")
+        console.print(findings(r), markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -292,16 +359,21 @@ def main() -> None:
         config = run_settings(args)
         eps = args.eps if args.eps is not None else config.get("eps", 8 / 255)
         norm = args.norm or config.get("norm", "linf")
-        dataset = args.dataset or config.get("dataset", "cifar10")
-        attacks = make_attacks(args.attacks, eps, norm, args.backend)
-        if state.exists() and not args.resume:
+        if norm == "linf" and eps > 1:
             raise ValueError(
-                f"{args.out} already holds an evaluation: go on with --resume, or choose another"
-                " --out"
+                f"eps {eps:g} is more than the images' whole range, [0, 1]: for 8 of 255 levels"
+                " give --eps 8/255"
             )
-        data = load_dataset(dataset, args.data_dir)
-        if args.limit is not None:
-            data = data.limit(min(args.limit, len(data.x_train)), min(args.limit, len(data.x_test)))
+        dataset = args.dataset or config.get("dataset", "cifar10")
+        if dataset not in DATASETS:
+            raise ValueError(
+                f"the run's data set {dataset!r} is one's own: give --dataset folder or npz, and"
+                " its place with --data-dir"
+            )
+        attacks = make_attacks(args.attacks, eps, norm, args.backend)
+        if not args.resume:
+            refuse(state)
+        data = load_data(args, dataset)
         model = load_model(args, data, dataset, norm).to(args.device)
         args.out.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -316,18 +388,21 @@ def main() -> None:
                 state=state,
             )
         name = args.robustbench or args.model or str(args.checkpoint)
+        what = f"{name} on {data.name}: {r.n} test images, {norm}, eps {radius(eps)}"
+        if r.skip_broken:
+            what += "; each attack on what those before left"
         write(args.out / "results.json", as_json(r, about(args, dataset, eps, norm)))
         write(args.out / "results.csv", as_csv(r))
-        write(args.out / "results.md", as_markdown(r, name, norm) + "\n")
+        write(args.out / "results.md", as_report(r, what, name, norm))
         write(args.out / "record.csv", per_example(r))
-        report(console, r, norm)
-        if args.plot:
+        report(console, r, what, norm)
+        if args.plot is not None:
             plot(args, model, data, attacks, eps, norm, r)
     except KeyboardInterrupt:
         sys.exit(f"Stopped; go on with --resume. What is done is in {state}.")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    console.print(f"All in {args.out}.", highlight=False, soft_wrap=True)
+    console.print(f"All in {args.out}.", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

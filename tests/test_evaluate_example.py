@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +49,7 @@ def start(run_folder, monkeypatch, capsys):
     """Runs the script here; returns its exit status and what it says."""
     spec = importlib.util.spec_from_file_location("evaluate_example", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "evaluate_example", module)
     spec.loader.exec_module(module)
 
     def start(*args, checkpoint=True):
@@ -81,9 +84,13 @@ def test_a_checkpoint_says_all_but_the_attacks(run_folder, start):
     assert content["natural"] == r.natural
     assert content["robust"]["pgd5"] == r.robust["pgd5"]
     assert 0 < r.robust["pgd5"] < r.natural
+    what = "best.pt on digits: 60 test images, linf, eps 0.1"
+    assert what in " ".join(said.split())
     table = (out / "results.md").read_text().splitlines()
-    assert table[0] == "|  | Natural | FGSM | PGD-5 | APGD-CE | worst case |"
-    assert f"| {100 * r.natural:.2f} |" in table[2]
+    assert table[0] == what
+    assert table[2] == "|  | Natural | FGSM | PGD-5 | APGD-CE | worst case |"
+    assert f"| {100 * r.natural:.2f} |" in table[4]
+    assert table[7].startswith("| attack | accuracy | 95% interval | broken first |")
     assert len(list(csv.reader((out / "record.csv").open()))) == 61
     assert (out / "curves.png").stat().st_size > 5000
 
@@ -114,7 +121,7 @@ def test_a_function_of_ones_own(start, run_folder):
     assert "go with --checkpoint" in status
 
 
-def test_warnings_are_printed_with_what_to_do(start, run_folder):
+def test_warnings_are_printed_with_what_to_do(start, run_folder, monkeypatch):
     (run_folder[0] / "masked_model.py").write_text(
         "import torch\nfrom torch import nn\n"
         "class Round(nn.Module):\n"
@@ -128,8 +135,19 @@ def test_warnings_are_printed_with_what_to_do(start, run_folder):
         "--model", "masked_model:make", "--dataset", "digits", "--attacks", "fgsm", "--limit", 80,
         checkpoint=False,
     )  # fmt: skip
-    assert "warning (vanishing)" in said
+    assert "Warnings, which make these figures doubtful:\n" in said
+    assert "\n- vanishing: " in said
+    assert "\n- vanishing: " in (run_folder[0] / "evaluation" / "results.md").read_text()
     assert "BPDA" in said
+
+    # What is in brackets is no markup.
+    module = sys.modules["evaluate_example"]
+    monkeypatch.setattr(module, "findings", lambda r: "- some: images in [lo, hi] [bold]")
+    _, said = start(
+        "--model", "masked_model:make", "--dataset", "digits", "--attacks", "fgsm", "--limit", 80,
+        "--resume", checkpoint=False,
+    )  # fmt: skip
+    assert "- some: images in [lo, hi] [bold]\n" in said
 
 
 @pytest.mark.parametrize(
@@ -137,6 +155,11 @@ def test_warnings_are_printed_with_what_to_do(start, run_folder):
     [
         (("--attacks", "fgsm,nope"), "no attack 'nope'; there are: fgsm"),
         (("--attacks", "fgsm,fgsm"), "names fgsm twice"),
+        (("--attacks", "autoattack,aa"), "names autoattack twice"),
+        (("--attacks", "pgd0"), "no attack 'pgd0'"),
+        (("--eps", "8"), "for 8 of 255 levels give --eps 8/255"),
+        (("--eps=-1/255",), "eps must not be negative"),
+        (("--image-size", "8"), "--image-size is for --dataset folder"),
         (("--attacks", "pgd20", "--norm", "l1"), "norm must be one of 'linf', 'l2'"),
         (("--mean", "0.5", "--std", "0.5"), "holds its own normalisation"),
         (("--arch", "preact_resnet18"), "do not fit"),
@@ -152,6 +175,86 @@ def test_mistakes_are_said_before_anything_is_written(args, words, start, run_fo
     assert status.startswith("error: ")
     assert words in status
     assert not (run_folder[0] / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--eps", "8/0"),
+        ("--eps", "much"),
+        ("--plot", "0.1,-0.1"),
+        ("--plot", "a"),
+        ("--limit", "0"),
+    ],
+)
+def test_what_is_no_number(option, value, start, capsys):
+    status, _ = start(f"{option}={value}")
+    assert status == 2
+
+
+def test_models_of_robustbench_normalise_themselves(start, run_folder, monkeypatch):
+    _, model, _ = run_folder
+    utils = types.SimpleNamespace(load_model=lambda **kwargs: model)
+    monkeypatch.setitem(sys.modules, "robustbench", types.SimpleNamespace(utils=utils))
+    monkeypatch.setitem(sys.modules, "robustbench.utils", utils)
+    args = ("--robustbench", "Some2020Model", "--dataset", "digits", "--attacks", "fgsm")
+    status, _ = start(*args, "--mean", 0.5, "--std", 0.5, checkpoint=False)
+    assert "leave --mean and --std away" in status
+    status, said = start(*args, "--limit", 20, checkpoint=False)
+    assert status is None
+    assert "Some2020Model on digits: 20 test images" in said
+
+
+def test_a_run_on_data_of_ones_own_needs_them_named(start, run_folder):
+    folder, _, data = run_folder
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dataset": "mine"}))
+    status, _ = start("--attacks", "fgsm")
+    assert status == (
+        "error: the run's data set 'mine' is one's own: give --dataset folder or npz, and its place"
+        " with --data-dir"
+    )
+    arrays = {k: getattr(data.limit(40, 40), k).numpy() for k in ("x_train", "x_test")}
+    labels = {k: getattr(data.limit(40, 40), k).numpy() for k in ("y_train", "y_test")}
+    np.savez(folder / "mine.npz", **arrays, **labels)
+    assert start("--attacks", "fgsm", "--dataset", "npz", "--data-dir", "mine.npz")[0] is None
+
+
+def test_a_folder_of_images_is_resized(start, run_folder):
+    image = pytest.importorskip("PIL.Image")
+    folder, _, data = run_folder
+    for i, (x, y) in enumerate(zip(data.x_test[:60], data.y_test[:60])):
+        (folder / "tree" / str(int(y))).mkdir(parents=True, exist_ok=True)
+        side = 16 + 8 * (i % 2)
+        image.fromarray(x[0].numpy()).resize((side, side)).save(folder / f"tree/{int(y)}/{i}.png")
+    args = ("--attacks", "fgsm", "--dataset", "folder", "--data-dir", "tree")
+    assert "give the size to resize all of them to" in start(*args)[0]
+    status, said = start(*args, "--image-size", 8)
+    assert status is None
+    assert "best.pt on tree: " in " ".join(said.split())
+
+
+def test_an_evaluation_that_failed_at_once_is_not_in_the_way(start, run_folder):
+    folder, _, data = run_folder
+    x = data.x_test[:12].numpy()
+    np.savez(folder / "many.npz", x_train=x, y_train=np.arange(12), x_test=x, y_test=np.arange(12))
+    status, _ = start("--attacks", "fgsm", "--dataset", "npz", "--data-dir", "many.npz")
+    assert "not among the model's 10 classes" in status
+    assert start("--attacks", "pgd2", "--limit", 20)[0] is None
+
+
+def test_the_radii_of_the_curves_can_be_given(start, run_folder, monkeypatch):
+    drawn = {}
+    module = sys.modules["evaluate_example"]
+    monkeypatch.setattr(
+        module, "accuracy_by_radius", lambda points, *args, **kwargs: drawn.update(points)
+    )
+    assert start("--attacks", "fgsm,pgd3", "--limit", 20, "--plot", "0.05,0,51/255")[0] is None
+    assert {name: list(at) for name, at in drawn.items()} == {
+        "FGSM": [0.0, 0.05, 0.2],
+        "PGD-3": [0.0, 0.05, 0.2],
+    }
+    assert drawn["FGSM"][0.0] >= drawn["FGSM"][0.05] >= drawn["FGSM"][0.2]
 
 
 def test_a_second_evaluation_there_is_refused(start, run_folder):
@@ -190,5 +293,10 @@ def test_goes_on_after_a_kill(run_folder):
     subprocess.run(
         command("killed", "--resume"), cwd=folder, check=True, capture_output=True, timeout=120
     )
-    for name in ("results.md", "results.csv", "record.csv"):
+    for name in ("results.csv", "record.csv"):
         assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    (_, table, timed), (_, expected, _) = (
+        (folder / out / "results.md").read_text().split("\n\n") for out in ("killed", "whole")
+    )
+    assert table == expected
+    assert "| CW_inf |" in timed

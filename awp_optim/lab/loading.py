@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from awp_optim.lab.models import Normalize, build_model
 from awp_optim.lab.weights import initialize, load_checkpoint, load_weights
 
 __all__ = ["from_checkpoint", "from_function", "from_robustbench", "normalized", "settings_of"]
+
+HALF = "--mean and --std: give both or none"
 
 
 def settings_of(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -41,7 +44,8 @@ def from_checkpoint(
 
     Args:
         file: as of :func:`~awp_optim.lab.weights.load_weights`: this package's, or a state dict.
-        arch: a name of :func:`~awp_optim.lab.models.build_model`.
+        arch: a name of :func:`~awp_optim.lab.models.build_model`, or one of those in papers,
+            such as WideResNet-34-10, WRN-28-10 or PreActResNet-18.
         num_classes: as many as its head has.
         in_channels: of the images.
         ema: take the averaged weights.
@@ -51,12 +55,13 @@ def from_checkpoint(
     Raises:
         OSError: there is no such file, or it cannot be opened.
         ValueError: it cannot be read, does not say of which network it is, or does not fit; or a
-            normalisation was given for weights that hold one.
+            normalisation was given for weights that hold one, or only half of one.
     """
     config = settings_of(file)
     arch = arch or config.get("arch")
     if arch is None:
         raise ValueError(f"{file} does not say of which network it is: give --arch")
+    arch = _our_name(arch)
     weights = load_weights(file, ema=ema)
     settings: dict[str, Any] = {}
     if "activation" in config:
@@ -76,6 +81,19 @@ def from_checkpoint(
     return model.eval()
 
 
+def _our_name(arch: str) -> str:
+    """The name here of a network that papers write otherwise; others as they are.
+
+    >>> _our_name("WideResNet-34-10"), _our_name("WRN-28-10"), _our_name("PreActResNet18")
+    ('wide_resnet34_10', 'wide_resnet28_10', 'preact_resnet18')
+    """
+    if wide := re.fullmatch(r"(?:WideResNet|WRN)-?(\d+)[-_](\d+)", arch, re.IGNORECASE):
+        return f"wide_resnet{wide[1]}_{wide[2]}"
+    if preact := re.fullmatch(r"PreAct-?ResNet-?(\d+)", arch, re.IGNORECASE):
+        return f"preact_resnet{preact[1]}"
+    return arch
+
+
 def _statistics(
     file: str | os.PathLike[str],
     weights: Mapping[str, Tensor],
@@ -93,6 +111,8 @@ def _statistics(
             f"{file} holds its own normalisation, mean {own.get('mean')} and std {own.get('std')}: "
             "leave --mean and --std away"
         )
+    if len(given) == 1:
+        raise ValueError(HALF)
     return own or given
 
 
@@ -135,15 +155,19 @@ def from_robustbench(name: str, dataset: str, norm: str, folder: str | os.PathLi
         folder: where it keeps its models.
 
     Raises:
-        ImportError: the package is not installed.
+        ImportError: the package is not installed, or lacks a package that it needs.
         ValueError: it knows no such model.
+        RuntimeError: it could not download or read the model.
     """
     try:
         from robustbench.utils import load_model
     except ImportError as error:
+        absent = getattr(error, "name", None) in (None, "robustbench", "robustbench.utils")
+        why = "" if absent else f", which is installed but cannot be imported ({error})"
         raise ImportError(
-            "--robustbench needs RobustBench: pip install "
+            f"--robustbench needs RobustBench{why}: pip install "
             "git+https://github.com/RobustBench/robustbench.git"
+            + ("" if absent else ", and what is missing; pkg_resources comes with 'setuptools<81'")
         ) from error
     threat = {"linf": "Linf", "l2": "L2"}.get(norm, norm)
     try:
@@ -152,6 +176,12 @@ def from_robustbench(name: str, dataset: str, norm: str, folder: str | os.PathLi
         )
     except KeyError as error:
         raise ValueError(f"RobustBench has no model {error} for {dataset}, {threat}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # of whichever package it downloads or reads with
+        raise RuntimeError(
+            f"RobustBench could not load {name} into {folder}: {type(error).__name__}: {error}"
+        ) from error
     return model.eval()
 
 
@@ -169,5 +199,5 @@ def normalized(
     if any(isinstance(m, Normalize) for m in model.modules()):
         raise ValueError("the model normalises its inputs itself: leave --mean and --std away")
     if mean is None or std is None:
-        raise ValueError("--mean and --std: give both or none")
+        raise ValueError(HALF)
     return nn.Sequential(Normalize(mean, std), model).eval()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from awp_optim.files import replacing
 from awp_optim.lab.summary import Runs, summary
 
 __all__ = [
@@ -214,7 +215,7 @@ def adversarial_images(
     x, x_adv = (np.moveaxis(np.asarray(t, dtype=float), 1, -1) for t in (x, x_adv))
     largest = float(np.abs(x_adv - x).max())
     factor = max(1, round(0.5 / largest)) if largest > 0 else 1
-    figure = _figure(0.9 + 1.5 * len(x), 5.6)
+    figure = _figure(max(8.0, 0.9 + 1.5 * len(x)), 5.6)  # the title is long
     grid = figure.subplots(3, len(x), squeeze=False)
     titles = ("as it is", "attacked", f"difference x {factor}")
     for i, (label, before, after) in enumerate(names):
@@ -243,7 +244,9 @@ def _figure(width: float, height: float) -> Any:
 
 def _save(figure: Any, path: Path | str, title: str) -> None:
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    path = Path(path)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
 
 
 def _coloured(labelled: Mapping[str, Any]) -> Any:

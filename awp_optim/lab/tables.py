@@ -12,7 +12,17 @@ from typing import Any
 from awp_optim.evaluation import Evaluation
 from awp_optim.lab.summary import markdown
 
-__all__ = ["as_csv", "as_json", "as_markdown", "per_attack", "per_example", "title"]
+__all__ = [
+    "as_csv",
+    "as_json",
+    "as_markdown",
+    "as_report",
+    "findings",
+    "per_attack",
+    "per_example",
+    "radius",
+    "title",
+]
 
 ORDER = ("fgsm", "pgd20", "pgd100", "cw", "spsa", "autoattack")
 """The columns of the paper's Table 2, after Natural."""
@@ -35,6 +45,18 @@ def title(name: str, norm: str = "linf") -> str:
     else:
         text = TITLES.get(name, name.replace("autoattack", "AA"))
     return f"{text}/{part}" if part else text
+
+
+def radius(eps: float) -> str:
+    """An eps as people write it: in 255ths, unless it is short in decimals.
+
+    >>> radius(8 / 255), radius(0.1), radius(0.0123456)
+    ('8/255', '0.1', '0.01235')
+    """
+    levels = 255 * eps
+    short = f"{eps:.4g}"
+    whole = round(levels) > 0 and abs(levels - round(levels)) < 1e-9
+    return f"{round(levels)}/255" if whole and float(short) != eps else short
 
 
 def _columns(r: Evaluation) -> list[str]:
@@ -72,11 +94,16 @@ def as_markdown(r: Evaluation, name: str = "", norm: str = "linf") -> str:
 def per_attack(r: Evaluation, norm: str = "linf") -> list[list[str]]:
     """A row for each attack and part: accuracy, images it broke first, seconds, passes an image."""
     first = Counter(r.broken_by.tolist())
-    cells = [["attack", "accuracy", "95%", "broken first", "seconds", "forward passes an image"]]
+    cells = [
+        ["attack", "accuracy", "95% interval", "broken first", "seconds", "forward passes an image"]
+    ]
     for name in ("natural", *r.records, "worst_case"):
         known = name in r.robust or name in ("natural", "worst_case")
         accuracy = f"{_accuracy(r, name):.2%}" if known else ""
         interval = " to ".join(f"{100 * end:.1f}" for end in r.interval(name)) if known else ""
+        parent, _, part = name.partition("/")
+        if part and sum(other.startswith(f"{parent}/") for other in r.records) == 1:
+            continue  # the row of the attack says the same
         record = r.records.get(name)
         parts = [n for key, n in first.items() if key == name or key.startswith(f"{name}/")]
         cells.append(
@@ -90,6 +117,26 @@ def per_attack(r: Evaluation, norm: str = "linf") -> list[list[str]]:
             ]
         )
     return cells
+
+
+def findings(r: Evaluation) -> str:
+    """What makes the accuracies doubtful, a bullet each; "" if nothing was found."""
+    return "\n".join(f"- {finding.check}: {finding.message}" for finding in r.warnings)
+
+
+def as_report(r: Evaluation, about: str, name: str = "", norm: str = "linf") -> str:
+    """All of it in Markdown: the paper's row, a row for each attack, and the warnings.
+
+    Args:
+        r: the evaluation.
+        about: a line above the tables: what was evaluated, and how.
+        name: of the model, in the first column.
+        norm: of its attacks, for the columns' names.
+    """
+    parts = [about, as_markdown(r, name, norm), markdown(per_attack(r, norm))]
+    if r.warnings:
+        parts += ["Warnings, which make these figures doubtful:", findings(r)]
+    return "\n\n".join(parts) + "\n"
 
 
 def as_json(r: Evaluation, about: Mapping[str, Any]) -> str:

@@ -181,10 +181,17 @@ def initialize(
 
 def _without_copy(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All but the block of the published wide ResNets that their forward pass does not use."""
-    unused = "sub_block1."
-    if any(name.startswith(unused) for name in own) or "block1.layer.0.conv1.weight" not in own:
-        return dict(weights)
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(unused)}
+
+    def is_copy(name: str, tensor: Tensor) -> bool:
+        original = own.get(name.removeprefix("sub_"))
+        return (
+            name.startswith("sub_block1.")
+            and name not in own
+            and original is not None
+            and original.shape == tensor.shape
+        )
+
+    return {name: tensor for name, tensor in weights.items() if not is_copy(name, tensor)}
 
 
 def _head(model: nn.Module) -> list[str]:

@@ -399,6 +399,15 @@ class TestContract:
         x_adv = APGD(0.003, 9)(at_times, x, y)
         assert x_adv.isfinite().all()
 
+    @pytest.mark.parametrize("order", [(torch.nan, 1.0), (1.0, torch.nan)])
+    def test_the_best_point_is_never_one_of_a_loss_that_is_not_a_number(self, order):
+        s = _State.at(torch.zeros(1, 3), torch.zeros(1).long(), None, torch.zeros(1, 3))
+        for loss in order:
+            s.x_adv = torch.full((1, 3), loss)
+            s.see(torch.tensor([[1.0, 0.0]]), torch.tensor([loss]), s.x_adv)
+        for found in (s.best, s.best_g, s.best_loss):
+            assert (found == 1).all()
+
 
 def run_from(monkeypatch, attack: APGD, model, x, y, start: Tensor) -> Tensor:
     """From a start of one's own."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,9 @@ class TestCheckpoint:
         arch = "preact_resnet_small"
         assert same(from_checkpoint(path, arch=arch, mean=MEAN, std=STD), model)
         assert not same(from_checkpoint(path, arch=arch), model)
+        for half in ({"mean": MEAN}, {"std": STD}):
+            with pytest.raises(ValueError, match="--mean and --std: give both or none"):
+                from_checkpoint(path, arch=arch, **half)
 
     def test_is_not_normalised_twice(self, checkpoint):
         with pytest.raises(ValueError, match="holds its own normalisation"):
@@ -87,8 +92,21 @@ class TestCheckpoint:
         path = tmp_path / "wrn.pt"
         torch.save(weights | copies, path)
         assert same(from_checkpoint(path, arch="wide_resnet10_1"), model)
-        torch.save(weights | {"module.sub_block2.w": torch.ones(1)}, path)
-        with pytest.raises(ValueError, match=r"1 unexpected: sub_block2\.w"):
+        assert same(from_checkpoint(path, arch="WRN-10-1"), model)
+
+    @pytest.mark.parametrize(
+        ("name", "tensor"),
+        [
+            ("sub_block2.w", torch.ones(1)),
+            ("sub_block1.layer.9.conv1.weight", torch.ones(16, 16, 3, 3)),  # no such in block1
+            ("sub_block1.layer.0.conv2.weight", torch.ones(3)),  # not its shape
+        ],
+    )
+    def test_nothing_else_is_passed_over(self, tmp_path, name, tensor):
+        settings = {"num_classes": 10, "in_channels": 3, "mean": 0.0, "std": 1.0}
+        path = tmp_path / "wrn.pt"
+        torch.save(WideResNet(10, 1, **settings).state_dict() | {name: tensor}, path)
+        with pytest.raises(ValueError, match=f"1 unexpected: {name}"):
             from_checkpoint(path, arch="wide_resnet10_1")
 
 
@@ -151,8 +169,31 @@ class TestRobustBench:
 
     def test_without_the_package(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "robustbench", None)
-        with pytest.raises(ImportError, match="pip install"):
+        with pytest.raises(ImportError, match="needs RobustBench: pip install"):
             from_robustbench("Wu2020Adversarial", "cifar10", "linf", tmp_path)
+
+    def test_with_a_package_that_lacks_another(self, monkeypatch, tmp_path):
+        (tmp_path / "robustbench").mkdir()
+        (tmp_path / "robustbench" / "__init__.py").write_text("import not_there_at_all\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in [n for n in sys.modules if n.partition(".")[0] == "robustbench"]:
+            monkeypatch.delitem(sys.modules, name)
+        words = r"installed but cannot be imported \(No module named 'not_there_at_all'\)"
+        with pytest.raises(ImportError, match=words):
+            from_robustbench("Wu2020Adversarial", "cifar10", "linf", tmp_path)
+
+    def test_that_cannot_download(self, monkeypatch, tmp_path):
+        class Unknown(Exception):
+            """Of a package for downloads, which is no OSError."""
+
+        def load_model(**kwargs):
+            raise Unknown("no route")
+
+        utils = types.SimpleNamespace(load_model=load_model)
+        monkeypatch.setitem(sys.modules, "robustbench", types.SimpleNamespace(utils=utils))
+        monkeypatch.setitem(sys.modules, "robustbench.utils", utils)
+        with pytest.raises(RuntimeError, match=r"could not load A into .*: Unknown: no route"):
+            from_robustbench("A", "cifar10", "linf", tmp_path)
 
 
 class TestNormalized:
@@ -171,14 +212,27 @@ class TestNormalized:
             normalized(nn.Flatten(), MEAN, None)
 
 
+def robustbench_architecture(name):
+    """A file of RobustBench's by itself: importing the package needs others that may be missing."""
+    found = importlib.util.find_spec("robustbench")
+    if found is None or found.origin is None:
+        pytest.skip("needs robustbench")
+    file = Path(found.origin).parent / "model_zoo" / "architectures" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"robustbench_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("unused_block", [False, True])
 def test_robustbenchs_wide_resnet_is_ours(unused_block, tmp_path):
     """Weights of its architecture, the published TRADES' and RST's, load by our name."""
-    theirs = pytest.importorskip("robustbench.model_zoo.architectures.wide_resnet")
+    theirs = robustbench_architecture("wide_resnet")
     torch.manual_seed(0)
     model = theirs.WideResNet(10, 10, 2, sub_block1=unused_block).eval()
     path = tmp_path / "weights.pt"
     torch.save({"state_dict": model.state_dict()}, path)
+    assert unused_block == any("sub_block1" in name for name in model.state_dict())
     ours = from_checkpoint(path, arch="wide_resnet10_2")
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
@@ -186,12 +240,12 @@ def test_robustbenchs_wide_resnet_is_ours(unused_block, tmp_path):
 
 
 def test_robustbenchs_preact_resnet_is_ours(tmp_path):
-    theirs = pytest.importorskip("robustbench.model_zoo.architectures.resnet")
+    theirs = robustbench_architecture("resnet")
     torch.manual_seed(0)
     model = theirs.PreActResNet(theirs.PreActBlockV2, [2, 2, 2, 2], bn_before_fc=True).eval()
     path = tmp_path / "weights.pt"
     torch.save(model.state_dict(), path)
-    ours = from_checkpoint(path, arch="preact_resnet18")
+    ours = from_checkpoint(path, arch="PreActResNet-18")
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), model(x))

@@ -226,3 +226,18 @@ def test_adversarial_images(tmp_path, channels, n):
     for x_adv in (x, (x + 0.03).clip(0, 1)):
         adversarial_images(x, x_adv, names, tmp_path / "a.png", "title")
         assert (tmp_path / "a.png").stat().st_size > 3000
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+
+    def half(self, file, **kwargs):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="No space"):
+        accuracy_by_radius({"FGSM": {0.0: 1.0}}, path)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]

@@ -5,13 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from awp_optim.attacks import FGSM, PGD
-from awp_optim.evaluation import evaluate
-from awp_optim.lab.tables import as_csv, as_json, as_markdown, per_attack, per_example, title
+from awp_optim.evaluation import Finding, evaluate
+from awp_optim.lab.tables import (
+    as_csv,
+    as_json,
+    as_markdown,
+    as_report,
+    findings,
+    per_attack,
+    per_example,
+    radius,
+    title,
+)
 
 
 def evaluation(**settings):
@@ -73,6 +84,65 @@ def test_every_attack_has_its_row():
     assert [row["broken first"] for row in by_name.values()] == ["10", "60", "0", "0", ""]
     assert by_name["FGSM"]["forward passes an image"] == "1.0"
     assert by_name["own"]["accuracy"] == "30.00%"
+
+
+class Composite:
+    """FGSM in as many parts as told, each run on what those before left."""
+
+    def __init__(self, parts):
+        self._parts = parts
+
+    def parts(self):
+        return {name: FGSM(0.1001) for name in self._parts}
+
+    def __call__(self, model, x, y):
+        raise AssertionError("its parts are run")
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"), [(["a"], ["aa"]), (["a", "b"], ["aa/a", "aa/b", "aa"])]
+)
+def test_parts_have_rows_if_there_are_several(parts, expected):
+    x = torch.linspace(0.4, 0.8, 20).unsqueeze(1)
+    r = evaluate(
+        lambda z: torch.cat([0.5 - z, z - 0.5], 1),
+        (x, torch.ones(20).long()),
+        {"aa": Composite(parts)},
+        checks=False,
+    )
+    head, *table = per_attack(r)
+    assert [row[0] for row in table] == ["Natural", *expected, "worst case"]
+    of_whole = dict(zip(head, table[len(expected)]))
+    assert of_whole["broken first"] == str(round(20 * (r.natural - r.robust["aa"])))
+
+
+def test_the_report_holds_both_tables_and_the_warnings():
+    r = evaluation()
+    bare = as_report(r, "mine on points", "mine")
+    first, second, third = bare.rstrip("\n").split("\n\n")
+    assert first == "mine on points"
+    assert second == as_markdown(r, "mine")
+    assert "| PGD-100 | 50.00% | 40.4 to 59.6 | 0 |" in third
+    assert findings(r) == ""
+    found = (Finding("vanishing", "no [gradient] there"), Finding("random", "differs"))
+    told = as_report(replace(r, warnings=found), "mine on points", "mine")
+    assert told.startswith(bare.rstrip("\n"))
+    assert told.endswith("\n\n- vanishing: no [gradient] there\n- random: differs\n")
+
+
+@pytest.mark.parametrize(
+    ("eps", "expected"),
+    [
+        (8 / 255, "8/255"),
+        (128 / 255, "128/255"),
+        (0.2, "0.2"),
+        (0.0, "0"),
+        (1.0, "1"),
+        (12.0, "12"),
+    ],
+)
+def test_radii(eps, expected):
+    assert radius(eps) == expected
 
 
 def test_files_hold_the_figures():
