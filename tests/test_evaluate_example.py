@@ -300,3 +300,12 @@ def test_goes_on_after_a_kill(run_folder):
     )
     assert table == expected
     assert "| CW_inf |" in timed
+
+
+def test_a_file_that_is_no_state_is_left_alone(start, run_folder):
+    out = run_folder[0] / "evaluation"
+    out.mkdir()
+    (out / "state.jsonl").write_text("a note of mine")
+    status, _ = start("--attacks", "fgsm", "--limit", 5)
+    assert status.startswith("error: ")
+    assert (out / "state.jsonl").read_text() == "a note of mine"

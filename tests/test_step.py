@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_optim import AWP, AdversarialStep
-from awp_optim.attacks import FGSM, PGD
+from awp_optim.attacks import FGSM, PGD, SPSA
 from awp_optim.attacks.base import _compiler_sees_requires_grad
 from awp_optim.objectives import AT, MART, TRADES
 
@@ -528,3 +528,10 @@ def test_a_step_does_not_start_from_perturbed_weights(net):
     with pytest.raises(RuntimeError, match="starts at the centre"):
         step(*batches(1)[0])
     assert opt.is_perturbed
+
+
+def test_the_attacks_last_gradient_needs_an_attack_with_gradients():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    opt = AWP(net.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="needs an attack that takes gradients.*SPSA"):
+        AdversarialStep(net, opt, SPSA(), ascent="attack")
