@@ -533,5 +533,5 @@ def test_a_step_does_not_start_from_perturbed_weights(net):
 def test_the_attacks_last_gradient_needs_an_attack_with_gradients():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     opt = AWP(net.parameters(), torch.optim.SGD, lr=0.1)
-    with pytest.raises(ValueError, match="needs an attack that takes gradients.*SPSA"):
+    with pytest.raises(ValueError, match=r"needs an attack that takes gradients.*SPSA"):
         AdversarialStep(net, opt, SPSA(), ascent="attack")
