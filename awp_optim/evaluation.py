@@ -13,9 +13,8 @@ import math
 import os
 import time
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from .attacks import Attack, Captured
-from .attacks.base import Model, Victim, describe, in_mode, is_integer, whole
-from .attacks.geometry import BALLS, DTYPES, limits
+from .attacks.base import Model, Victim, describe, in_mode, whole
+from .attacks.captured import bare
+from .attacks.geometry import BALLS, limits
 from .attacks.losses import ce
+from .bars import bar
+from .batches import batches, count, device_of, seeded
 from .graphs import RECORDERS
 from .ledger import Ledger, checksum
 from .sanity import Finding, compare, probe
@@ -124,7 +126,9 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the examples' records, for ``json.dump``."""
         names = [NATURAL, *self.robust, "worst_case"]
-        first, counts = self._np().unique(self.broken_by, return_counts=True)
+        import numpy as np
+
+        first, counts = np.unique(self.broken_by, return_counts=True)
         return {
             "n": self.n,
             "natural": self.natural,
@@ -141,12 +145,6 @@ class Evaluation:
             "skip_broken": self.skip_broken,
             "warnings": [{"check": f.check, "message": f.message} for f in self.warnings],
         }
-
-    @staticmethod
-    def _np() -> Any:
-        import numpy
-
-        return numpy
 
 
 def wilson(share: float, n: int, level: float) -> tuple[float, float]:
@@ -218,7 +216,7 @@ def evaluate(
     contestants = _contestants(attacks)
     if batch_size is not None:
         whole("batch_size", batch_size, least=1)
-    device = _device(model, device)
+    device = device_of(model, device)
     found: list[Finding] = []
     if isinstance(model, nn.Module) and model.training:
         found.append(
@@ -230,15 +228,24 @@ def evaluate(
         )
     counted = _counted(model)
     ledger = Ledger(state, _settings(model, contestants, skip_broken, seed))
-    total = _length(data, batch_size)
-    with in_mode(model, "eval"), _bar(progress, total, contestants) as advance, ledger:
-        for i, (x, y) in enumerate(_batches(data, batch_size)):
+    total = count(data, batch_size)
+    stood: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    steps = None if total is None else total * max(1, len(contestants))
+    with in_mode(model, "eval"), bar(progress, "evaluating", steps) as advance, ledger:
+
+        def report(name: str, stand: int, n: int) -> None:
+            stood[name] += stand
+            seen[name] += n
+            advance(f"{name}: {stood[name]} of {seen[name]} stand")
+
+        for i, (x, y) in enumerate(batches(data, batch_size)):
             ledger.open_batch(i, x, y)
             here = device or x.device
             x, y = x.to(here, non_blocking=True), y.to(here, torch.int64, non_blocking=True)
             if checks and i == 0:
                 found += probe(model, x[:PROBED], y[:PROBED], _box(contestants))
-            _evaluate_batch(counted, i, x, y, contestants, ledger, skip_broken, seed, advance)
+            _evaluate_batch(counted, i, x, y, contestants, ledger, skip_broken, seed, report)
     if not ledger.batches:
         raise ValueError("there is no data: not one batch with an example in it")
     result = _result(ledger, contestants, skip_broken, found, checks)
@@ -283,91 +290,8 @@ def _contestants(attacks: Mapping[str, Callable[..., Tensor]]) -> list[_Contesta
 
 
 def _box(contestants: list[_Contestant]) -> tuple[float, float]:
-    clips = (getattr(_inner(c.attack), "clip", None) for c in contestants)
+    clips = (getattr(bare(c.attack), "clip", None) for c in contestants)
     return next((clip for clip in clips if clip is not None), (0.0, 1.0))
-
-
-def _inner(attack: object) -> object:
-    return attack.attack if isinstance(attack, Captured) else attack
-
-
-def _device(model: Model, device: torch.device | str | None) -> torch.device | None:
-    at_home = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if device is None:
-        return None if at_home is None else at_home.device
-    device = torch.device(device)
-    if at_home is not None and at_home.device.type != device.type:
-        raise ValueError(
-            f"device is {device}, but the model is on {at_home.device}: move it, model.to({device})"
-        )
-    return device
-
-
-def _batches(
-    data: Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor], batch_size: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the size asked for, checked, none of them empty."""
-    if _is_pair(data):
-        data, batch_size = [data], batch_size or 128  # type: ignore[list-item]
-    kept: list[tuple[Tensor, Tensor]] = []
-    for batch in data:
-        x, y = _checked(batch)
-        if batch_size is None:
-            if len(x):
-                yield x, y
-            continue
-        kept.append((x, y))
-        while (n := sum(len(y) for _, y in kept)) >= batch_size:
-            x, y = _joined(kept)
-            kept = [(x[batch_size:], y[batch_size:])] if n > batch_size else []
-            yield x[:batch_size], y[:batch_size]
-    if any(len(y) for _, y in kept):
-        yield _joined(kept)
-
-
-def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(batches) == 1:
-        return batches[0]
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-
-
-def _is_pair(data: object) -> bool:
-    return (
-        isinstance(data, (tuple, list))
-        and len(data) == 2
-        and all(isinstance(t, Tensor) for t in data)
-    )
-
-
-def _checked(batch: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise TypeError(f"data must give batches (x, y), got {describe(batch)}")
-    x, y = batch[0], batch[1]
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
-        raise TypeError(
-            f"x must be a tensor of floating point, got {describe(x)}; convert images with "
-            "x.float() / 255"
-        )
-    if not isinstance(y, Tensor) or not is_integer(y):
-        raise TypeError(f"y must be a tensor of integer class indices, got {describe(y)}")
-    if x.ndim == 0 or y.shape != (len(x),):
-        raise ValueError(
-            f"y must hold one class index for each example: x is of shape {tuple(x.shape)}, y of "
-            f"{tuple(y.shape)}"
-        )
-    return x.detach(), y.detach()
-
-
-def _length(data: object, batch_size: int | None) -> int | None:
-    """How many batches there will be, as far as that is known."""
-    if _is_pair(data):
-        return math.ceil(len(data[1]) / (batch_size or 128))  # type: ignore[index]
-    if batch_size is not None:
-        try:
-            return math.ceil(len(data.dataset) / batch_size)  # type: ignore[attr-defined]
-        except (AttributeError, TypeError):
-            return None
-    return len(data) if hasattr(data, "__len__") else None
 
 
 def _evaluate_batch(
@@ -379,7 +303,7 @@ def _evaluate_batch(
     ledger: Ledger,
     skip_broken: bool,
     seed: int | None,
-    advance: Callable[[str, Iterable[dict[str, Any]]], None],
+    report: Callable[[str, int, int], None],
 ) -> None:
     entries = ledger.batches[i]
     if NATURAL not in entries:
@@ -406,7 +330,8 @@ def _evaluate_batch(
         )
         before |= fooled
         anything |= fooled
-        advance(c.name, ledger.batches)
+        standing = right & ~(anything if skip_broken else before)
+        report(c.name, int(standing.sum()), len(right))
 
 
 def _attack(
@@ -422,7 +347,7 @@ def _attack(
     # Else the whole batch: a graph is of one shape, and how many are left changes.
     model.passes = 0
     started = time.perf_counter()
-    with warnings.catch_warnings(record=True) as caught, _seeded(x.device, seed, i, c.name):
+    with warnings.catch_warnings(record=True) as caught, seeded(x.device, seed, i, c.name):
         warnings.simplefilter("always")
         x_adv = c.attack(model.face, x, y)
     notes = []
@@ -474,7 +399,7 @@ def _judge(model: Model, x: Tensor, y: Tensor) -> tuple[list[int], list[float], 
 
 def _outside(attack: object, x: Tensor, x_adv: Tensor) -> list[bool]:
     """Which examples left the attack's ball or box, beyond rounding, or are not finite."""
-    inner = _inner(attack)
+    inner = bare(attack)
     outside = ~x_adv.isfinite().flatten(1).all(1) if x.ndim > 1 else ~x_adv.isfinite()
     if isinstance(inner, Attack):
         lo, hi = limits(x.dtype, inner.clip)
@@ -488,17 +413,6 @@ def _outside(attack: object, x: Tensor, x_adv: Tensor) -> list[bool]:
             slack = max(1e-6, 4 * torch.finfo(x.dtype).eps) + 1e-4 * eps
             outside |= torch.linalg.vector_norm(apart, p, dim=1) > eps + slack
     return list(outside.tolist())
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int | None, batch: int, name: str) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(zlib.crc32(f"{seed} {batch} {name}".encode()))
-        yield
 
 
 class _Counted:
@@ -684,43 +598,3 @@ def _remarks(ledger: Ledger, contestants: list[_Contestant]) -> list[Finding]:
         for note in dict.fromkeys(note for entry in entries for note in entry.get("notes", ())):
             found.append(Finding(c.name, note))
     return found
-
-
-@contextmanager
-def _bar(
-    progress: bool, total: int | None, contestants: list[_Contestant]
-) -> Iterator[Callable[[str, Iterable[dict[str, Any]]], None]]:
-    """A bar of attacks on batches, with the accuracy so far."""
-    try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-    except ImportError:
-        progress = False
-    if not progress or not (console := Console(stderr=True)).is_terminal:
-        yield lambda name, batches: None
-        return
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), console=console,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task(
-            "evaluating", total=None if total is None else total * max(1, len(contestants))
-        )
-
-        def advance(name: str, batches: Iterable[dict[str, Any]]) -> None:
-            done = [batch for batch in batches if name in batch]
-            right = sum(batch[NATURAL]["fooled"].count(False) for batch in done)
-            n = sum(len(batch[NATURAL]["fooled"]) for batch in done)
-            fooled = sum(batch[name]["fooled"].count(True) for batch in done)
-            attacked = sum(len(batch[name]["fooled"]) for batch in done)
-            stood = f"{attacked - fooled} of {n} stand" if right else "none right"
-            bar.update(task, advance=1, description=f"{name}: {stood}")
-
-        yield advance

@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .attacks import FGSM, PGD, Attack, Captured
+from .attacks import FGSM, PGD, Attack
 from .attacks.base import Model, Victim, in_mode
+from .attacks.captured import bare
 from .attacks.losses import ce
 
 __all__ = ["Finding", "Outcome", "compare", "probe"]
@@ -230,7 +231,7 @@ def compare(attacks: Mapping[str, object], outcomes: Mapping[str, Outcome]) -> l
     """
     known: dict[str, Attack] = {}
     for name, attack in attacks.items():
-        inner = attack.attack if isinstance(attack, Captured) else attack
+        inner = bare(attack)
         if isinstance(inner, Attack) and name in outcomes:
             known[name] = inner
     found = []

@@ -21,9 +21,12 @@ BELOW = {
     "attacks": {"attacks", "graphs"},
     "optimizer": {"perturbation"},
     "capturable": {"graphs", "optimizer"},
+    "bars": set(),
+    "batches": {"attacks"},
     "ledger": {"files"},
     "sanity": {"attacks"},
-    "evaluation": {"attacks", "graphs", "ledger", "sanity"},
+    "evaluation": {"attacks", "bars", "batches", "graphs", "ledger", "sanity"},
+    "landscape": {"attacks", "bars", "batches", "graphs", "ledger", "optimizer"},
     "step": {"attacks", "batchnorm", "capturable", "graphs", "objectives", "optimizer"},
     "__init__": {"batchnorm", "optimizer", "step"},
 }

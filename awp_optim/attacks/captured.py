@@ -70,3 +70,8 @@ class Captured:
 
     def __repr__(self) -> str:
         return f"Captured({self.attack})"
+
+
+def bare(attack: object) -> object:
+    """The attack itself of one that is captured; others as they are."""
+    return attack.attack if isinstance(attack, Captured) else attack
