@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .attacks import Attack, Captured
 from .attacks.base import Model, Victim, describe, in_mode, whole
-from .attacks.captured import bare
+from .attacks.captured import bare, in_words
 from .attacks.geometry import BALLS, limits
 from .attacks.losses import ce
 from .bars import bar
@@ -262,13 +262,6 @@ class _Contestant:
     parent: str
     attack: Callable[..., Tensor]
 
-    @property
-    def settings(self) -> str:
-        """The attack in words that stay the same from run to run."""
-        if isinstance(self.attack, (Attack, Captured)):
-            return repr(self.attack)
-        return str(getattr(self.attack, "__qualname__", type(self.attack).__qualname__))
-
 
 def _contestants(attacks: Mapping[str, Callable[..., Tensor]]) -> list[_Contestant]:
     if not isinstance(attacks, Mapping):
@@ -459,7 +452,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the result, but for the data."""
     return {
-        "attacks": {c.name: c.settings for c in contestants},
+        "attacks": {c.name: in_words(c.attack) for c in contestants},
         "skip_broken": skip_broken,
         "seed": seed,
         "model": checksum(model.state_dict().values()) if isinstance(model, nn.Module) else None,

@@ -26,7 +26,15 @@ BELOW = {
     "ledger": {"files"},
     "sanity": {"attacks"},
     "evaluation": {"attacks", "bars", "batches", "graphs", "ledger", "sanity"},
-    "landscape": {"attacks", "bars", "batches", "graphs", "ledger", "optimizer"},
+    "landscape": {
+        "attacks",
+        "bars",
+        "batches",
+        "graphs",
+        "ledger",
+        "optimizer",
+        "perturbation",
+    },
     "step": {"attacks", "batchnorm", "capturable", "graphs", "objectives", "optimizer"},
     "__init__": {"batchnorm", "optimizer", "step"},
 }

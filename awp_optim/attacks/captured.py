@@ -75,3 +75,10 @@ class Captured:
 def bare(attack: object) -> object:
     """The attack itself of one that is captured; others as they are."""
     return attack.attack if isinstance(attack, Captured) else attack
+
+
+def in_words(attack: object) -> str:
+    """An attack in words that stay the same from run to run; a function by its name only."""
+    if isinstance(attack, (Attack, Captured)):
+        return repr(attack)
+    return str(getattr(attack, "__qualname__", type(attack).__qualname__))
