@@ -133,6 +133,7 @@ def parse_args() -> argparse.Namespace:
     setting("--precision", choices=PRECISIONS)
     setting("--train-eval", "training images to evaluate on, a quarter of all at the most (1000)")
     setting("--eval-every", "epochs")
+    setting("--save-every", "epochs between checkpoints kept for landscapes, 0 for none")
     setting("--select-on", "val: images held out", choices=SELECTIONS)
     setting("--val-images", "how many are held out")
     setting("--patience", "epochs without a new best before an early stop, 0 for none")

@@ -14,6 +14,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -31,9 +33,12 @@ from awp_optim.lab.sweep import sweep
 from awp_optim.lab.trainer import fit
 
 
-def train(config: Config, report: Callable[[int, int], None]) -> list[Row]:
+def train(runs: Path | None, config: Config, report: Callable[[int, int], None]) -> list[Row]:
     """One run, in a process of its own."""
-    return fit(config, load_digits().limit(QUICKSTART_IMAGES), on_step=report)[1]
+    name = f"{'at-awp' if config.gamma else 'at'}-seed{config.seed}"
+    folder = None if runs is None else runs / name
+    data = load_digits().limit(QUICKSTART_IMAGES)
+    return fit(config, data, folder, resume=True, on_step=report)[1]
 
 
 def figures_of(rows: list[Row]) -> dict[str, float]:
@@ -69,6 +74,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40, help="epochs of each run (default 40)")
     parser.add_argument("--gamma", type=float, default=1e-2, help="AWP's gamma (default 0.01)")
     parser.add_argument("--out", default="quickstart.png", help="the picture")
+    parser.add_argument("--runs", type=Path, help="keep run folders there, to draw landscapes of")
     args = parser.parse_args()
     console = Console()
     console.print(
@@ -84,12 +90,16 @@ def main() -> None:
     found = sweep(
         {
             f"{label:6} seed {seed}": replace(
-                QUICKSTART, epochs=args.epochs, gamma=gamma, seed=seed
+                QUICKSTART,
+                epochs=args.epochs,
+                gamma=gamma,
+                seed=seed,
+                save_every=QUICKSTART.eval_every if args.runs else 0,
             )
             for seed in seeds
             for label, gamma in labels.items()
         },
-        train,
+        partial(train, args.runs),
         console=console,
     )
     runs = {label: [found[f"{label:6} seed {seed}"] for seed in seeds] for label in labels}

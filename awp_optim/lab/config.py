@@ -95,6 +95,8 @@ class Config:
             any; that of Carmon et al. (2019) is 0.5.
         train_eval: how many training images the ``train_*`` figures are measured on.
         eval_every: epochs between evaluations; the last is always evaluated.
+        save_every: epochs between checkpoints that are kept, such as ``epoch_0020.pt``, to draw
+            landscapes of; 0 for none.
         select_on: what the best epoch is picked on: "test", as in the paper, or "val", images held
             out of the training set, which is honest.
         val_images: how many are held out then, drawn by a seed that does not change.
@@ -142,6 +144,7 @@ class Config:
     unlabeled_share: float = 0.5
     train_eval: int = 1000
     eval_every: int = 1
+    save_every: int = 0
     select_on: str = "test"
     val_images: int = 1000
     patience: int = 0
@@ -164,7 +167,7 @@ class Config:
         for name in ("gamma", "beta", "lr", "weight_decay", "l1", "l2", "mixup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
-        for name in ("cutout", "epoch_images", "patience", "awp_start"):
+        for name in ("cutout", "epoch_images", "patience", "awp_start", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("momentum", "ema", "label_smoothing"):

@@ -1,7 +1,8 @@
 """The files of a run: ``config.json``, ``metrics.csv``, ``best.pt``, ``last.pt``, ``tensorboard``.
 
-Each file is written beside its place and moved there when it is whole, so that at any moment a run
-folder can be read, and gone on with.
+With ``save_every`` also ``epoch_0020.pt`` and so on, which hold the same as ``best.pt``. Each file
+is written beside its place and moved there when it is whole, so that at any moment a run folder can
+be read, and gone on with.
 """
 
 from __future__ import annotations
@@ -166,6 +167,10 @@ class RunFolder:
     def save_best(self, content: Mapping[str, Any]) -> None:
         """Write ``best.pt``: ``content`` and the settings."""
         self._save("best.pt", content)
+
+    def save_epoch(self, epoch: int, content: Mapping[str, Any]) -> None:
+        """Write ``epoch_0020.pt`` after 20 epochs: ``content`` and the settings."""
+        self._save(f"epoch_{epoch:04d}.pt", content)
 
     def save_last(self, content: Mapping[str, Any]) -> None:
         """Write ``last.pt``: ``content`` and the settings."""

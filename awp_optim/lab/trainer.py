@@ -147,7 +147,10 @@ def _train(
             return
         if folder:
             if "test_robust_acc" in row and best(training.rows) is row:
-                folder.save_best(training.best())
+                folder.save_best(training.weights())
+            done, every = len(training.rows), training.config.save_every
+            if every and done % every == 0:
+                folder.save_epoch(done, training.weights())
             folder.log(row)  # before, for what is not in last.pt is logged anew
             folder.save_last(training.state_dict())
             folder.save_metrics(training.rows)
@@ -369,8 +372,8 @@ class _Training:
         self.epoch = None
         return row
 
-    def best(self) -> dict[str, Any]:
-        """What ``best.pt`` holds."""
+    def weights(self) -> dict[str, Any]:
+        """What ``best.pt`` holds, and ``epoch_0020.pt``."""
         content: dict[str, Any] = {"model": self.model.state_dict(), "row": self.rows[-1]}
         if self.average:
             content["ema"] = self.average.module.state_dict()

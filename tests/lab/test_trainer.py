@@ -85,6 +85,23 @@ def test_a_run_writes_its_folder(data, tmp_path):
     loaded.load_state_dict(top["model"])
 
 
+def test_checkpoints_of_epochs_are_kept(data, tmp_path):
+    config = replace(CONFIG, epochs=5, eval_every=5, save_every=2)
+    fit(config, data, tmp_path / "run")
+    there = sorted(p.name for p in (tmp_path / "run").glob("epoch_*.pt"))
+    assert there == ["epoch_0002.pt", "epoch_0004.pt"]
+    two = torch.load(tmp_path / "run/epoch_0002.pt", weights_only=True)
+    assert two["row"]["epoch"] == 1
+    done = []
+    shorter, _ = fit(
+        config, data, tmp_path / "other", on_epoch=done.append, stop=lambda: len(done) == 2
+    )
+    for name, value in shorter.state_dict().items():
+        assert torch.equal(two["model"][name], value)
+    with pytest.raises(ValueError, match="save_every must not be negative"):
+        replace(config, save_every=-1)
+
+
 def test_training_lowers_the_loss(data):
     changes = {
         "augment": False,
