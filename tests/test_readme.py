@@ -44,9 +44,16 @@ def test_the_readme_names_what_there_is():
     import awp_optim
     import awp_optim.attacks
     import awp_optim.evaluation
+    import awp_optim.landscape
     import awp_optim.objectives
 
-    modules = (awp_optim, awp_optim.attacks, awp_optim.evaluation, awp_optim.objectives)
+    modules = (
+        awp_optim,
+        awp_optim.attacks,
+        awp_optim.evaluation,
+        awp_optim.landscape,
+        awp_optim.objectives,
+    )
     for module in modules:
         for name in module.__all__:
             if name not in ("Attack", "Evaluation", "Finding", "Objective", "Record"):
