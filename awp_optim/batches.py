@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .attacks.base import Model, describe, is_integer
 from .attacks.geometry import DTYPES
 
-__all__ = ["Data", "batches", "count", "device_of", "seeded"]
+__all__ = ["NO_DATA", "Data", "batches", "count", "device_of", "seeded"]
 
 Data = Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor]
 """Batches (x, y), as a DataLoader gives them; or one pair of tensors."""
+NO_DATA = "there is no data: not one batch with an example in it"
 
 
 def device_of(model: Model, device: torch.device | str | None) -> torch.device | None:

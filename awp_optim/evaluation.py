@@ -28,7 +28,7 @@ from .attacks.captured import bare, in_words
 from .attacks.geometry import BALLS, limits
 from .attacks.losses import ce
 from .bars import bar
-from .batches import batches, count, device_of, seeded
+from .batches import NO_DATA, batches, count, device_of, seeded
 from .graphs import RECORDERS
 from .ledger import Ledger, checksum
 from .sanity import Finding, compare, probe
@@ -125,9 +125,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the examples' records, for ``json.dump``."""
-        names = [NATURAL, *self.robust, "worst_case"]
         import numpy as np
 
+        names = [NATURAL, *self.robust, "worst_case"]
         first, counts = np.unique(self.broken_by, return_counts=True)
         return {
             "n": self.n,
@@ -247,7 +247,7 @@ def evaluate(
                 found += probe(model, x[:PROBED], y[:PROBED], _box(contestants))
             _evaluate_batch(counted, i, x, y, contestants, ledger, skip_broken, seed, report)
     if not ledger.batches:
-        raise ValueError("there is no data: not one batch with an example in it")
+        raise ValueError(NO_DATA)
     result = _result(ledger, contestants, skip_broken, found, checks)
     for finding in result.warnings:
         warnings.warn(f"{finding.check}: {finding.message}", EvaluationWarning, stacklevel=2)

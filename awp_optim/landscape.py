@@ -35,7 +35,7 @@ from .attacks.base import Victim, describe, in_mode, whole
 from .attacks.captured import bare, in_words
 from .attacks.losses import ce
 from .bars import bar
-from .batches import Data, batches, device_of, seeded
+from .batches import NO_DATA, Data, batches, device_of, seeded
 from .graphs import Graphs, module_key
 from .ledger import Journal, checksum
 from .optimizer import AWP
@@ -83,8 +83,15 @@ class Sharpness:
     stderr: float
 
 
+class _Landscape:
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for ``json.dump``."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in values.items()}
+
+
 @dataclass(frozen=True)
-class LossCurve:
+class LossCurve(_Landscape):
     """The loss along directions in weight space; float64 arrays, A alphas and D directions.
 
     Attributes:
@@ -182,13 +189,9 @@ class LossCurve:
             raise ValueError("the curve does not leave the centre: give other alphas than 0")
         return float(width)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for ``json.dump``."""
-        return _plain(self)
-
 
 @dataclass(frozen=True)
-class LossSurface:
+class LossSurface(_Landscape):
     """The loss on a plane in weight space; float64 arrays of shape (A, B).
 
     Attributes:
@@ -215,15 +218,6 @@ class LossSurface:
     def relative(self) -> Array:
         """|g(alpha, beta) - g(0, 0)|, which the paper draws in Figure 6; shape (A, B)."""
         return abs(self.adv_loss - self.adv_centre)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for ``json.dump``."""
-        return _plain(self)
-
-
-def _plain(landscape: LossCurve | LossSurface) -> dict[str, Any]:
-    values = {f.name: getattr(landscape, f.name) for f in fields(landscape)}
-    return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in values.items()}
 
 
 # --- Directions -------------------------------------------------------------------------------
@@ -335,7 +329,7 @@ def awp_direction(
         )
     total: dict[int, Tensor] = {}
     empty = True
-    with torch.inference_mode(False), in_mode(model, "eval"), _home(model, weights):
+    with torch.inference_mode(False), in_mode(model, "eval"), _home(model, ()):
         for i, (x, y) in enumerate(batches(data, batch_size)):
             x, y = x.to(device or x.device), y.to(device or y.device, torch.int64)
             with seeded(x.device, seed, i, _SEED):
@@ -348,7 +342,7 @@ def awp_direction(
                     total[j] = g.to(arithmetic_dtype(g.dtype)) + total.get(j, 0)
             empty = False
     if empty:
-        raise ValueError(_NO_DATA)
+        raise ValueError(NO_DATA)
     direction = _layerwise(model, {weights[j]: g for j, g in total.items()})
     if not any(bool(d.any()) for d in direction.values()):
         raise ValueError("the gradient is zero or not finite: there is no adversarial direction")
@@ -516,7 +510,6 @@ class _How:
 
 _FIGURES = ("adv", "nat", "adv_se", "nat_se", "rise_se")
 _SEED = "landscape"
-_NO_DATA = "there is no data: not one batch with an example in it"
 
 
 def _point(*terms: tuple[int, float]) -> Point:
@@ -572,7 +565,7 @@ def _measure(
         here = device or x.device
         arrived.append((x.to(here), y.to(here, torch.int64)))
     if not arrived:
-        raise ValueError(_NO_DATA)
+        raise ValueError(NO_DATA)
     settings = {
         "model": checksum(model.state_dict().values()) if how.state is not None else 0,
         "data": crc,
@@ -606,11 +599,10 @@ def _measure(
         _home(model, weights) as home,
     ):
         prober = _Prober(model, arrived, attack, how.pregenerated, how.seed)
-        centres = {name: p.detach().clone() for name, p in _parameters(model).items()}
 
         def look(point: Point) -> dict[str, Any]:
             home()
-            _move(model, centres, [(moves[i], a) for i, a in point])
+            _move(model, [(moves[i], a) for i, a in point])
             if how.recompute_bn:
                 with seeded(arrived[0][0].device, how.seed, -1, _SEED):  # dropout's
                     update_bn([b for b in arrived if len(b[1]) > 1] or arrived, model)
@@ -704,19 +696,15 @@ def _home(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[Callable[[], 
 
 
 @torch.no_grad()
-def _move(
-    model: nn.Module, centres: Mapping[str, Tensor], terms: list[tuple[Mapping[str, Tensor], float]]
-) -> None:
-    """The weights to ``w + sum of a d``, computed in float32 at least."""
+def _move(model: nn.Module, terms: list[tuple[Mapping[str, Tensor], float]]) -> None:
+    """The weights from w, home, to ``w + sum of a d``, computed in float32 at least."""
     for name, p in model.named_parameters():
-        moved = None
+        moved = p.to(arithmetic_dtype(p.dtype))
         for d, a in terms:
             if name in d:
-                w = centres[name].to(arithmetic_dtype(p.dtype)) if moved is None else moved
-                moved = torch.add(w, d[name], alpha=a)
-        if moved is not None:
+                moved = torch.add(moved, d[name], alpha=a)
+        if moved is not p:
             p.copy_(moved)
-    torch.clear_autocast_cache()
 
 
 class _Prober:
@@ -811,14 +799,7 @@ class _Ranks:
         if self.rank == 0:
             try:
                 journal = Journal(state, _KIND, settings)
-                try:
-                    answer = {_key(entry["point"]): entry for entry in journal.entries}
-                    for entry in journal.entries:
-                        needed = {*_FIGURES, "n", *(() if entry["point"] else ("losses",))}
-                        if not needed <= entry.keys():
-                            raise ValueError("an entry lacks its figures")
-                except (KeyError, TypeError, ValueError) as error:
-                    raise journal.damaged(error) from error
+                answer = _known(journal)
             except (OSError, ValueError) as error:
                 answer = error
         answer = self.agree(answer)
@@ -844,6 +825,18 @@ class _Ranks:
 
 
 _KIND = "a landscape"
+
+
+def _known(journal: Journal) -> dict[str, dict[str, Any]]:
+    """The points in a file, by what it calls them."""
+    try:
+        for entry in journal.entries:
+            needed = {*_FIGURES, "n", *(() if entry["point"] else ("losses",))}
+            if not needed <= entry.keys():
+                raise ValueError("an entry lacks its figures")
+        return {_key(entry["point"]): entry for entry in journal.entries}
+    except (KeyError, TypeError, ValueError) as error:
+        raise journal.damaged(error) from error
 
 
 def _key(label: list[list[float]]) -> str:

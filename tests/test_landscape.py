@@ -519,14 +519,15 @@ def test_after_an_exception_anywhere_the_model_is_as_it_was(error, recompute_bn)
 def test_a_second_interrupt_while_the_model_comes_back(monkeypatch):
     model = network()
     before = everything(model)
-    clear, stops = torch.clear_autocast_cache, iter([None, None, KeyboardInterrupt])
+    clear, pending = torch.clear_autocast_cache, []
 
     def interrupted() -> None:
         clear()
-        if stop := next(stops, None):
-            raise stop
+        if pending:
+            raise pending.pop()
 
     def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        pending.append(KeyboardInterrupt())  # for the way home
         raise RuntimeError("stop")
 
     monkeypatch.setattr(torch, "clear_autocast_cache", interrupted)
