@@ -1,8 +1,7 @@
-"""Pictures of runs as in the paper's figures, drawn with matplotlib.
+"""Pictures of runs: learning curves, and what a setting does.
 
-Every function takes the rows of runs and writes a file; its suffix says in which format. Where a
-setting has several runs (seeds), a point is their mean and an error bar their sample standard
-deviation; of curves, bands reach from the lowest run to the highest.
+Where a setting has several runs (seeds), a point is their mean and an error bar their sample
+standard deviation; of curves, bands reach from the lowest run to the highest.
 """
 
 from __future__ import annotations
@@ -14,21 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from awp_optim.files import replacing
+from awp_optim.lab.plots.parts import MARKERS, band, by_epoch, canvas, coloured, save, tidy
 from awp_optim.lab.summary import Runs, summary
 
-__all__ = [
-    "ablations",
-    "accuracy_by_radius",
-    "adversarial_images",
-    "curve_panels",
-    "learning_curves",
-    "perturbation_sizes",
-]
+__all__ = ["ablations", "curve_panels", "learning_curves", "perturbation_sizes"]
 
-# Okabe & Ito's colours, told apart by colour-blind readers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-MARKERS = ("o", "s", "^", "D")
 LINES = ("-", "--")
 
 
@@ -44,20 +33,20 @@ def learning_curves(runs: Mapping[str, Runs], path: Path | str, title: str = "")
         ImportError: matplotlib is not installed.
         ValueError: there are more runs than colours to tell them apart.
     """
-    figure = _figure(10, 4)
+    figure = canvas(10, 4)
     robust, gap = figure.subplots(1, 2)
-    for colour, (label, seeds) in _coloured(runs):
+    for colour, (label, seeds) in coloured(runs):
         epochs, test, train = _curves(seeds)
-        _line(robust, epochs, train, colour, f"{label}, training images", linestyle="--")
-        _line(robust, epochs, test, colour, f"{label}, test images")
-        _line(gap, epochs, train - test, colour, label)
+        band(robust, epochs, train, colour, f"{label}, training images", linestyle="--")
+        band(robust, epochs, test, colour, f"{label}, test images")
+        band(gap, epochs, train - test, colour, label)
     robust.set_ylabel("robust accuracy (%)")
     gap.set_ylabel("robust generalisation gap (points)")
     gap.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     for axes in (robust, gap):
-        _by_epoch(axes)
+        by_epoch(axes)
         axes.legend(frameon=False, fontsize=9)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def curve_panels(
@@ -79,15 +68,15 @@ def curve_panels(
         raise ValueError(f"every panel must have the same labels, {labels}: the legend is of all")
     rows = -(-len(panels) // 4)
     columns = -(-len(panels) // rows)
-    figure = _figure(max(6, 1 + 2.6 * columns), 0.8 + 2.4 * rows)
+    figure = canvas(max(6, 1 + 2.6 * columns), 0.8 + 2.4 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for i, (axes, (name, runs)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-        for colour, (label, seeds) in _coloured(runs):
+        for colour, (label, seeds) in coloured(runs):
             epochs, test, train = _curves(seeds)
-            _line(axes, epochs, train, colour, f"{label}, training images", linestyle="--")
-            _line(axes, epochs, test, colour, f"{label}, test images")
+            band(axes, epochs, train, colour, f"{label}, training images", linestyle="--")
+            band(axes, epochs, test, colour, f"{label}, test images")
         axes.set_title(name, fontsize=10)
-        _by_epoch(axes)
+        by_epoch(axes)
         is_lowest = i + columns >= len(panels)
         axes.set_xlabel("epoch" if is_lowest else "")
         axes.xaxis.set_tick_params(labelbottom=is_lowest)
@@ -97,7 +86,7 @@ def curve_panels(
         axes.set_ylabel("robust accuracy (%)")
     handles, names = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def ablations(
@@ -119,7 +108,7 @@ def ablations(
         ImportError: matplotlib is not installed.
         ValueError: there are more settings or labels than colours.
     """
-    figure = _figure(14, 4.2)
+    figure = canvas(14, 4.2)
     bars, best_and_last, gap = figure.subplots(1, 3)
     _bars(bars, strategies)
     bars.set_title("(a) steps: K2 for each attack, A in turn", fontsize=10)
@@ -129,7 +118,7 @@ def ablations(
     _size_lines(gap, sizes, {"": "gap, last"})
     gap.set_ylabel("robust generalisation gap, last (points)")
     gap.set_title("(c) generalisation gap", fontsize=10)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def perturbation_sizes(
@@ -147,114 +136,17 @@ def perturbation_sizes(
         ImportError: matplotlib is not installed.
         ValueError: there are more labels than colours.
     """
-    figure = _figure(10, 4.2)
+    figure = canvas(10, 4.2)
     test, both = figure.subplots(1, 2)
     _size_lines(test, sizes, {"best": "robust, best", "last": "robust, last"})
     test.set_ylabel("robust test accuracy (%)")
     parts = {"test images": "robust, last", "training images": "robust, training set, last"}
     _size_lines(both, sizes, parts)
     both.set_ylabel("robust accuracy at the end (%)")
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
-# --- Parts of pictures ------------------------------------------------------------------------
-
-
-def accuracy_by_radius(
-    accuracies: Mapping[str, Mapping[float, float]],
-    path: Path | str,
-    title: str = "",
-    *,
-    chance: float = 0.0,
-    marked: float | None = None,
-) -> None:
-    """Robust accuracy under attacks of growing radius: it must fall to zero.
-
-    Args:
-        accuracies: for each attack, accuracy in [0, 1] by eps.
-        path: the picture to write.
-        title: put above it.
-        chance: accuracy of a guess, drawn as a line.
-        marked: the eps that the rest of the evaluation is about.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there are more attacks than colours.
-    """
-    figure = _figure(6.4, 4.2)
-    axes = figure.subplots()
-    for (colour, (label, points)), marker in zip(_coloured(accuracies), MARKERS, strict=False):
-        radii = sorted(points)
-        values = [100 * points[eps] for eps in radii]
-        axes.plot(radii, values, color=colour, label=label, marker=marker, markersize=4)
-    axes.axhline(100 * chance, color="grey", linestyle=":", label=f"chance, {chance:.0%}")
-    if marked is not None:
-        axes.axvline(marked, color="grey", linestyle="--", lw=1, label=f"eps {marked:.4g}")
-    axes.set_xlabel("eps, radius of the ball")
-    axes.set_ylabel("robust accuracy (%)")
-    axes.set_ylim(bottom=-2)
-    axes.legend(frameon=False)
-    _tidy(axes)
-    _save(figure, path, title)
-
-
-def adversarial_images(
-    x: Any, x_adv: Any, names: list[tuple[str, str, str]], path: Path | str, title: str = ""
-) -> None:
-    """Images as they are, attacked, and the difference, magnified; a column each.
-
-    Args:
-        x, x_adv: arrays of shape (N, C, H, W) in [0, 1], one or three channels.
-        names: for each image its label and what the model says of the two.
-        path: the picture to write.
-        title: put above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    x, x_adv = (np.moveaxis(np.asarray(t, dtype=float), 1, -1) for t in (x, x_adv))
-    largest = float(np.abs(x_adv - x).max())
-    factor = max(1, round(0.5 / largest)) if largest > 0 else 1
-    figure = _figure(max(8.0, 0.9 + 1.5 * len(x)), 5.6)  # the title is long
-    grid = figure.subplots(3, len(x), squeeze=False)
-    titles = ("as it is", "attacked", f"difference x {factor}")
-    for i, (label, before, after) in enumerate(names):
-        pictures = (x[i], x_adv[i], 0.5 + factor * (x_adv[i] - x[i]))
-        captions = (f"{before}", f"{after}", "")
-        for row, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-            axes = grid[row, i]
-            picture = picture[..., 0] if picture.shape[-1] == 1 else picture
-            axes.imshow(picture.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            wrong = row < 2 and caption != label
-            axes.set_xlabel(caption, fontsize=9, color="#D55E00" if wrong else "black")
-    for axes, name in zip(grid[:, 0], titles, strict=True):
-        axes.set_ylabel(name, fontsize=10)
-    _save(figure, path, title)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'awp_optim[examples]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: Any, path: Path | str, title: str) -> None:
-    figure.suptitle(title)
-    path = Path(path)
-    with replacing(path) as file:
-        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
-
-
-def _coloured(labelled: Mapping[str, Any]) -> Any:
-    if len(labelled) > len(COLOURS):
-        raise ValueError(
-            f"at most {len(COLOURS)} can be told apart in one panel, got {list(labelled)}"
-        )
-    return zip(COLOURS, labelled.items(), strict=False)
+# --- Parts ------------------------------------------------------------------------------------
 
 
 def _curves(seeds: Runs) -> tuple[list[float], Any, Any]:
@@ -267,28 +159,6 @@ def _curves(seeds: Runs) -> tuple[list[float], Any, Any]:
     return [row["epoch"] + 1 for row in evaluated[0]], test, train
 
 
-def _line(
-    axes: Any, epochs: list[float], values: Any, colour: str, label: str, **style: Any
-) -> None:
-    """The mean over the first axis; with one epoch alone, a point."""
-    marker = "o" if len(epochs) == 1 else None
-    axes.plot(epochs, values.mean(0), color=colour, label=label, marker=marker, **style)
-    if len(values) > 1:
-        axes.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
-
-
-def _by_epoch(axes: Any) -> None:
-    axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _tidy(axes)
-
-
-def _tidy(axes: Any) -> None:
-    axes.grid(alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _figures(seeds: Runs, name: str) -> tuple[float, float]:
     """Mean and standard deviation of a figure of :func:`summary`; of one run, 0."""
     values = [summary(rows)[name] for rows in seeds]
@@ -298,7 +168,7 @@ def _figures(seeds: Runs, name: str) -> tuple[float, float]:
 def _bars(axes: Any, strategies: Mapping[str, Mapping[str, tuple[Runs, float]]]) -> None:
     """A group of bars for each setting, with costs on them."""
     at, places, names, ends = 0.0, [], [], []
-    for colour, (setting, values) in _coloured(strategies):
+    for colour, (setting, values) in coloured(strategies):
         for name, (seeds, cost) in values.items():
             mean, deviation = _figures(seeds, "robust, best")
             first = name == next(iter(values))
@@ -324,7 +194,7 @@ def _bars(axes: Any, strategies: Mapping[str, Mapping[str, tuple[Runs, float]]])
     axes.set_xticks(places, names, fontsize=8, rotation=30)
     axes.set_xlabel("on the bars: cost of a step in passes, AT's = 1")
     axes.set_ylabel("robust test accuracy, best (%; not from 0)")
-    _tidy(axes)
+    tidy(axes)
     axes.grid(visible=False, axis="x")
 
 
@@ -333,7 +203,7 @@ def _size_lines(
 ) -> None:
     """One or two figures of :func:`summary` by gamma, the first solid and the second dashed."""
     without = [runs[0.0] for runs in sizes.values() if 0.0 in runs]
-    for i, (colour, (label, runs)) in enumerate(_coloured(sizes)):
+    for i, (colour, (label, runs)) in enumerate(coloured(sizes)):
         gammas = sorted(gamma for gamma in runs if gamma > 0)
         for j, (part, name) in enumerate(figures.items()):
             means, deviations = zip(*(_figures(runs[g], name) for g in gammas), strict=True)
@@ -362,5 +232,5 @@ def _size_lines(
     axes.plot([], [], color="0.4", linewidth=0.9, label=r"horizontal: $\gamma$ = 0")
     axes.set_xscale("log")
     axes.set_xlabel(r"size of the perturbation, $\gamma$ (share of the weights' norm)")
-    _tidy(axes)
+    tidy(axes)
     axes.legend(frameon=False, fontsize=8, handlelength=3.5)
