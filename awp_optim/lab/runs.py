@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import DATASETS, ImageData, load
 from awp_optim.lab.run_folder import Row, read_metrics
+from awp_optim.lab.summary import Runs
 
-__all__ = ["Run", "find_runs", "grouped"]
+__all__ = ["Run", "by_size", "evaluated", "find_runs", "grouped"]
 
 _NAMES = {"at": "AT", "trades": "TRADES", "mart": "MART", "rst": "RST", "pretrain": "Pre-training"}
 # What does not make another setting: how often one looks, and where the randomness starts.
@@ -84,12 +85,13 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs with the same settings but for the seed, by a label that tells them from the others.
 
-    The label is the method, with AWP or RWP; and, among those of one method, what differs.
+    The label is the method, with AWP or RWP; and, among those of one method, what differs. Methods
+    come in the paper's order, each first without AWP, then by gamma.
     """
     settings: dict[str, list[Run]] = {}
     for run in runs:
         settings.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
-    groups = list(settings.values())
+    groups = sorted(settings.values(), key=_rank)
     labels: dict[str, list[Run]] = {}
     for group in groups:
         ours = _settings(group[0])
@@ -99,6 +101,50 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
                   for k in differing]  # fmt: skip
         labels[", ".join([_name(group[0]), *values])] = group
     return labels
+
+
+def by_size(groups: Mapping[str, list[Run]]) -> list[dict[str, dict[float, list[Run]]]]:
+    """Which of these runs differ in the weight perturbation alone.
+
+    Args:
+        groups: as :func:`grouped` gives them.
+
+    Returns:
+        For each setting of everything else, those with AWP and those with RWP, by gamma; runs
+        without either count as gamma 0 of both.
+    """
+    families: dict[str, dict[str, dict[float, list[Run]]]] = {}
+    for runs in groups.values():
+        config = runs[0].config
+        others = {k: v for k, v in _settings(runs[0]).items() if k not in ("gamma", "direction")}
+        family = families.setdefault(json.dumps(others, sort_keys=True), {"AWP": {}, "RWP": {}})
+        kind = "RWP" if config.direction == "random" else "AWP"
+        for name in (kind,) if config.gamma else family:
+            family[name][config.gamma] = runs
+    return list(families.values())
+
+
+def evaluated(runs: Sequence[Run]) -> Runs:
+    """The rows of runs up to the last epoch at which all of them were evaluated.
+
+    Of the evaluations, those remain that all have.
+
+    Raises:
+        ValueError: there is no such epoch.
+    """
+    epochs = [{row["epoch"] for row in run.rows if "test_robust_acc" in row} for run in runs]
+    common = set.intersection(*epochs)
+    if not common:
+        names = ", ".join(str(run.path) for run in runs)
+        raise ValueError(f"no epoch after which all of these were evaluated: {names}")
+    return [
+        [
+            row if row["epoch"] in common else {k: v for k, v in row.items() if "_acc" not in k}
+            for row in run.rows
+            if row["epoch"] <= max(common)
+        ]
+        for run in runs
+    ]
 
 
 def _read(path: Path) -> Run:
@@ -118,6 +164,11 @@ def _read(path: Path) -> Run:
 def _settings(run: Run) -> dict[str, Any]:
     config = {k: v for k, v in asdict(run.config).items() if k not in _SAME}
     return {**config, **{k: run.about.get(k) for k in ("dataset", "train_images")}}
+
+
+def _rank(group: list[Run]) -> tuple[int, bool, float]:
+    config = group[0].config
+    return list(_NAMES).index(config.method), config.direction == "random", config.gamma
 
 
 def _name(run: Run) -> str:

@@ -4,6 +4,17 @@ Every function writes a file; its suffix says in which format.
 """
 
 from awp_optim.lab.plots.evaluation import accuracy_by_radius, adversarial_images
+from awp_optim.lab.plots.landscape import (
+    directions,
+    landscapes,
+    landscapes_by_epoch,
+    landscapes_by_gamma,
+    on_the_fly,
+    perturbed_weights,
+    surfaces,
+    weight_histograms,
+)
+from awp_optim.lab.plots.parts import COLOURS
 from awp_optim.lab.plots.runs import (
     ablations,
     curve_panels,
@@ -12,10 +23,19 @@ from awp_optim.lab.plots.runs import (
 )
 
 __all__ = [
+    "COLOURS",
     "ablations",
     "accuracy_by_radius",
     "adversarial_images",
     "curve_panels",
+    "directions",
+    "landscapes",
+    "landscapes_by_epoch",
+    "landscapes_by_gamma",
     "learning_curves",
+    "on_the_fly",
     "perturbation_sizes",
+    "perturbed_weights",
+    "surfaces",
+    "weight_histograms",
 ]
