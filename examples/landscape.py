@@ -136,9 +136,9 @@ def draw(args: argparse.Namespace, console: Console) -> None:
         page = args.out / "index.html"
         about = (
             f"Of {sum(map(len, groups.values()))} runs: {'; '.join(groups)}. torch"
-            f" {torch.__version__}, {torch.device(args.device).type}; {command}"
+            f" {torch.__version__}, {torch.device(args.device).type}."
         )
-        write_gallery(page, "Weight loss landscapes", about, pictures, left_out)
+        write_gallery(page, "Weight loss landscapes", about, command, pictures, left_out)
         for name, why in left_out:
             console.print(f"left out: {name}: {why}", highlight=False, soft_wrap=True)
         console.print(f"The gallery is {page}.", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -35,6 +36,7 @@ def write_gallery(
     path: Path,
     title: str,
     about: str,
+    command: str,
     pictures: Sequence[Picture],
     left_out: Sequence[tuple[str, str]] = (),
 ) -> None:
@@ -44,6 +46,7 @@ def write_gallery(
         path: the page.
         title: its heading.
         about: what all pictures are of.
+        command: what makes them.
         pictures: in order.
         left_out: what could not be drawn, and why.
 
@@ -62,6 +65,7 @@ def write_gallery(
     page = _PAGE.substitute(
         title=escape(title),
         about=escape(about),
+        command=escape(command),
         links="".join(links),
         sections="\n".join(sections),
         missing=missing,
@@ -71,11 +75,14 @@ def write_gallery(
 
 
 def _section(anchor: str, picture: Picture) -> str:
-    data = base64.b64encode(picture.file.read_bytes()).decode()
+    content = picture.file.read_bytes()
+    data = base64.b64encode(content).decode()
+    width, height = struct.unpack(">II", content[16:24])  # where every PNG has them
+    kind = "wide panels" if width > 2 * height else "wide"
     tables = "".join(_table(title, cells) for title, cells in picture.tables)
     return (
         f'<section id="{anchor}"><h2>{escape(picture.title)}</h2><figure>'
-        f'<div class="wide"><img src="data:image/png;base64,{data}"'
+        f'<div class="{kind}"><img src="data:image/png;base64,{data}"'
         f' alt="{escape(picture.title)}"></div>'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>{tables}</section>"
     )
@@ -91,7 +98,7 @@ def _table(title: str, cells: Cells) -> str:
         for row in rows
     )
     return (
-        f'<div class="wide"><table><caption>{escape(title)}</caption>'
+        f'<p class="small">{escape(title)}</p><div class="wide"><table>'
         f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -110,20 +117,20 @@ h1 { font-size: 1.5rem; line-height: 1.25; }
 h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
 section { border-top: 1px solid var(--line); padding: 1.25rem 0; }
 figure { margin: 0 0 1rem; }
-img { display: block; width: 100%; min-width: 32rem; max-width: 100%; height: auto;
-  background: #fff; border-radius: 4px; }
-figcaption, caption { font-size: .875rem; text-align: left; opacity: .85; padding: .5rem 0; }
+img { display: block; width: 100%; height: auto; background: #fff; border-radius: 4px; }
+figcaption, .small { font-size: .875rem; margin: .75rem 0 .25rem; opacity: .85; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem .25rem 0; text-align: right; border-top: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child { text-align: left; }
-@media (max-width: 40rem) { img { max-width: none; } }
+@media (max-width: 40rem) { img { width: 32rem; } .panels img { width: 52rem; } }
 </style>
 </head>
 <body>
 <h1>$title</h1>
 <p>$about</p>
+<p class="small"><code>$command</code></p>
 <nav><ul>$links</ul></nav>
 $sections
 $missing

@@ -33,20 +33,6 @@ def ended(best, last, train, natural=0.9):
     return [first, {**first, "epoch": 1.0, "test_robust_acc": last, "train_robust_acc": train}]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were written."""
-    figures = []
-    write = Figure.savefig
-
-    def savefig(self, *args, **kwargs):
-        figures.append(self)
-        write(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return figures
-
-
 def lines_of(axes):
     """Drawn lines with a label of their own, by label."""
     return {line.get_label(): line for line in axes.get_lines() if line.get_label()[0] != "_"}

@@ -11,7 +11,7 @@ import torch
 
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
-from awp_optim.lab.runs import find_runs, grouped
+from awp_optim.lab.runs import Run, by_size, evaluated, find_runs, grouped
 from awp_optim.lab.trainer import fit
 
 CONFIG = Config(
@@ -74,6 +74,51 @@ def test_seeds_are_together_and_labels_say_what_differs(tmp_path):
         "TRADES, arch preact_resnet_small": ["trades"],
         "TRADES, arch vgg19": ["vgg"],
     }
+
+
+def test_methods_come_in_the_papers_order_each_first_without_awp(tmp_path):
+    configs = {
+        "a": replace(CONFIG, method="trades"),
+        "b": replace(CONFIG, gamma=0.02),
+        "c": replace(CONFIG, gamma=0.3, direction="random"),
+        "d": replace(CONFIG, gamma=0.01),
+        "e": CONFIG,
+    }
+    groups = grouped(find_runs([folder(tmp_path / k, c) for k, c in configs.items()]))
+    assert [runs[0].path.name for runs in groups.values()] == ["e", "d", "b", "c", "a"]
+
+
+def test_by_size(tmp_path):
+    configs = {
+        "at": CONFIG,
+        "awp": replace(CONFIG, gamma=0.01, seed=3),
+        "awp5": replace(CONFIG, gamma=0.005),
+        "rwp": replace(CONFIG, gamma=0.3, direction="random"),
+        "trades": replace(CONFIG, method="trades"),
+    }
+    at, trades = by_size(grouped(find_runs([folder(tmp_path / k, c) for k, c in configs.items()])))
+    names = {k: {g: r[0].path.name for g, r in of.items()} for k, of in at.items()}
+    assert names == {
+        "AWP": {0.0: "at", 0.005: "awp5", 0.01: "awp"},
+        "RWP": {0.0: "at", 0.3: "rwp"},
+    }
+    assert [list(of) for of in trades.values()] == [[0.0], [0.0]]
+
+
+def test_rows_of_seeds_that_were_not_evaluated_alike():
+    def run(*evaluated, epochs):
+        rows = [{"epoch": float(e), "lr": 0.1} for e in range(epochs)]
+        for e in evaluated:
+            rows[e] |= {"test_robust_acc": 0.5, "train_robust_acc": 0.6}
+        return Run(Path(f"{epochs}"), CONFIG, {}, rows)
+
+    a, b = run(1, 3, 5, epochs=6), run(0, 3, epochs=5)  # the second was stopped early
+    for rows in evaluated([a, b]):
+        assert [row["epoch"] for row in rows] == [0, 1, 2, 3]
+        assert [row["epoch"] for row in rows if "test_robust_acc" in row] == [3]
+        assert [row["epoch"] for row in rows if "train_robust_acc" in row] == [3]
+    with pytest.raises(ValueError, match="no epoch after which"):
+        evaluated([a, run(2, epochs=3)])
 
 
 def test_what_is_no_run(tmp_path):
