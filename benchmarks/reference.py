@@ -18,9 +18,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-__all__ = ["ReferenceStep"]
+__all__ = ["ReferenceStep", "attack"]
 
 _TINY = 1e-20  # keeps the normalisation of a difference that is zero from dividing by zero
+
+
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    random_start: bool = True,
+    clip: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """PGD. Its backward passes leave gradients in the weights, too, which nobody asked for."""
+    delta = torch.zeros_like(x)
+    if random_start:
+        delta.uniform_(-eps, eps)
+    delta = (x + delta).clamp(*clip) - x
+    for _ in range(steps):
+        delta.requires_grad_()
+        loss = F.cross_entropy(model(x + delta), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert delta.grad is not None
+        delta = delta.detach() + step_size * delta.grad.sign()
+        delta = delta.clamp(-eps, eps)
+        delta = (x + delta).clamp(*clip) - x
+    return x + delta
 
 
 class ReferenceStep:
@@ -76,22 +103,13 @@ class ReferenceStep:
         return loss.detach()
 
     def _attack(self, x: Tensor, y: Tensor) -> Tensor:
-        """PGD. Its backward passes leave gradients in the weights, too, which nobody asked for."""
         self.model.eval()
-        delta = torch.zeros_like(x)
-        if self.random_start:
-            delta.uniform_(-self.eps, self.eps)
-        delta = (x + delta).clamp(*self.clip) - x
-        for _ in range(self.steps):
-            delta.requires_grad_()
-            loss = F.cross_entropy(self.model(x + delta), y)
-            loss.backward()  # type: ignore[no-untyped-call]
-            assert delta.grad is not None
-            delta = delta.detach() + self.step_size * delta.grad.sign()
-            delta = delta.clamp(-self.eps, self.eps)
-            delta = (x + delta).clamp(*self.clip) - x
+        x_adv = attack(
+            self.model, x, y, eps=self.eps, step_size=self.step_size, steps=self.steps,
+            random_start=self.random_start, clip=self.clip,
+        )  # fmt: skip
         self.model.train()
-        return x + delta
+        return x_adv
 
     def _ascend(self, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Eq. (10): v by name, from where a step of the proxy leads; the weights go to w + v."""
