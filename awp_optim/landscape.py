@@ -127,24 +127,33 @@ class LossCurve(_Landscape):
         Raises:
             ValueError: it is not above 0, or the curve does not reach it on any side.
         """
+        at, errors = self.rises(alpha), self._at(alpha, self.rise_stderr)
+        return Sharpness(
+            float(at.mean()), float(at.max()), float(abs(at).mean()), float(errors.mean())
+        )
+
+    def rises(self, alpha: float) -> Array:
+        """g(alpha) - g(0) of the adversarial loss, by direction and side; shape (D, 1 or 2).
+
+        Args, raises: as of :meth:`sharpness`.
+        """
+        return self._at(alpha, self.adv_losses - self.adv_centre)
+
+    def _at(self, alpha: float, values: Array) -> Array:
+        """Values of shape (D, A) at alpha and -alpha, as far as the curve reaches."""
         import numpy as np
 
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a distance above 0, got {alpha!r}")
         order = np.argsort(self.alphas, kind="stable")
-        x, rises = self.alphas[order], (self.adv_losses - self.adv_centre)[:, order]
+        x = self.alphas[order]
         sides = [side for side in (alpha, -alpha) if x[0] <= side <= x[-1]]
         if not sides:
             raise ValueError(
                 f"the curve spans {x[0]:g} to {x[-1]:g}: it reaches neither {alpha:g} nor "
                 f"{-alpha:g}"
             )
-        errors = self.rise_stderr[:, order]
-        at = np.array([[np.interp(side, x, rise) for side in sides] for rise in rises])
-        stderr = np.array([[np.interp(side, x, e) for side in sides] for e in errors])
-        return Sharpness(
-            float(at.mean()), float(at.max()), float(np.abs(at).mean()), float(stderr.mean())
-        )
+        return np.array([[np.interp(side, x, line) for side in sides] for line in values[:, order]])
 
     def flat_width(self, rise: float = 0.1) -> float:
         """How far one can go until the adversarial loss has risen by a share of g(0).

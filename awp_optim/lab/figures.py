@@ -236,7 +236,7 @@ def directions(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     curves = {label: landscapes.curve(run, file, directions=count) for label, run, file in subjects}
     rows = []
     for label, c in curves.items():
-        values = _rises(c, how.at)
+        values = c.rises(how.at).mean(1).tolist()
         rows.append([label, spread(values, 3), f"{min(values):.3f}", f"{max(values):.3f}"])
     return [
         Drawing(
@@ -403,17 +403,6 @@ def _differences(
         return []
     head = ["", "rise", "by seed", "as a ratio"]
     return [("The rise compared seed by seed, mean ± standard deviation", [head, *rows])]
-
-
-def _rises(c: LossCurve, at: float) -> list[float]:
-    """How much the loss rises along each direction, mean over the sides."""
-    order = np.argsort(c.alphas)
-    x = c.alphas[order]
-    sides = [side for side in (at, -at) if x[0] <= side <= x[-1]]
-    return [
-        float(np.mean([np.interp(s, x, line[order]) - c.adv_centre for s in sides]))
-        for line in c.adv_losses
-    ]
 
 
 def _subjects(groups: Groups, most: int) -> list[tuple[str, Run, Path]]:
