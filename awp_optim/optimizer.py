@@ -346,7 +346,9 @@ class AWP(Optimizer):
 
         Raises:
             RuntimeError: without a closure at the centre (unless gamma is 0 everywhere), where it
-                would be a plain step; with a closure while perturbed.
+                would be a plain step; with a closure while perturbed. The trial step of
+                ``torch.distributed.checkpoint``, at learning rate 0 with gradients of zero before
+                there is any state, is let through.
 
         After an exception, whoever raised it, the weights are at the centre.
         """
@@ -618,7 +620,7 @@ class AWP(Optimizer):
     def _reach_perturbed(self, closure: Callable[[], Any] | None) -> Any:
         """With the closure go to w + v and take the gradients there; without, see that we are."""
         if closure is None:
-            if self.directions and not self._is_perturbed:
+            if self.directions and not self._is_perturbed and not self._is_trial_step():
                 raise RuntimeError(
                     "step() without a closure would be a plain step without perturbation: call "
                     "first_step() and backpropagate again before it, or pass a closure; for a "
@@ -644,6 +646,18 @@ class AWP(Optimizer):
         with torch.enable_grad():
             losses.append(closure())
         return losses[0]
+
+    def _is_trial_step(self) -> bool:
+        """Whether a step would do nothing but build the base optimizer's state.
+
+        ``torch.distributed.checkpoint.state_dict`` takes one before it loads: with no state yet,
+        every learning rate 0 and every gradient zeros.
+        """
+        if self.state or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+            return False
+        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        grads = [local_part(p.grad) if is_distributed(p.grad) else p.grad for p in params]
+        return all(g is not None and not g.any() for g in grads)
 
     def _update(self, overflows: list[Tensor]) -> None:
         """The base optimizer's step, unless GradScaler or an ascent found an overflow.

@@ -1,4 +1,4 @@
-"""Starts a script in several processes, which talk over gloo on this machine alone."""
+"""Runs a script's scenarios in several processes, which talk over gloo on this machine alone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,52 +13,27 @@ from typing import Any
 import pytest
 import torch
 
+collect_ignore = ["common.py", "forked.py", "replicated.py", "sharded.py"]  # not for pytest
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 Launch = Callable[..., dict[str, Any]]
 
 
-def _run(script: str, processes: int, directory: Path, *args: str, limit: float = 150) -> Any:
-    """What rank 0 of ``script`` wrote into ``directory``/results.json.
-
-    A script is called with the directory, its rank and the number of processes, then ``args``.
-    """
-    results = directory / "results.json"
-    results.unlink(missing_ok=True)
-    (directory / "store").unlink(missing_ok=True)
+def _launch(script: str, *processes: int, directory: Path, limit: float = 200) -> Any:
+    """The figures of the scenarios in ``script``, by number of processes and name."""
     env = os.environ | {
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent), str(HERE)]),
     }
-    command = [sys.executable, str(HERE / script), str(directory)]
-    logs = [(directory / f"rank{rank}.log").open("w+") for rank in range(processes)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(processes), *args], env=env, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    end = time.monotonic() + limit
-    try:
-        # One that fails leaves the others waiting for it.
-        while any(codes := [r.poll() for r in ranks]) or None in codes:
-            if any(codes) or time.monotonic() > end:
-                break
-            time.sleep(0.02)
-    finally:
-        for r in ranks:
-            r.kill()
-            r.wait()
-        written = []
-        for log in logs:
-            log.seek(0)
-            written.append(log.read()[-3000:])
-            log.close()
-    assert codes == [0] * processes, "\n".join(
-        f"--- rank {rank}: {code}\n{text}" for rank, (code, text) in enumerate(zip(codes, written))
-    )
+    command = [sys.executable, "-m", "forked", script, str(directory), *map(str, processes)]
+    log = directory / "log.txt"
+    with log.open("w") as output:
+        subprocess.run(command, env=env, stdout=output, stderr=output, timeout=limit, check=False)
+    results = directory / "results.json"
+    assert results.exists(), log.read_text()[-8000:]
     return json.loads(results.read_text())
 
 
@@ -67,4 +41,6 @@ def _run(script: str, processes: int, directory: Path, *args: str, limit: float 
 def launch() -> Launch:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch without gloo")
-    return _run
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    return _launch

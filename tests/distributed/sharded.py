@@ -1,133 +1,71 @@
-"""What test_sharded.py has each process do: AWP on DTensors, beside the textbook in one process.
+"""What test_sharded.py has each process do (see forked.py): AWP on DTensors.
 
-Run as ``sharded.py DIRECTORY RANK PROCESSES``. Every scenario returns figures, by name; the largest
-over all processes are what rank 0 writes.
+The figures are relative differences to what one process should have, by the textbook or the
+equation in float64; or 1 for what must not be.
 """
 
 from __future__ import annotations
 
-import copy
-import json
-import sys
-import time
-from functools import partial
-from pathlib import Path
+import functools
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from common import (
+    ADAM,
+    GAMMA,
+    SGD,
+    WAYS,
+    Scenarios,
+    backward,
+    batches,
+    expected,
+    mine,
+    mlp,
+    model_off,
+    off,
+    train,
+    whole,
+)
+from torch import nn
+from torch.distributed import checkpoint as checkpoints
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, parallel
 from torch.nn import functional as F
 
-SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-3)
-ADAM = partial(torch.optim.AdamW, lr=1e-2, weight_decay=1e-2)
-GAMMA = 0.05
-SCENARIOS = {}
+from awp_optim import AWP, AdversarialStep
+from awp_optim.attacks import PGD
 
-
-def scenario(*counts):
-    """Registers a scenario for these numbers of processes."""
-
-    def register(function):
-        SCENARIOS[function.__name__] = counts, function
-        return function
-
-    return register
-
-
-def mlp(seed=0, hidden=10):
-    """Over 4 processes its 10, 3 and 5 rows are 3 3 3 1, 1 1 1 0 and 2 2 1 0."""
-    torch.manual_seed(seed)
-    layers = nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 3), nn.Tanh(), nn.Linear(3, 5)
-    return nn.Sequential(*layers).double()
-
-
-def batches(n, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(8, 6, generator=generator, dtype=torch.float64),
-            torch.randint(5, (8,), generator=generator),
-        )
-        for _ in range(n)
-    ]
-
-
-def mine(data, part, parts):
-    """This process' share of every batch."""
-    return [(x.chunk(parts)[part], y.chunk(parts)[part]) for x, y in data]
+SCENARIOS = scenario = Scenarios()
 
 
 def fully_sharded(model, mesh, **kwargs):
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh, **kwargs)
+    fully_shard(model[0], mesh=mesh, **kwargs)
     return fully_shard(model, mesh=mesh, **kwargs)
 
 
-def backward(model, x, y):
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    return loss.detach()
+def prepare():
+    """Before the processes are forked: what all of them would compute."""
+    for way in WAYS:
+        expected(way)
+    for way in WAYS[:2]:
+        expected(way, 12)
 
 
-def train(model, opt, data):
-    for x, y in data:
-        for _ in range(opt.ascent_steps):
-            opt.zero_grad()
-            backward(model, x, y)
-            opt.first_step()
-        opt.zero_grad()
-        backward(model, x, y)
-        opt.second_step()
-
-
-def whole(t: Tensor) -> Tensor:
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
-
-
-def off(actual: Tensor, expected: Tensor) -> float:
-    """The relative difference of two tensors."""
-    return ((whole(actual) - expected).norm() / expected.norm()).item()
-
-
-def model_off(model, expected: dict[str, Tensor]) -> float:
-    return max(off(p, expected[n]) for n, p in model.named_parameters())
-
-
-def textbook(model, data, base=SGD, steps=1, norm="l2", gamma=GAMMA):
-    from test_optimizer import textbook
-
-    return textbook(copy.deepcopy(model), data, base, lambda _: (0, gamma), steps, norm)
-
-
-WAYS = [
-    (ADAM, "l2", 3, None),
-    (SGD, "l1", 1, None),
-    (SGD, "l2", 1, None),
-    (ADAM, "l1", 3, None),
-    (SGD, "l2", 3, False),
-]
-
-
-def runs(shard, data, here, ways=WAYS, hidden=10):
+def runs(shard, here, ways=WAYS, hidden=10):
     """Twenty steps in all the ways that take another path, against the textbook.
 
     ``shard`` distributes the model it is given; ``here`` is this process' share of the data.
     """
-    from awp_optim import AWP
-
     figures = {}
-    for base, norm, steps, foreach in ways:
-        model = mlp(hidden=hidden)
-        expected = textbook(model, data, base, steps, norm)
-        model = shard(model)
+    for way in ways:
+        base, norm, steps, foreach = way
+        model = shard(mlp(hidden=hidden))
         settings = {"norm": norm, "ascent_steps": steps, "foreach": foreach}
         opt = AWP(model.parameters(), base, gamma=GAMMA, **settings)
         train(model, opt, here)
         name = f"{norm}, {steps} ascents{', readable' if foreach is False else ''}"
-        figures[name] = model_off(model, expected)
+        figures[name] = model_off(model, expected(way, hidden))
     return figures
 
 
@@ -138,8 +76,8 @@ def runs(shard, data, here, ways=WAYS, hidden=10):
 def fsdp2(rank, world, directory):
     mesh = dist.init_device_mesh("cpu", (world,))
     data = batches(20)
-    ways = WAYS if world == 2 else WAYS[:2]
-    return runs(lambda model: fully_sharded(model, mesh), data, mine(data, rank, world), ways)
+    ways = WAYS[2:] if world == 2 else WAYS[:2]
+    return runs(lambda model: fully_sharded(model, mesh), mine(data, rank, world), ways)
 
 
 @scenario(4)
@@ -147,12 +85,10 @@ def hsdp(rank, world, directory):
     """Two copies of the model, each spread over two processes."""
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "part"))
     data = batches(20)
-    return runs(lambda model: fully_sharded(model, mesh), data, mine(data, rank, world), WAYS[:2])
+    return runs(lambda model: fully_sharded(model, mesh), mine(data, rank, world), WAYS[:1])
 
 
 def tensor_parallel(model, mesh):
-    from torch.distributed.tensor import parallel
-
     plan = {"0": parallel.ColwiseParallel(), "2": parallel.RowwiseParallel()}
     return parallel.parallelize_module(model, mesh, plan)
 
@@ -161,8 +97,7 @@ def tensor_parallel(model, mesh):
 def tensor_parallelism(rank, world, directory):
     """Split by rows, then by columns; the last layer is a plain tensor, alike in all."""
     mesh = dist.init_device_mesh("cpu", (world,))
-    data = batches(20)
-    return runs(lambda model: tensor_parallel(model, mesh), data, data, WAYS[:2], hidden=12)
+    return runs(lambda model: tensor_parallel(model, mesh), batches(20), WAYS[:2], hidden=12)
 
 
 @scenario(4)
@@ -178,7 +113,7 @@ def fsdp2_of_tensor_parallel(rank, world, directory):
 
     data = batches(20)
     share = mine(data, mesh.get_coordinate()[0], 2)
-    figures = runs(shard, data, share, WAYS[:1], hidden=12)
+    figures = runs(shard, share, WAYS[:1], hidden=12)
     return {**figures, "not strided": float("_StridedShard" not in seen)}
 
 
@@ -187,8 +122,6 @@ def fsdp2_of_tensor_parallel(rank, world, directory):
 
 def distributed(mesh, *placements, shape=(7, 3), seed=0, scale=1.0):
     """A parameter with a gradient, and the whole of both."""
-    from torch.distributed.tensor import distribute_tensor
-
     torch.manual_seed(seed)
     w, g = torch.randn(2, *shape, dtype=torch.float64) * scale
     p = nn.Parameter(distribute_tensor(w.clone(), mesh, placements))
@@ -199,15 +132,11 @@ def distributed(mesh, *placements, shape=(7, 3), seed=0, scale=1.0):
 @scenario(4)
 def placements(rank, world, directory):
     """Every mix of Shard and Replicate on a mesh of two dimensions; parts that are empty."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    from awp_optim import AWP
-
     mesh = dist.init_device_mesh("cpu", (2, 2))
     figures, params, wholes = {}, [], []
     for i, one in enumerate([Replicate(), Shard(0), Shard(1)]):
         for j, other in enumerate([Replicate(), Shard(0), Shard(1)]):
-            for shape in [(7, 3), (1, 2), (3, 1, 2)]:
+            for shape in [(7, 3), (3, 1, 2)]:
                 p, *whole_ones = distributed(mesh, one, other, shape=shape, seed=i * 3 + j)
                 params.append(p)
                 wholes.append(whole_ones)
@@ -243,10 +172,6 @@ def placements(rank, world, directory):
 @scenario(4)
 def collectives(rank, world, directory):
     """One all-reduce for a batch, and one for the projection; none along Replicate."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    from awp_optim import AWP
-
     mesh = dist.init_device_mesh("cpu", (2, 2))
     counted = []
     real = dist.all_reduce
@@ -284,10 +209,6 @@ def collectives(rank, world, directory):
 @scenario(4)
 def other_gradients(rank, world, directory):
     """A gradient still to be summed, one that is not finite in one part, none, and zero."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-    from awp_optim import AWP
-
     mesh = dist.init_device_mesh("cpu", (4,))
     summed, w, _ = distributed(mesh, Shard(0))
     partial_grad = torch.full((7, 3), rank + 1.0, dtype=torch.float64)
@@ -317,10 +238,6 @@ def other_gradients(rank, world, directory):
 @scenario(4)
 def random_directions(rank, world, directory):
     """Copies agree, parts differ, whatever the seeds of the processes; size as of the whole."""
-    from torch.distributed.tensor import Replicate, Shard
-
-    from awp_optim import AWP
-
     mesh = dist.init_device_mesh("cpu", (2, 2))
     shards = [
         distributed(mesh, *places, shape=(8, 50))[0]
@@ -357,10 +274,6 @@ def random_directions(rank, world, directory):
 @scenario(2)
 def refusals(rank, world, directory):
     """Errors come before anything has changed."""
-    from torch.distributed.tensor import DTensor, Partial, Shard
-
-    from awp_optim import AWP
-
     mesh = dist.init_device_mesh("cpu", (2,))
     local = torch.ones(3, 2)
     odd = nn.Parameter(DTensor.from_local(local, mesh, [Partial()]))
@@ -389,8 +302,6 @@ def refusals(rank, world, directory):
     unchanged = torch.equal(plain, torch.ones(2, 2)) and not opt.is_perturbed
     figures["changed"] = float(not unchanged)
 
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     for orig in (False, True):
         flat = FullyShardedDataParallel(mlp(), use_orig_params=orig, device_id=torch.device("cpu"))
         refused(
@@ -402,27 +313,198 @@ def refusals(rank, world, directory):
     return figures
 
 
-# ----------------------------------------------------------------
+# ---------------------------------------------------------------- around the two steps
 
 
-def main():
-    directory, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    store = f"file://{directory / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    results = {}
-    for name, (counts, function) in SCENARIOS.items():
-        if world in counts and (not sys.argv[4:] or name in sys.argv[4:]):
-            everywhere = [None] * world
-            start = time.perf_counter()
-            dist.all_gather_object(everywhere, function(rank, world, directory))
-            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
-            results[name] = {k: max(f[k] for f in everywhere) for k in everywhere[0]}
-    if rank == 0:
-        (directory / "results.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+@scenario(2)
+def second_forward(rank, world, directory):
+    """It sees w + v; so does one without a backward pass, and the centre after it."""
+    figures = {}
+    ((x, y),) = batches(1)
+    for name, kwargs in {"default": {}, "resharding": {"reshard_after_forward": True}}.items():
+        alone = mlp()
+        backward(alone, x, y)
+        for p in alone.parameters():
+            if p.ndim > 1:
+                p.data += GAMMA * p.norm() * p.grad / p.grad.norm()
+        expected_loss = F.cross_entropy(alone(x), y).detach()
+        model = fully_sharded(mlp(), dist.init_device_mesh("cpu", (world,)), **kwargs)
+        opt = AWP(model.parameters(), SGD, gamma=GAMMA)
+        backward(model, x, y)
+        with torch.no_grad(), opt.perturbed():
+            figures[f"evaluated, {name}"] = off(F.cross_entropy(model(x), y), expected_loss)
+        if name == "default":  # the root keeps the weights it gathered, and cannot know
+            model.reshard()
+        before = F.cross_entropy(mlp()(x), y).detach()
+        figures[f"centre, {name}"] = off(backward(model, x, y), before)
+        opt.zero_grad()
+        backward(model, x, y)
+        opt.first_step(zero_grad=True)
+        figures[f"trained, {name}"] = off(backward(model, x, y), expected_loss)
+        opt.restore()
+    return figures
 
 
-if __name__ == "__main__":
-    main()
+def amp_step(model, opt, scaler, x, y, clip=True, overflow_in=None):
+    for name in ("ascent", "descent"):
+        loss = scaler.scale(F.cross_entropy(model(x), y))
+        (loss * float("inf") if name == overflow_in else loss).backward()
+        if name == "ascent":
+            opt.first_step(zero_grad=True)
+    if clip:
+        scaler.unscale_(opt)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    scaler.step(opt)
+    scaler.update()
+    opt.zero_grad()
+
+
+@scenario(2)
+def scaled_and_clipped(rank, world, directory):
+    """GradScaler and clipping in between; an overflow in one process is one for all."""
+    figures = {}
+    for name, clip, base in [
+        ("SGD", False, SGD),
+        ("SGD, clipped", True, SGD),
+        ("fused Adam", False, functools.partial(ADAM, fused=True)),
+        ("fused Adam, clipped", True, functools.partial(ADAM, fused=True)),
+    ]:
+        alone, model = mlp(), fully_sharded(mlp(), dist.init_device_mesh("cpu", (world,)))
+        plain = AWP(alone.parameters(), SGD if base is SGD else ADAM, gamma=GAMMA)
+        opt = AWP(model.parameters(), base, gamma=GAMMA)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for x, y in batches(4):
+            backward(alone, x, y)
+            plain.first_step(zero_grad=True)
+            backward(alone, x, y)
+            if clip:
+                nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+            plain.second_step(zero_grad=True)
+            amp_step(model, opt, scaler, x.chunk(world)[rank], y.chunk(world)[rank], clip)
+        figures[name] = model_off(model, {n: p.detach() for n, p in alone.named_parameters()})
+        before = [whole(p).clone() for p in model.parameters()]
+        for place in ("ascent", "descent"):
+            amp_step(model, opt, scaler, x, y, clip, place if rank == 1 else None)
+            moved = not all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before))
+            figures[f"{name}: moved by an overflow in the {place}"] = float(moved)
+    return figures
+
+
+@scenario(2)
+def momentum_direction(rank, world, directory):
+    """Along the momentum, itself sharded."""
+    model = fully_sharded(mlp(), dist.init_device_mesh("cpu", (world,)))
+    opt = AWP(model.parameters(), SGD, gamma=GAMMA, direction="momentum")
+    (x, y), *_ = mine(batches(1), rank, world)
+    opt.first_step()
+    backward(model, x, y)
+    opt.second_step(zero_grad=True)
+    before = {p: whole(p).clone() for p in model.parameters()}
+    opt.first_step()
+    differences = []
+    for p, w in before.items():
+        m = whole(opt.state[p]["momentum_buffer"])
+        if p.ndim > 1:
+            differences.append(off(p, w + GAMMA * w.norm() * m / m.norm()))
+    opt.restore()
+    return {"v": max(differences)}
+
+
+@torch.no_grad()
+def no_attack(model, x, y):
+    model(x)  # leaves the root of the model with the weights it gathered
+    return x
+
+
+@scenario(2)
+def in_one_call(rank, world, directory):
+    """AdversarialStep, of a batch each, as one process of the whole batch."""
+    attack = PGD(eps=0.3, step_size=0.1, steps=2, random_start=False, clip=(-9, 9))
+    figures = {}
+    for name, kwargs in {
+        "exact": {"ascent": "exact", "clip_grad_norm": 1.0},
+        "interval": {"interval": 2},
+        "momentum": {"ascent": "momentum"},
+        "no gradient in the attack": {"ascent": "momentum", "attack": no_attack},
+    }.items():
+        alone, model = mlp(), fully_sharded(mlp(), dist.init_device_mesh("cpu", (world,)))
+        both = []
+        for m in (alone, model):
+            opt = AWP(m.parameters(), SGD, gamma=GAMMA)
+            both.append(AdversarialStep(m, opt, **{"attack": attack, **kwargs}))
+        for x, y in batches(4):
+            both[0](x, y)
+            out = both[1](x.chunk(world)[rank], y.chunk(world)[rank])
+        assert out.x_adv.shape == (8 // world, 6)
+        figures[name] = model_off(model, {n: p.detach() for n, p in alone.named_parameters()})
+        if name == "interval":
+            other = AdversarialStep(model, both[1].optimizer, attack, **kwargs)
+            other.load_state_dict(both[1].state_dict())
+            figures["kept"] = max(off(v, whole(both[1]._kept[p])) for p, v in other._kept.items())
+    for name, kwargs in {"attack": {"ascent": "attack"}, "graph": {"cuda_graph": True}}.items():
+        try:
+            AdversarialStep(model, both[1].optimizer, attack, **kwargs)
+        except ValueError as error:
+            figures[f"{name} refused"] = float("FSDP" not in str(error))
+        else:
+            figures[f"{name} refused"] = 1.0
+    return figures
+
+
+@scenario(2)
+def half_precision(rank, world, directory):
+    """Weights in float32, passes in bfloat16: an ascent is of the weights in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fully_sharded(mlp().float(), dist.init_device_mesh("cpu", (world,)), mp_policy=policy)
+    opt = AWP(model.parameters(), SGD, gamma=GAMMA)
+    ((x, y),) = mine(batches(1), rank, world)
+    backward(model, x.bfloat16(), y)
+    before = {p: whole(p).clone() for p in model.parameters()}
+    opt.first_step()
+    figures = {}
+    for p, v in opt.perturbation().items():
+        size = whole(v).norm() / (GAMMA * before[p].norm()) - 1
+        figures["size"] = max(figures.get("size", 0.0), float(abs(size) > 1e-5))
+    backward(model, x.bfloat16(), y)
+    opt.second_step()
+    return figures
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@scenario(4, 2)
+def checkpoint(rank, world, directory):
+    """Saved by four processes, loaded by two, which go on as one process would have."""
+    figures = {}
+    data = mine(batches(20), rank, world)
+    for way in WAYS[:2]:
+        base, norm, steps, _ = way
+        for given in ("AWP", "base"):
+            place = directory / f"{given}-{norm}"
+            model = fully_sharded(mlp(seed=world), dist.init_device_mesh("cpu", (world,)))
+            opt = AWP(model.parameters(), base, gamma=0.5, norm=norm, ascent_steps=steps)
+            saved = opt if given == "AWP" else opt.base_optimizer
+            if world == 4:
+                for p, start in zip(model.parameters(), mlp().parameters()):
+                    p.data.copy_(distribute_tensor(start.data, p.device_mesh, p.placements))
+                opt.param_groups[0]["gamma"] = GAMMA
+                train(model, opt, data[:10])
+                states = dict(zip(("model", "optimizer"), get_state_dict(model, saved)))
+                checkpoints.save(states, checkpoint_id=place)
+                continue
+            before = [whole(p).clone() for p in model.parameters()]
+            states = dict(zip(("model", "optimizer"), get_state_dict(model, saved)))
+            tried = not all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before))
+            checkpoints.load(states, checkpoint_id=place)
+            set_state_dict(
+                model,
+                saved,
+                model_state_dict=states["model"],
+                optim_state_dict=states["optimizer"],
+            )
+            train(model, opt, data[10:])
+            figures[f"{given}, {norm}"] = model_off(model, expected(way))
+            figures[f"{given}, {norm}: moved by the trial step"] = float(tried)
+            figures[f"{given}, {norm}: gamma"] = abs(opt.param_groups[0]["gamma"] - GAMMA)
+    return figures
