@@ -80,6 +80,28 @@ class AWP(Optimizer):
     acts on w. A script that adds v to the weights, steps and takes v away decays w + v instead: the
     two agree exactly without weight decay and differ by ``lr * weight_decay * v`` with it.
 
+    **Accumulation.** v is of what is in ``p.grad``. Accumulate all micro-batches before both steps
+    and v is that of the whole batch, at twice the passes; accumulate one of them before
+    ``first_step(zero_grad=True)`` and all before ``second_step``, and it is that of the one, for
+    1/n more. In v the scale of the sum cancels; in the update it counts as ever.
+
+    **Loss scales.** With ``GradScaler`` call ``scaler.unscale_(opt)`` after the last backward pass
+    alone: before :meth:`first_step` there is no need, and the scaler unscales once per update.
+
+    **Several processes.** With ``DistributedDataParallel`` the gradients of both passes are
+    averaged: every process has the same v. A pass under ``model.no_sync()`` before the first step
+    saves that all-reduce and gives each process a v of its own batch; random directions are each
+    process' own, too. The weights stay equal in all processes either way, for w comes back bit for
+    bit and the update is of averaged gradients. As one process alone must not skip an update, there
+    an overflow in the ascent leaves v_l = 0 and skips none.
+
+    Parameters may be DTensors, as ``fully_shard`` (FSDP2) and tensor parallelism make them: norms
+    are of whole tensors, for one all-reduce of L numbers per ascent (one more for the projection of
+    further ones) along the mesh dimensions that split them. A random direction is drawn in parts,
+    alike where there are copies: the first draw agrees on a seed for each mesh, which reads it
+    back to the host once. FSDP2 does not gather again what a forward pass without a backward pass
+    left gathered: call ``model.reshard()`` after evaluating inside :meth:`perturbed`.
+
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer. A
             group may set its own ``gamma``, ``norm``, ``direction`` and ``min_ndim``.
