@@ -72,6 +72,13 @@ class AdversarialStep:
     wrapped around ``optimizer.step``: it runs when a step is captured, not when it is replayed.
     Every kind of call keeps the memory of its gradients, and its replays write to the same ones.
 
+    **Several processes.** The model may be a ``DistributedDataParallel`` or sharded by
+    ``fully_shard`` or into DTensors; each process passes its own batch. The ascents of ``"exact"``
+    are along synchronised gradients; ``"attack"`` is not for ``fully_shard``. An attack on a
+    ``DistributedDataParallel`` with ``static_graph=True`` goes past it to the module inside: in a
+    loop of your own do so, too, for without gradients of the weights in its first pass it would
+    never synchronise any. Such steps run without a CUDA graph.
+
     Args:
         model: maps inputs to logits.
         optimizer: an :class:`~awp_optim.AWP`; or any torch optimizer, to train without AWP.

@@ -56,7 +56,7 @@ def contestants(arch: str, attack: PGD, x: Tensor, y: Tensor) -> dict[str, Calla
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return build_model(arch, num_classes=10).to(device)
+        return build_model(arch, num_classes=10, in_channels=3).to(device)
 
     def add(name: str, net: nn.Module, awp: bool, no_sync: bool = False) -> None:
         opt = AWP(net.parameters(), sgd, gamma=5e-3) if awp else sgd(net.parameters())

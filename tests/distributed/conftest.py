@@ -31,7 +31,14 @@ def _launch(script: str, *processes: int, directory: Path, limit: float = 200) -
     command = [sys.executable, "-m", "forked", script, str(directory), *map(str, processes)]
     log = directory / "log.txt"
     with log.open("w") as output:
-        subprocess.run(command, env=env, stdout=output, stderr=output, timeout=limit, check=False)
+        process = subprocess.Popen(
+            command, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)  # it and what it forked
+            process.wait()
     results = directory / "results.json"
     assert results.exists(), log.read_text()[-8000:]
     return json.loads(results.read_text())

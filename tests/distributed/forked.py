@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ import torch.distributed as dist
 def scenarios(registry: dict[str, Any], rank: int, world: int, directory: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     store = f"file://{directory / f'store{world}'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo",
+        init_method=store,
+        timeout=timedelta(seconds=60),  # for one operation
+        rank=rank,
+        world_size=world,
+    )
     results = {}
     for name, (counts, function) in registry.items():
         if world in counts:
