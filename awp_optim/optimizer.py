@@ -100,7 +100,8 @@ class AWP(Optimizer):
     further ones) along the mesh dimensions that split them. A random direction is drawn in parts,
     alike where there are copies: the first draw agrees on a seed for each mesh, which reads it
     back to the host once. FSDP2 does not gather again what a forward pass without a backward pass
-    left gathered: call ``model.reshard()`` after evaluating inside :meth:`perturbed`.
+    left gathered: call ``model.reshard()`` after evaluating inside :meth:`perturbed`. Under its
+    ``set_requires_gradient_sync(False)`` there is nothing in ``p.grad`` to ascend along.
 
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer. A

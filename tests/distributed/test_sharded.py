@@ -57,7 +57,7 @@ def test_what_goes_on_around_an_ascent(figures, scenario):
 
 
 def test_a_checkpoint_of_four_processes_goes_on_in_two(figures):
-    assert len(figures["2"]["checkpoint"]) == 12
+    assert len(figures["2"]["checkpoint"]) == 6
     for what, difference in figures["2"]["checkpoint"].items():
         assert difference < 1e-12, what
 
