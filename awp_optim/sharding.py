@@ -59,7 +59,7 @@ class Sharding(NamedTuple):
             dist.all_reduce(sums, group=self.mesh.get_group(dim))
         if NORMS[norm] == 2:
             sums.sqrt_()
-        wholes = sums.split([len(part) for part in parts])
+        wholes = torch.split(sums, [len(part) for part in parts])
         return [whole.to(part) for whole, part in zip(wholes, parts, strict=True)]
 
     def generator(self, seed: int, device: torch.device) -> torch.Generator:
@@ -97,8 +97,10 @@ def sharding_of(p: Tensor) -> Sharding:
 
 def local_part(t: Tensor) -> Tensor:
     """The part of a DTensor that is here, in its own memory; for use without autograd."""
-    local = t.to_local()  # type: ignore[attr-defined]
-    return local.wait() if hasattr(local, "wait") else local
+    local: Tensor = t.to_local()  # type: ignore[attr-defined]
+    if hasattr(local, "wait"):  # for a communication that is under way
+        local = local.wait()
+    return local
 
 
 def local_like(t: Tensor, p: Tensor) -> Tensor:

@@ -191,8 +191,9 @@ class AdversarialStep:
 
         # A static graph is that of the first pass, and in an attack no weight gets a gradient:
         # DistributedDataParallel would never synchronise one again.
-        static = isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph
-        self._attacked: nn.Module = model.module if static else model
+        self._attacked = model
+        if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+            self._attacked = model.get_submodule("module")
         self._gathering = gathering
         self._steps = 0
         self._kept: dict[Tensor, Tensor] = {}  # v when it was last computed, for interval > 1

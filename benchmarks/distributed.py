@@ -78,7 +78,8 @@ def contestants(arch: str, attack: PGD, x: Tensor, y: Tensor) -> dict[str, Calla
         for child in sharded.children():
             if sum(p.numel() for p in child.parameters()) > 0:
                 fully_shard(child)
-        add(f"{name}, FSDP2", fully_shard(sharded), awp)
+        fully_shard(sharded)
+        add(f"{name}, FSDP2", sharded, awp)
     return entries
 
 
