@@ -622,9 +622,9 @@ class AWP(Optimizer):
             grad_norms = layer_norms(grads, norm, foreach=foreach)
             if sharding is not None:
                 weight_norms, grad_norms = sharding.whole_norms(norm, weight_norms, grad_norms)
-            # Processes with copies of a plain tensor may ascend along gradients of their own. To
-            # skip an update in one of them alone would part the copies for good.
-            if sharding is not None or processes() == 1:
+            # Processes with copies of a tensor may ascend along gradients of their own. To skip an
+            # update in one of them alone would part the copies for good.
+            if processes() == (1 if sharding is None else sharding.mesh.size()):
                 self._overflows.append(grad_norms.isfinite().all().logical_not())
             ascend_(params, grads, centres, weight_norms, grad_norms, **settings)
 
