@@ -28,6 +28,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from awp_optim.perturbation import NORMS, arithmetic_dtype, ascend_, layer_norms
+from awp_optim.sharding import (
+    Sharding,
+    agreed_seed,
+    is_distributed,
+    local_like,
+    local_part,
+    processes,
+    sharding_of,
+)
 
 __all__ = ["AWP"]
 
@@ -70,6 +79,29 @@ class AWP(Optimizer):
     The base update is computed at w from the gradients at w + v, so a base optimizer's weight decay
     acts on w. A script that adds v to the weights, steps and takes v away decays w + v instead: the
     two agree exactly without weight decay and differ by ``lr * weight_decay * v`` with it.
+
+    **Accumulation.** v is of what is in ``p.grad``. Accumulate all micro-batches before both steps
+    and v is that of the whole batch, at twice the passes; accumulate one of them before
+    ``first_step(zero_grad=True)`` and all before ``second_step``, and it is that of the one, for
+    1/n more. In v the scale of the sum cancels; in the update it counts as ever.
+
+    **Loss scales.** With ``GradScaler`` call ``scaler.unscale_(opt)`` after the last backward pass
+    alone: before :meth:`first_step` there is no need, and the scaler unscales once per update.
+
+    **Several processes.** With ``DistributedDataParallel`` the gradients of both passes are
+    averaged: every process has the same v. A pass under ``model.no_sync()`` before the first step
+    saves that all-reduce and gives each process a v of its own batch; random directions are each
+    process' own, too. The weights stay equal in all processes either way, for w comes back bit for
+    bit and the update is of averaged gradients. As one process alone must not skip an update, there
+    an overflow in the ascent leaves v_l = 0 and skips none.
+
+    Parameters may be DTensors, as ``fully_shard`` (FSDP2) and tensor parallelism make them: norms
+    are of whole tensors, for one all-reduce of L numbers per ascent (one more for the projection of
+    further ones) along the mesh dimensions that split them. A random direction is drawn in parts,
+    alike where there are copies: the first draw agrees on a seed for each mesh, which reads it
+    back to the host once. FSDP2 does not gather again what a forward pass without a backward pass
+    left gathered: call ``model.reshard()`` after evaluating inside :meth:`perturbed`. Under its
+    ``set_requires_gradient_sync(False)`` there is nothing in ``p.grad`` to ascend along.
 
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer. A
@@ -213,7 +245,9 @@ class AWP(Optimizer):
             ValueError: if a group's settings are not valid, a tensor in ``along`` has another shape
                 than its parameter, or the direction is "momentum" and the base optimizer has
                 none; nothing is changed.
-            TypeError: if a parameter is sharded over processes; the weights are at the centre.
+            TypeError: if a tensor in ``along`` is a DTensor and its parameter is not, or the other
+                way round, when nothing is changed; if a parameter is placed on its mesh as neither
+                Shard nor Replicate, when the weights are at the centre.
         """
         self._check_groups()
         on_momentum = [
@@ -225,6 +259,11 @@ class AWP(Optimizer):
                 raise ValueError(
                     f"along holds a tensor of shape {tuple(direction.shape)} for a parameter of "
                     f"shape {tuple(p.shape)}"
+                )
+            if is_distributed(direction) != is_distributed(p):
+                raise TypeError(
+                    "along holds a plain tensor for a DTensor, or the other way round: distribute "
+                    "it as its parameter is, with torch.distributed.tensor.distribute_tensor"
                 )
         try:
             self._is_perturbed = True
@@ -249,7 +288,7 @@ class AWP(Optimizer):
         """
         out = out or {}
         with torch.inference_mode(False), torch.no_grad():
-            return {p: torch.sub(p, w, out=out.get(p)) for p, w in self._live.items()}
+            return {p: _difference(p, w, out.get(p)) for p, w in self._live.items()}
 
     def _check_groups(self) -> None:
         for group in self.param_groups:
@@ -330,7 +369,9 @@ class AWP(Optimizer):
 
         Raises:
             RuntimeError: without a closure at the centre (unless gamma is 0 everywhere), where it
-                would be a plain step; with a closure while perturbed.
+                would be a plain step; with a closure while perturbed. The trial step of
+                ``torch.distributed.checkpoint``, at learning rate 0 with gradients of zero before
+                there is any state, is let through.
 
         After an exception, whoever raised it, the weights are at the centre.
         """
@@ -438,6 +479,9 @@ class AWP(Optimizer):
         # While perturbed: the centre of each perturbed parameter, and both in lists.
         self._live: dict[Tensor, Tensor] = {}
         self._backed_up: list[tuple[list[Tensor], list[Tensor], bool]] = []
+        # For random directions of sharded parameters: a seed for each mesh, then what draws.
+        self._seeds: dict[Any, int] = {}
+        self._generators: dict[tuple[Sharding, torch.device], torch.Generator] = {}
         # Whether the ascents met gradients that were not finite: 0-d tensors, read by none but AMP.
         self._overflows: list[Tensor] = []
         # Updates in a row that were skipped for these alone.
@@ -505,47 +549,53 @@ class AWP(Optimizer):
                 seen.add(id(p))
                 if g is not None and g.layout is not torch.strided:
                     g = g.to_dense()
+                part, sharding = p, None
+                is_plain = type(p) in _PLAIN_TENSORS
+                if not is_plain and is_distributed(p):
+                    sharding, part = sharding_of(p), local_part(p)
+                    g = None if g is None else local_like(g, p)
+                    is_plain = type(part) in _PLAIN_TENSORS
                 if turned and g is not None:
                     g = -g
-                is_plain = type(p) in _PLAIN_TENSORS
-                if not is_plain:
-                    _refuse_sharded(p)
                 foreach = is_plain if forced is None else forced
-                device, dtype = p.device, p.dtype
+                device, dtype = part.device, part.dtype
                 centre = live.get(p) if live else None
-                key = index, device, dtype, None if g is None else g.dtype, foreach, centre is None
+                g_dtype, at_centre = None if g is None else g.dtype, centre is None
+                key = index, device, dtype, g_dtype, foreach, at_centre, sharding
                 batch = batches.get(key)
                 if batch is None:
-                    batch = batches[key] = _Batch(group, [], [], [], foreach, centre is None)
-                batch.params.append(p)
-                batch.centres.append(self._buffer(p, dtype, device) if centre is None else centre)
+                    batch = _Batch(group, [], [], [], [], foreach, at_centre, sharding)
+                    batches[key] = batch
+                batch.owners.append(p)
+                batch.params.append(part)
+                batch.centres.append(self._buffer(p, part) if centre is None else centre)
                 if g is not None:
                     batch.grads.append(g)
         return list(batches.values())
 
-    def _buffer(self, p: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Where the centre of a parameter is kept."""
+    def _buffer(self, p: Tensor, part: Tensor) -> Tensor:
+        """Where the centre of a parameter is kept, or of the part of it that is here."""
         buffer = self._buffers.get(p)
         if (
             buffer is None
-            or buffer.dtype is not dtype
-            or buffer.shape != p.shape
-            or buffer.device != device
+            or buffer.dtype is not part.dtype
+            or buffer.shape != part.shape
+            or buffer.device != part.device
         ):
             with torch.inference_mode(False):  # a buffer outlives the mode it was made in
-                buffer = self._buffers[p] = torch.empty_like(p)
+                buffer = self._buffers[p] = torch.empty_like(part)
         return buffer
 
     def _back_up(self, batches: list[_Batch]) -> None:
         """Copy the centres of all batches, before any weight moves: tensors may share memory."""
-        for _, params, centres, _, foreach, at_centre in batches:
-            if at_centre:
-                _copy_(centres, params, foreach)
-                self._backed_up.append((params, centres, foreach))
-                self._live.update(zip(params, centres, strict=True))
+        for batch in batches:
+            if batch.at_centre:
+                _copy_(batch.centres, batch.params, batch.foreach)
+                self._backed_up.append((batch.params, batch.centres, batch.foreach))
+                self._live.update(zip(batch.owners, batch.centres, strict=True))
 
     def _ascend(self, batch: _Batch) -> None:
-        group, params, centres, grads, foreach, at_centre = batch
+        group, _, params, centres, grads, foreach, at_centre, sharding = batch
         norm = group["norm"]
         weight_norms = layer_norms(centres, norm, foreach=foreach)
 
@@ -556,20 +606,44 @@ class AWP(Optimizer):
             "at_centre": at_centre,
             "foreach": foreach,
         }
+        if sharding is not None:
+            settings["whole"] = lambda norms: sharding.whole_norms(norm, norms)[0]
         if group["direction"] == "random":  # one at a time: a draw takes the memory of its weight
+            generator = self._generator(sharding, params[0].device)
+            if sharding is not None:
+                (weight_norms,) = sharding.whole_norms(norm, weight_norms)
             for p, w, w_norm in zip(params, centres, weight_norms, strict=True):
-                draw = torch.randn_like(p, dtype=arithmetic_dtype(p.dtype))
+                draw = _normal_like(p, generator)
                 draw_norm = layer_norms([draw], norm, foreach=foreach)
+                if sharding is not None:
+                    (draw_norm,) = sharding.whole_norms(norm, draw_norm)
                 ascend_([p], [draw], [w], w_norm.view(1), draw_norm, **settings)
         else:
             grad_norms = layer_norms(grads, norm, foreach=foreach)
-            self._overflows.append(grad_norms.isfinite().all().logical_not())
+            if sharding is not None:
+                weight_norms, grad_norms = sharding.whole_norms(norm, weight_norms, grad_norms)
+            # Processes with copies of a tensor may ascend along gradients of their own. To skip an
+            # update in one of them alone would part the copies for good.
+            if processes() == (1 if sharding is None else sharding.mesh.size()):
+                self._overflows.append(grad_norms.isfinite().all().logical_not())
             ascend_(params, grads, centres, weight_norms, grad_norms, **settings)
+
+    def _generator(self, sharding: Sharding | None, device: torch.device) -> torch.Generator | None:
+        """What draws random directions: None, torch's default, for tensors that are whole."""
+        if sharding is None:
+            return None
+        key = sharding, device
+        if key not in self._generators:
+            mesh = sharding.mesh
+            if mesh not in self._seeds:
+                self._seeds[mesh] = agreed_seed(mesh)
+            self._generators[key] = sharding.generator(self._seeds[mesh], device)
+        return self._generators[key]
 
     def _reach_perturbed(self, closure: Callable[[], Any] | None) -> Any:
         """With the closure go to w + v and take the gradients there; without, see that we are."""
         if closure is None:
-            if self.directions and not self._is_perturbed:
+            if self.directions and not self._is_perturbed and not self._is_trial_step():
                 raise RuntimeError(
                     "step() without a closure would be a plain step without perturbation: call "
                     "first_step() and backpropagate again before it, or pass a closure; for a "
@@ -595,6 +669,18 @@ class AWP(Optimizer):
         with torch.enable_grad():
             losses.append(closure())
         return losses[0]
+
+    def _is_trial_step(self) -> bool:
+        """Whether a step would do nothing but build the base optimizer's state.
+
+        ``torch.distributed.checkpoint.state_dict`` takes one before it loads: with no state yet,
+        every learning rate 0 and every gradient zeros.
+        """
+        if self.state or any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+            return False
+        params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        grads = [local_part(p.grad) if is_distributed(p.grad) else p.grad for p in params]
+        return all(g is not None and not g.any() for g in grads)
 
     def _update(self, overflows: list[Tensor]) -> None:
         """The base optimizer's step, unless GradScaler or an ascent found an overflow.
@@ -650,6 +736,20 @@ def _copy_(targets: list[Tensor], sources: list[Tensor], foreach: bool) -> None:
             target.copy_(source)
 
 
+def _normal_like(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    draw = torch.empty_like(p, dtype=arithmetic_dtype(p.dtype))
+    return draw.normal_(generator=generator)
+
+
+def _difference(p: Tensor, w: Tensor, out: Tensor | None) -> Tensor:
+    """p - w, where w is the local part of a DTensor if p is one."""
+    if not is_distributed(p):
+        return torch.sub(p, w, out=out)
+    out = torch.empty_like(p) if out is None else out
+    torch.sub(local_part(p), w, out=local_part(out))
+    return out
+
+
 class HostState(NamedTuple):
     is_perturbed: bool
     live: dict[Tensor, Tensor]
@@ -659,11 +759,13 @@ class HostState(NamedTuple):
 
 class _Batch(NamedTuple):
     group: dict[str, Any]
-    params: list[Tensor]
+    owners: list[Tensor]  # the parameters
+    params: list[Tensor]  # themselves or, of DTensors, the parts that are here
     centres: list[Tensor]
     grads: list[Tensor]  # empty for random directions
     foreach: bool
     at_centre: bool
+    sharding: Sharding | None
 
 
 _SKIPPED_IN_A_ROW = 5
@@ -704,6 +806,12 @@ def _check_base(base: Any, settings: dict[str, Any]) -> None:
             f"{name} has settings named {clash} of its own, which AWP would overwrite: subclass "
             "it and rename them"
         )
+    # FSDP1 marks its parameters so: flat pieces, of which no norm of a weight can be had.
+    if any(getattr(p, "_fsdp_flattened", False) for g in base.param_groups for p in g["params"]):
+        raise TypeError(
+            "parameters of FullyShardedDataParallel (FSDP1) are flattened, their weight tensors "
+            "cannot be told apart: shard the model with torch.distributed.fsdp.fully_shard instead"
+        )
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
@@ -715,14 +823,6 @@ def _check_base(base: Any, settings: dict[str, Any]) -> None:
 def _is_active(group: dict[str, Any]) -> bool:
     """Whether a group is perturbed. A gamma in a tensor counts as not zero, unread."""
     return isinstance(group["gamma"], Tensor) or group["gamma"] != 0
-
-
-def _refuse_sharded(p: Tensor) -> None:
-    if hasattr(p, "full_tensor"):
-        raise TypeError(
-            f"parameters of type {type(p).__name__}, sharded over processes as by FSDP2, are not "
-            "supported yet: train with DistributedDataParallel"
-        )
 
 
 def _own_groups(params: ParamsT) -> Any:
@@ -744,11 +844,12 @@ def _unscale(groups: list[dict[str, Any]], scale: Tensor) -> None:
     """Divide all gradients by the loss scale, in place, as GradScaler.unscale_ does."""
     grads: dict[torch.device, list[Tensor]] = {}
     for p in (p for group in groups for p in group["params"] if p.grad is not None):
-        if p.grad.dtype == torch.float16:
+        grad = local_part(p.grad) if is_distributed(p.grad) else p.grad
+        if grad.dtype == torch.float16:
             raise ValueError("Attempting to unscale FP16 gradients.")
-        if p.grad.layout == torch.strided:
-            grads.setdefault(p.grad.device, []).append(p.grad)
+        if grad.layout == torch.strided:
+            grads.setdefault(grad.device, []).append(grad)
         else:
-            p.grad.mul_(scale.reciprocal().to(p.grad.device))
+            grad.mul_(scale.reciprocal().to(grad.device))
     for device, tensors in grads.items():
         torch._foreach_mul_(tensors, scale.reciprocal().to(device))

@@ -13,12 +13,15 @@ perturbed, in float32. Nothing here makes an accelerator wait for the host.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 __all__ = ["NORMS", "ascend_", "layer_norms"]
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
+Whole = Callable[[Tensor], Tensor]
 
 NORMS = {"l1": 1, "l2": 2}
 
@@ -77,7 +80,7 @@ def _layer_norms_on_cpu(tensors: Tensors, norm: str) -> Tensor:
             one_by_one += indices
             continue
         else:
-            stacked = torch.stack([tensors[i] for i in indices]).reshape(len(indices), -1)
+            stacked = torch.stack([tensors[i] for i in indices]).reshape(len(indices), numel)
             wider = _wider(stacked.dtype)
             norms.append(torch.linalg.vector_norm(stacked, NORMS[norm], 1, dtype=wider))
         order += indices
@@ -104,6 +107,7 @@ def ascend_(
     norm: str = "l2",
     at_centre: bool = False,
     foreach: bool = True,
+    whole: Whole | None = None,
 ) -> None:
     """One ascent in place: ``params`` go from ``w + v`` to ``w + P(v + gamma/steps |w| g/|g|)``.
 
@@ -121,6 +125,9 @@ def ascend_(
         norm: the norm in which v is bounded, "l1" or "l2".
         at_centre: the caller knows that v is zero, so that the first ascent can be added as it is.
         foreach: ``torch._foreach_*`` instead of a readable loop; equal but for rounding.
+        whole: for layers of which only a part is here: turns the norms of parts, of any shape (N,),
+            into those of the whole layers, as ``weight_norms`` and ``grad_norms`` must be. Called
+            once with ``foreach``, else for each layer that moves; never ``at_centre``.
     """
     scale = gamma / steps * weight_norms / grad_norms
     radius = gamma * weight_norms
@@ -140,7 +147,7 @@ def ascend_(
     else:
         scale, mask = scale.where(finite, 0), finite
     ascend = _foreach_ascend_ if foreach else _single_tensor_ascend_
-    ascend(params, grads, centres, scale, mask, radius, norm, at_centre)
+    ascend(params, grads, centres, scale, mask, radius, norm, at_centre, whole or _all_here)
 
 
 def _single_tensor_ascend_(
@@ -152,6 +159,7 @@ def _single_tensor_ascend_(
     radius: Tensor,
     norm: str,
     at_centre: bool,
+    whole: Whole,
 ) -> None:
     """The equations as they stand, one layer after another."""
     dtype = arithmetic_dtype(params[0].dtype)
@@ -159,7 +167,7 @@ def _single_tensor_ascend_(
         w = w.to(dtype)
         v = p.to(dtype) - w + scale[i] * _where(mask, i, g.to(dtype))
         if not at_centre:
-            v = v * _shrink(_norm(v, norm), radius[i])
+            v = v * _shrink(whole(_norm(v, norm).view(1))[0], radius[i])
         p.copy_(w + v)
 
 
@@ -172,6 +180,7 @@ def _foreach_ascend_(
     radius: Tensor,
     norm: str,
     at_centre: bool,
+    whole: Whole,
 ) -> None:
     """The same in few passes, with temporaries for half-precision weights alone."""
     half = arithmetic_dtype(params[0].dtype) != params[0].dtype
@@ -200,11 +209,15 @@ def _foreach_ascend_(
                 else:
                     v_l.addcmul_(_where(mask, i, g), s)
     if not at_centre:
-        torch._foreach_mul_(v, _shrink(layer_norms(v, norm), radius).unbind())
+        torch._foreach_mul_(v, _shrink(whole(layer_norms(v, norm)), radius).unbind())
     if half or not at_centre:  # else v was added to the weights in place
         torch._foreach_add_(v, centres)
     if half:
         torch._foreach_copy_(params, v)
+
+
+def _all_here(norms: Tensor) -> Tensor:
+    return norms
 
 
 def _host_may_look(t: Tensor) -> bool:
@@ -218,6 +231,7 @@ def _has_fused_add(v: Tensor, g: Tensor, scale: Tensor) -> bool:
         and v.is_floating_point()  # not complex
         and v.dtype == g.dtype
         and scale.dtype == torch.float32  # what the kernel reads
+        and v.numel() > 0  # the part of a layer may be empty
         and v.stride() == g.stride()
         and (v.is_contiguous() or (v.ndim == 4 and v.is_contiguous(memory_format=_NHWC)))
     )

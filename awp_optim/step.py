@@ -72,6 +72,13 @@ class AdversarialStep:
     wrapped around ``optimizer.step``: it runs when a step is captured, not when it is replayed.
     Every kind of call keeps the memory of its gradients, and its replays write to the same ones.
 
+    **Several processes.** The model may be a ``DistributedDataParallel`` or sharded by
+    ``fully_shard`` or into DTensors; each process passes its own batch. The ascents of ``"exact"``
+    are along synchronised gradients; ``"attack"`` is not for ``fully_shard``. An attack on a
+    ``DistributedDataParallel`` with ``static_graph=True`` goes past it to the module inside: in a
+    loop of your own do so, too, for without gradients of the weights in its first pass it would
+    never synchronise any. Such steps run without a CUDA graph.
+
     Args:
         model: maps inputs to logits.
         optimizer: an :class:`~awp_optim.AWP`; or any torch optimizer, to train without AWP.
@@ -160,11 +167,17 @@ class AdversarialStep:
             )
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm must be positive or None, got {clip_grad_norm!r}")
-        distributed = [m for m in model.modules() if isinstance(m, _DISTRIBUTED)]
+        distributed = [type(m).__name__ for m in model.modules() if _is_distributed(m)]
         if cuda_graph is True and distributed:
             raise ValueError(
-                f"cuda_graph=True does not go with {type(distributed[0]).__name__}: leave it at "
-                "'auto'"
+                f"cuda_graph=True does not go with {distributed[0]}: leave it at 'auto'"
+            )
+        gathering = [m for m in model.modules() if _gathers_weights(m)]
+        if ascent == "attack" and gathering:
+            raise ValueError(
+                "ascent='attack' takes gradients of the parameters, and "
+                f"{type(gathering[0]).__name__} computes "
+                "with weights that it gathers for each pass: leave it at 'exact'"
             )
         self.model = model
         self.optimizer = optimizer
@@ -176,6 +189,12 @@ class AdversarialStep:
         self.autocast = autocast
         self.clip_grad_norm = clip_grad_norm
 
+        # A static graph is that of the first pass, and in an attack no weight gets a gradient:
+        # DistributedDataParallel would never synchronise one again.
+        self._attacked = model
+        if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+            self._attacked = model.get_submodule("module")
+        self._gathering = gathering
         self._steps = 0
         self._kept: dict[Tensor, Tensor] = {}  # v when it was last computed, for interval > 1
         eager = (
@@ -279,9 +298,9 @@ class AdversarialStep:
         weights = _ascended(self.optimizer) if with_gradients else []
         with self._autocast(x):
             if not weights:
-                return self.attack(self.model, x, y), None
+                return self.attack(self._attacked, x, y), None
             assert isinstance(self.attack, BallAttack)  # __init__ saw to it
-            x_adv, gradients = self.attack.with_weight_gradients(self.model, x, y, weights)
+            x_adv, gradients = self.attack.with_weight_gradients(self._attacked, x, y, weights)
         pairs = zip(weights, gradients, strict=True)
         return x_adv, {p: g for p, g in pairs if g is not None}
 
@@ -297,6 +316,8 @@ class AdversarialStep:
                 with frozen_batch_norm(self.model):
                     self._backward(x_adv, x, y)
             awp.first_step(along=along)
+            for module in self._gathering:  # a pass that nothing was derived from leaves them
+                module.reshard()  # type: ignore[operator] # with the weights of before
 
     def _descend(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         loss, logits = self._backward(x_adv, x, y)
@@ -405,6 +426,19 @@ class _Kept(NamedTuple):
 
 _AT_CENTRE = HostState(False, {}, [], [])
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def _gathers_weights(module: nn.Module) -> bool:
+    """Whether fully_shard was here, told without importing it."""
+    return hasattr(module, "unshard") and hasattr(module, "reshard")
+
+
+def _is_distributed(module: nn.Module) -> bool:
+    return (
+        isinstance(module, _DISTRIBUTED)
+        or _gathers_weights(module)
+        or any(hasattr(p, "full_tensor") for p in module.parameters(recurse=False))
+    )
 
 
 def _settings_of(objective: Any) -> Hashable:

@@ -14,12 +14,13 @@ ROOT = Path(awp_optim.__file__).parent
 # What each part of the core may import of the package.
 BELOW = {
     "perturbation": set(),
+    "sharding": {"perturbation"},
     "batchnorm": set(),
     "objectives": set(),
     "files": set(),
     "graphs": set(),
     "attacks": {"attacks", "graphs"},
-    "optimizer": {"perturbation"},
+    "optimizer": {"perturbation", "sharding"},
     "capturable": {"graphs", "optimizer"},
     "bars": set(),
     "batches": {"attacks"},

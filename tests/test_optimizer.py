@@ -779,28 +779,6 @@ def test_parameters_that_share_memory_come_back_bit_for_bit():
     assert torch.equal(flat, centre)
 
 
-def test_sharded_parameters_are_refused_before_anything_changes():
-    distributed = pytest.importorskip("torch.distributed")
-    if not distributed.is_available():
-        pytest.skip("torch without distributed")
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        shard = DTensor.from_local(torch.ones(2, 2), mesh, [Replicate()])
-        params = [nn.Parameter(torch.ones(2, 2)), nn.Parameter(shard)]
-        opt = AWP(params, SGD, gamma=0.1, lr=0.1)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        with pytest.raises(TypeError, match="not supported yet: train with Dist"):
-            opt.first_step()
-        assert not opt.is_perturbed
-        assert torch.equal(params[0], torch.ones(2, 2))
-    finally:
-        distributed.destroy_process_group()
-
-
 class Labelled(Tensor):
     """A subclass as libraries make them."""
 

@@ -1,6 +1,8 @@
 """layer_norms and ascend_ against the equations written out in float64."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -272,3 +274,34 @@ def test_complex_weights():
     p = [t.clone() for t in w]
     ascend(p, g, w, "l2", True, gamma=0.1, steps=1, at_centre=True)
     torch.testing.assert_close(p[0].to(torch.complex128), equation(w[0], g[0], w[0], 0.1, 1, "l2"))
+
+
+@pytest.mark.usefixtures("where_the_norms_are")
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_parts_of_layers_ascend_as_the_wholes(norm, foreach):
+    """Two threads, each with some rows of every layer, or none, agree on norms alone."""
+    shapes = [(1, 6)] * 9 + [(4, 3), (2, 5), (3, 2, 2)]
+    w, g, p = (layers(torch.float64, seed, shapes) for seed in range(3))
+    p = [a + 0.05 * b for a, b in zip(w, p)]  # outside the ball, or soon to be
+    g[-1][-1] = float("nan")  # in one part, and the layer stays where it is for both
+    truth = [equation(*layer, 0.1, 2, norm) for layer in zip(p, g, w)]
+    both_here, powers = threading.Barrier(2), [None, None]
+
+    def ascend_part(i):
+        def whole(norms):
+            powers[i] = norms ** ORDER[norm]
+            both_here.wait(10)
+            total = sum(powers) ** (1 / ORDER[norm])
+            both_here.wait(10)
+            return total
+
+        part = [[t[:1] if i == 0 else t[1:] for t in tensors] for tensors in (p, g, w)]
+        sizes = [whole(layer_norms(t, norm, foreach=foreach)) for t in (part[2], part[1])]
+        settings = {"gamma": 0.1, "steps": 2, "norm": norm, "foreach": foreach, "whole": whole}
+        ascend_(*part, *sizes, **settings)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(ascend_part, range(2)))
+    for result, expected in zip(p, truth):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-14)
