@@ -120,7 +120,7 @@ class Landscapes:
         """The last checkpoint's loss by gamma, along AWP's direction and along RWP's."""
         file = last_checkpoint(run)
         model, images, attack = self.model(run, file), self.images(run), self.attack(run)
-        options = {"batch_size": self.how.batch_size, "seed": self.how.seed}
+        options: dict[str, Any] = {"batch_size": self.how.batch_size, "seed": self.how.seed}
         self._announce(f"{run.path.name}, {file.name}: AWP's and RWP's perturbations")
         directions: dict[str, list[dict[str, Tensor]]] = {
             "AWP": [awp_direction(model, images, attack, **options)],
