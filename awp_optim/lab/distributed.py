@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -144,10 +145,11 @@ class TrainingRanks(Ranks):
             message = torch.cat([said, before if self.rank == 0 else torch.zeros_like(before)])
             dist.all_reduce(message, dist.ReduceOp.MAX)
             if not torch.equal(message[1:], before):
-                first, *rest = message[1:].split([len(state) for state in states])
-                torch.set_rng_state(first)
-                for state in rest:
-                    torch.cuda.set_rng_state(state, device)
+                # Generators read from the beginning of the memory, whatever part of it they get.
+                states = [t.clone() for t in message[1:].split([len(state) for state in states])]
+                torch.set_rng_state(states[0])
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(states[1], device)
             return bool(message[0])
 
         return agreed
@@ -300,10 +302,9 @@ def naming_the_lost(ranks: Ranks) -> Iterator[None]:
     except RuntimeError as error:
         if ranks.world == 1 or not _is_of_communication(error):
             raise
-        who = _lost(ranks)
         raise RankLost(
-            f"{who} of {ranks.world} processes ended before the others, or cannot be reached any "
-            f"more. What is saved is of before: go on with --resume ({_first_line(error)})"
+            f"{_lost(ranks)} of {ranks.world} processes has ended, or cannot be reached any more. "
+            f"What is saved is of before: go on with --resume ({str(error).strip():.80}...)"
         ) from error
 
 
@@ -312,21 +313,17 @@ def _is_of_communication(error: RuntimeError) -> bool:
     return isinstance(error, kinds) or "gloo" in str(error)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
-
-
 def _lost(ranks: Ranks) -> str:
-    """The ranks that do not answer within a second, in words."""
+    """The rank that does not answer within a second, in words."""
     if _job is None or _job.store is None:
-        return "one or more"
+        return "one"
     with suppress(Exception):  # the store may have gone, too
         _job.store.add(f"here/{ranks.rank}", 1)
         time.sleep(1)
         gone = [r for r in range(ranks.world) if not _job.store.check([f"here/{r}"])]
         if gone:
             return f"rank {', '.join(map(str, gone))}"
-    return "one or more"
+    return "one"
 
 
 _job: Job | None = None
@@ -393,6 +390,8 @@ class Job(TrainingRanks):
         """
         store = self.store
         assert store is not None
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another's end
         with suppress(Exception):  # without the store, better twice than never
             if self.rank == 0:
                 store.set("said", text)
@@ -424,10 +423,13 @@ def job() -> Iterator[Job]:
         yield Job(None)
         return
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's processes may find in the store what those before a restart have left there.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if nccl else "gloo",
-        store=store,
+        store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=world,
         timeout=TIMEOUT,
