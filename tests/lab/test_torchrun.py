@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,11 +14,10 @@ import torch
 
 from awp_optim.lab.run_folder import read_metrics
 
-HERE = Path(__file__).parent
-_spec = importlib.util.spec_from_file_location("torchrun_worker", HERE / "torchrun_worker.py")
+WORKER = Path(__file__).parent / "torchrun_worker.py"
+_spec = importlib.util.spec_from_file_location("torchrun_worker", WORKER)
 worker = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(worker)
-EXAMPLE = HERE.parent.parent / "examples/cifar10.py"
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or sys.platform == "win32", reason="no torchrun"
@@ -62,7 +59,7 @@ class Runs:
         one, two = folder / "one", folder / "two"
         # Begun alone, and gone on with on two ranks from the end of the first epoch's steps.
         worker.train("at-awp", two, stop=iter([False] * 3 + [True]).__next__)
-        process = start(HERE / "torchrun_worker.py", two, restarts=1, cwd=folder)
+        process = start(WORKER, two, restarts=1, cwd=folder)
         self.alone = {name: worker.train(name, one) for name in worker.RUNS}
         self.out, self.err = process.communicate(timeout=240)
         self.status = process.returncode
@@ -151,9 +148,20 @@ def test_errors_are_the_same_on_all_ranks(runs):
         assert said.startswith(beginning)
 
 
+def test_the_example_speaks_once(runs):
+    names = {p.name for p in (runs.two / "example").iterdir()} - {"tensorboard"}
+    assert names == {"best.pt", "last.pt", "config.json", "metrics.csv", "curves.png"}
+    assert len(list((runs.two / "example").glob("tensorboard/*"))) <= 1
+    assert len(read_metrics(runs.two / "example")) == 2
+    for text in ("epoch 1/2", "epoch 2/2", "Robust test accuracy (PGD-1): best"):
+        assert runs.out.count(text) == 1
+    # At the very end, with an option that is wrong on every rank.
+    assert own(runs.err)[1:] == ["error: gamma must be finite and >= 0, got -1.0"]
+
+
 def test_the_death_of_a_rank_is_named_and_the_run_goes_on(runs):
     """By itself under --max-restarts; then on a single process, to the end it would have had."""
-    (line,) = own(runs.err)
+    line, _ = own(runs.err)
     assert line.startswith("error: rank 1 of 2 processes has ended")
     assert "go on with --resume" in line
     (again,) = [line for line in runs.out.splitlines() if line.startswith("begun again")]
@@ -167,35 +175,3 @@ def test_the_death_of_a_rank_is_named_and_the_run_goes_on(runs):
     weights, figures = differences(runs.alone["killed"], worker.train("killed", runs.two))
     assert weights < 1e-11
     assert figures < 1e-6
-
-
-SMALL = ("--dataset", "digits", "--arch", "preact_resnet_small", "--limit", 64, "--out", "run")
-
-
-def test_the_example_speaks_once(tmp_path):
-    """Two jobs at a time: one that cannot begin, one that torchrun is asked to end."""
-    quick = ("--epochs", 500, "--train-steps", 1, "--test-steps", 1)
-    (tmp_path / "bad").mkdir()
-    bad = start(EXAMPLE, *SMALL, "--gamma", "-1", cwd=tmp_path / "bad")
-    good = start(EXAMPLE, *SMALL, *quick, cwd=tmp_path)
-    out, err = bad.communicate(timeout=120)
-    assert bad.returncode != 0
-    assert own(err) == ["error: gamma must be finite and >= 0, got -1.0"]
-    assert out == ""
-    assert not (tmp_path / "bad/run").exists()
-
-    text = good.stdout.readline()  # of the first epoch
-    good.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    out, err = good.communicate(timeout=120)
-    assert time.monotonic() - began < 25
-    assert good.returncode != 0
-    assert own(err) == ["SIGTERM: stopping after this step (again: at once)"]
-    lines = (text + out).splitlines()
-    epochs = [line for line in lines if "training steps: loss" in line]
-    assert len({line.split()[1] for line in epochs}) == len(epochs)
-    assert sum(f"Stopped after {len(epochs)} of 500 epochs" in line for line in lines) == 1
-    names = {p.name for p in (tmp_path / "run").iterdir()} - {"tensorboard"}
-    assert names == {"best.pt", "last.pt", "config.json", "metrics.csv", "curves.png"}
-    assert len(list(tmp_path.glob("run/tensorboard/*"))) <= 1
-    assert len(read_metrics(tmp_path / "run")) == len(epochs)

@@ -4,13 +4,15 @@
 
 It is in float64, where rounding does not turn the sign of a gradient, and goes on with the runs it
 finds in FOLDER. The run "killed" is broken off by the death of a rank; then, started again, by a
-signal to one. What each rank saw is in FOLDER/rank0.pt and so on.
+signal to one. What each rank saw is in FOLDER/rank0.pt and so on. In between it is the example, and
+at the end the example with an option that is wrong.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -29,7 +31,7 @@ from awp_optim.lab import run_folder, trainer
 from awp_optim.lab.augment import mixup
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
-from awp_optim.lab.distributed import TrainingRanks, job
+from awp_optim.lab.distributed import Job, job
 from awp_optim.lab.interrupt import graceful_stop
 from awp_optim.lab.models import build_model
 from awp_optim.lab.pseudo import PseudoLabeled
@@ -119,7 +121,7 @@ def dropout() -> dict[str, Any]:
     return {"weights": model.state_dict(), "rows": rows, "mixed": torch.tensor(mixed)}
 
 
-def errors(ranks: TrainingRanks) -> list[str]:
+def errors(ranks: Job) -> list[str]:
     """What every rank says to what goes wrong on all of them, or on the first or last alone."""
 
     def fail_on(rank: int) -> None:
@@ -157,6 +159,16 @@ def ask(done: int, steps: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def example(ranks: Job, *arguments: str) -> None:
+    """What examples/cifar10.py does on these ranks."""
+    path = Path(__file__).parents[2] / "examples/cifar10.py"
+    small = ("--dataset", "digits", "--arch", "preact_resnet_small", "--limit", "64")
+    quick = ("--epochs", "2", "--train-steps", "1", "--test-steps", "1", "--eval-every", "2")
+    argv = [str(path), *small, *quick, "--out", str(FOLDER / "example"), *arguments]
+    with mock.patch.object(sys, "argv", argv):
+        runpy.run_path(str(path))["run"](ranks)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     FOLDER = Path(sys.argv[1])
@@ -165,6 +177,7 @@ if __name__ == "__main__":
             seen = {name: train(name, FOLDER) for name in RUNS if name != "killed"}
             seen["dropout"], seen["errors"] = dropout(), errors(ranks)
             torch.save(seen, FOLDER / f"rank{ranks.rank}.pt")
+            example(ranks)
             try:
                 with graceful_stop(lambda text: None, echo=5):
                     train("killed", FOLDER, on_step=die)
@@ -174,4 +187,4 @@ if __name__ == "__main__":
         with graceful_stop(lambda text: None, echo=5) as request:
             train("killed", FOLDER, on_step=ask, stop=request)
         print(json.dumps({"statuses": ranks.gather(request.exit_status)}))
-        sys.exit(max(ranks.gather(request.exit_status)))
+        example(ranks, "--gamma", "-1")
