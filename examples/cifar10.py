@@ -40,8 +40,8 @@ from awp_optim.attacks.base import MODEL_MODES
 from awp_optim.lab.config import METHODS, PRECISIONS, SELECTIONS, THREATS, Config
 from awp_optim.lab.data import DATASETS, ImageData
 from awp_optim.lab.data import load as load_dataset
-from awp_optim.lab.distributed import Job, job
 from awp_optim.lab.interrupt import StopRequest, graceful_stop
+from awp_optim.lab.job import Job, job
 from awp_optim.lab.models import ACTIVATIONS, MODELS
 from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars

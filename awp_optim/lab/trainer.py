@@ -24,7 +24,8 @@ from awp_optim.attacks.base import in_mode
 from awp_optim.lab.augment import cutout, mixup, random_crop_flip
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
-from awp_optim.lab.distributed import TrainingRanks, naming_the_lost
+from awp_optim.lab.distributed import TrainingRanks
+from awp_optim.lab.job import naming_the_lost
 from awp_optim.lab.models import build_model
 from awp_optim.lab.order import epoch_order, steps_per_epoch
 from awp_optim.lab.pseudo import PseudoLabeled
@@ -449,9 +450,10 @@ class _Training:
         self.rows = saved["rows"]
         self.epoch = None
         if "epoch" in saved:
-            kept = saved["epoch"].items()
-            device = self.device
-            self.epoch = _Epoch(**{k: v.to(device) if torch.is_tensor(v) else v for k, v in kept})
+            kept: dict[str, Any] = dict(saved["epoch"])
+            for name, value in kept.items():
+                kept[name] = value.to(self.device) if torch.is_tensor(value) else value
+            self.epoch = _Epoch(**kept)
         _set_random_states(saved["random"], self.device, self.shuffler, self.augmenter)
 
     def _factor(self, step: int) -> float:

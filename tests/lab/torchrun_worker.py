@@ -31,8 +31,8 @@ from awp_optim.lab import run_folder, trainer
 from awp_optim.lab.augment import mixup
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
-from awp_optim.lab.distributed import Job, job
 from awp_optim.lab.interrupt import graceful_stop
+from awp_optim.lab.job import Job, job
 from awp_optim.lab.models import build_model
 from awp_optim.lab.pseudo import PseudoLabeled
 
