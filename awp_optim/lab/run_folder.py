@@ -22,7 +22,7 @@ import torch
 from awp_optim.files import replacing
 from awp_optim.lab.config import Config
 
-__all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run"]
+__all__ = ["Row", "RunFolder", "best", "foreign", "read_metrics", "refuse_run"]
 
 Row = dict[str, float]
 """One line of ``metrics.csv``.
@@ -73,6 +73,15 @@ def refuse_run(path: Path) -> None:
         raise FileExistsError(
             f"{path} already holds a run: go on with --resume, or choose another folder"
         )
+
+
+def foreign(path: Path, why: str) -> ValueError:
+    """The error of a folder whose ``last.pt`` cannot be gone on with."""
+    return ValueError(
+        f"{path / 'last.pt'} is not a checkpoint of this run, or damaged "
+        f"({' '.join(why.split())[:200]}). Nothing was changed. Put a copy of it back, or "
+        "remove it to begin again in this folder"
+    )
 
 
 class RunFolder:
@@ -149,20 +158,12 @@ class RunFolder:
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the damage made of it
-            raise self.foreign(f"{type(error).__name__}: {error}") from error
+            raise foreign(self.path, f"{type(error).__name__}: {error}") from error
         needed = {"model", "optimizer", "rows", "config"}
         if not isinstance(saved, dict) or not needed <= saved.keys():
-            raise self.foreign("it holds something else")
+            raise foreign(self.path, "it holds something else")
         self._compare(saved["config"])  # it may be of another run
         return saved
-
-    def foreign(self, why: str) -> ValueError:
-        """The error of a ``last.pt`` that cannot be gone on with."""
-        return ValueError(
-            f"{self.path / 'last.pt'} is not a checkpoint of this run, or damaged "
-            f"({' '.join(why.split())[:200]}). Nothing was changed. Put a copy of it back, or "
-            "remove it to begin again in this folder"
-        )
 
     def save_best(self, content: Mapping[str, Any]) -> None:
         """Write ``best.pt``: ``content`` and the settings."""

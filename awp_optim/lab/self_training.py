@@ -15,6 +15,7 @@ from torch import Tensor
 
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import ImageData
+from awp_optim.lab.distributed import TrainingRanks
 from awp_optim.lab.pseudo import PseudoLabeled, pseudo_label
 from awp_optim.lab.trainer import check, fit
 
@@ -76,5 +77,7 @@ def pseudo_label_rest(
     model, rows = fit(natural(config), kept, out, resume=resume, on_step=on_step, stop=stop)
     if len(rows) < config.epochs:
         return None
-    pseudo = pseudo_label(model, rest.x_train)
+    # All ranks have the same model, but the labels must be the same to the last.
+    y = TrainingRanks().first(lambda: pseudo_label(model, rest.x_train).y.cpu())
+    pseudo = PseudoLabeled(rest.x_train, y.to(rest.x_train.device))
     return kept, pseudo, (pseudo.y == rest.y_train).double().mean().item()

@@ -24,10 +24,12 @@ from awp_optim.attacks.base import in_mode
 from awp_optim.lab.augment import cutout, mixup, random_crop_flip
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
+from awp_optim.lab.distributed import TrainingRanks
+from awp_optim.lab.job import naming_the_lost
 from awp_optim.lab.models import build_model
 from awp_optim.lab.order import epoch_order, steps_per_epoch
 from awp_optim.lab.pseudo import PseudoLabeled
-from awp_optim.lab.run_folder import Row, RunFolder, best
+from awp_optim.lab.run_folder import Row, RunFolder, best, foreign
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.weights import initialize
 
@@ -53,6 +55,10 @@ def fit(
 ) -> tuple[nn.Module, list[Row]]:
     """Train, and evaluate as it goes.
 
+    Where torch.distributed is initialised, all its processes must call it alike: each trains and
+    evaluates on its share of every batch, and the first one writes. The results are those of a
+    single process, within rounding, and so are the files.
+
     Args:
         config: the run.
         data: images and labels, on the device to train on.
@@ -75,34 +81,55 @@ def fit(
 
     Raises:
         FileExistsError: ``out`` holds a run already and ``resume`` is False.
+        ConnectionError: another process has gone. The checkpoints are of before.
         FloatingPointError: the loss or a weight is no longer finite. The checkpoints are of before.
         OSError: a file could not be written; those of before are intact.
         ValueError: the run to go on with had other settings or its checkpoint is damaged; or
             settings and data do not go together.
     """
-    training = _Training(config, data, unlabeled, init)
-    folder = None
-    if out is not None:
-        folder = RunFolder(Path(out), config, training.about, resume)
-        if saved := folder.load_last(training.device):
-            if (was := saved.get("device", training.device.type)) != training.device.type:
-                raise ValueError(f"the run was on {was}, and cannot go on on {training.device}")
-            try:
-                training.load_state_dict(saved)
-            except torch.OutOfMemoryError:
-                raise
-            except (KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
-                raise folder.foreign(f"{type(error).__name__}: {error}") from error
-        del saved  # it would keep its tensors on the device
+    ranks = TrainingRanks()
+    with naming_the_lost(ranks):
+        training = _Training(config, data, unlabeled, init, ranks)
+        folder = None if out is None else _open(training, Path(out), resume)
+        try:
+            _train(training, folder, on_step, on_epoch, ranks.together(stop, training.device))
+        finally:
+            if folder:
+                folder.close()
+    return training.model, training.rows
+
+
+def _open(training: _Training, out: Path, resume: bool) -> RunFolder | None:
+    """The first rank's folder, and all ranks where the run in it was."""
+    ranks, device = training.ranks, training.device
+    folder: RunFolder | None = None
+
+    def read() -> dict[str, Any] | None:
+        nonlocal folder
+        folder = RunFolder(out, training.config, training.about, resume)
+        # To be sent around it must not lie on a device, which would be the first one's.
+        saved = folder.load_last(device if ranks.world == 1 else torch.device("cpu"))
+        if saved and (was := saved.get("device", device.type)) != device.type:
+            raise ValueError(f"the run was on {was}, and cannot go on on {device}")
+        return saved
+
+    if saved := ranks.first(read):
+        try:
+            training.load_state_dict(saved)
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise foreign(out, f"{type(error).__name__}: {error}") from error
+    del saved  # it would keep its tensors on the device
+
+    def begin() -> None:
+        assert folder is not None
         folder.begin()
         if training.rows:  # a run that was killed in between has not written them
             folder.save_metrics(training.rows)
-    try:
-        _train(training, folder, on_step, on_epoch, stop)
-    finally:
-        if folder:
-            folder.close()
-    return training.model, training.rows
+
+    ranks.first(begin)
+    return folder
 
 
 def is_over(config: Config, rows: list[Row]) -> bool:
@@ -183,7 +210,9 @@ class _Training:
         data: ImageData,
         unlabeled: PseudoLabeled | None,
         init: Mapping[str, Tensor] | None,
+        ranks: TrainingRanks,
     ) -> None:
+        self.ranks = ranks
         if config.method == "rst" and not unlabeled:
             raise ValueError(
                 "method 'rst' needs images with pseudo-labels: --unlabeled FILE or --labeled N"
@@ -218,6 +247,10 @@ class _Training:
             self.y = torch.cat([self.y, unlabeled.y.to(device)])
         self.images = config.epoch_images or self.labeled
         self.batches = steps_per_epoch(self.images, config.batch_size)
+        ranks.check_batch(config.batch_size, "a batch")
+        if not unlabeled:  # else all batches are whole
+            left = self.images - (self.batches - 1) * config.batch_size
+            ranks.check_batch(min(left, config.batch_size), "the last batch of an epoch")
 
         torch.manual_seed(config.seed)
         self.shuffler = torch.Generator().manual_seed(config.seed)
@@ -236,6 +269,7 @@ class _Training:
             initialize(model, init)
         model.to(device)
         model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
+        shared = ranks.shared_model(model)
         self.model = model
         self.optimizer = AWP(
             _groups(model, config),
@@ -259,10 +293,10 @@ class _Training:
         )
         self.autocast = PRECISIONS[config.precision]
         self.adversarial_step = AdversarialStep(
-            model,
+            shared,
             self.optimizer,
-            config.training_attack,
-            config.objective,
+            ranks.shared_attack(config.training_attack),
+            ranks.shared_objective(config.objective),
             alternations=config.alternations,
             ascent=config.ascent,
             interval=config.interval,
@@ -272,7 +306,9 @@ class _Training:
         if config.ema:
             decay = get_ema_multi_avg_fn(config.ema)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True)
-        self.test_attack = Captured(config.test_attack)
+        # Among others an attack depends on what a graph does not see: how many images they have.
+        test_attack = ranks.shared_attack(config.test_attack)
+        self.test_attack = Captured(test_attack, "auto" if ranks.world == 1 else False)
         self.rows: list[Row] = []
         self.epoch: _Epoch | None = None
 
@@ -303,13 +339,17 @@ class _Training:
         if config.mixup:
             x, y = mixup(x, labels, self.num_classes, config.mixup, self.augmenter)
             labels = y.argmax(1)
+        x, y, labels = self.ranks.take(x, y, labels)
         result = self.adversarial_step(x, y)
         self.scheduler.step()
         if self.average:
             self.average.update_parameters(self.model)
-        epoch.loss_sum += result.loss * len(labels)
-        epoch.correct += (result.logits.argmax(1) == labels).sum()
-        here = torch.where(result.loss.isfinite(), math.inf, epoch.step)
+        loss = result.loss * (self.ranks.batch / self.ranks.world)
+        correct = (result.logits.argmax(1) == labels).sum()
+        loss, correct = self.ranks.sum(torch.stack([loss, correct.to(loss.dtype)])).unbind()
+        epoch.loss_sum += loss
+        epoch.correct += correct
+        here = torch.where(loss.isfinite(), math.inf, epoch.step)
         epoch.bad_step = torch.minimum(epoch.bad_step, here)
         epoch.step += 1
         epoch.seconds += time.perf_counter() - start
@@ -366,7 +406,7 @@ class _Training:
                 parts += [(f"ema_{name}", net, xy) for name, xy in self.tested.items()]
             batch = 1000 if self.device.type == "cuda" else 128
             for name, net, (x, y) in parts:
-                row |= measure(net, x, y, attack, name, batch, self.autocast)
+                row |= measure(net, x, y, attack, name, batch, self.autocast, self.ranks)
             row["eval_seconds"] = time.perf_counter() - start
         self.rows.append(row)
         self.epoch = None
@@ -408,7 +448,12 @@ class _Training:
         if "step" in saved:  # files of before have none
             self.adversarial_step.load_state_dict(saved["step"])
         self.rows = saved["rows"]
-        self.epoch = _Epoch(**saved["epoch"]) if "epoch" in saved else None
+        self.epoch = None
+        if "epoch" in saved:
+            kept: dict[str, Any] = dict(saved["epoch"])
+            for name, value in kept.items():
+                kept[name] = value.to(self.device) if torch.is_tensor(value) else value
+            self.epoch = _Epoch(**kept)
         _set_random_states(saved["random"], self.device, self.shuffler, self.augmenter)
 
     def _factor(self, step: int) -> float:
@@ -438,7 +483,7 @@ def check(
     init: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Raise what :func:`fit` would about these arguments, without training."""
-    _Training(config, data, unlabeled, init)
+    _Training(config, data, unlabeled, init, TrainingRanks())
 
 
 def _samples(data: ImageData, unlabeled: PseudoLabeled | None) -> dict[str, Tensor]:
@@ -486,6 +531,7 @@ def measure(
     prefix: str = "",
     batch_size: int = 128,
     autocast: torch.dtype | None = None,
+    ranks: TrainingRanks | None = None,
 ) -> Row:
     """Natural and robust loss and accuracy of ``model`` in eval mode.
 
@@ -497,6 +543,7 @@ def measure(
         prefix: put before the names.
         batch_size: images at a time.
         autocast: run the forward passes in this dtype; None in the model's own.
+        ranks: processes that share out every batch; None for this one alone.
 
     Returns:
         ``natural_loss``, ``natural_acc``, ``robust_loss``, ``robust_acc``; accuracies in [0, 1].
@@ -508,13 +555,19 @@ def measure(
     )
     with in_mode(model, "eval"), precision:
         for xs, ys in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+            if ranks:
+                xs, ys = ranks.take(xs, ys)
             images = _to_float(xs)
             adversarial = attack(model, images, ys)
+            if ranks and not ranks.own:
+                continue
             with torch.no_grad():
                 for i, inputs in enumerate((images, adversarial)):
                     logits = model(inputs)
                     sums[2 * i] += F.cross_entropy(logits, ys, reduction="sum")
                     sums[2 * i + 1] += (logits.argmax(1) == ys).sum()
+    if ranks:
+        sums = ranks.sum(sums)
     names = ("natural_loss", "natural_acc", "robust_loss", "robust_acc")
     return {prefix + n: v for n, v in zip(names, (sums / len(x)).tolist(), strict=True)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -71,3 +72,15 @@ def test_elsewhere_than_in_the_main_thread_nothing_is_changed():
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+def test_an_echo_is_no_second_signal():
+    said = []
+    with pytest.raises(KeyboardInterrupt), graceful_stop(said.append, echo=0.2) as request:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signal == signal.SIGINT
+        time.sleep(0.3)
+        signal.raise_signal(signal.SIGINT)
+    assert said == ["SIGINT: stopping after this step (again: at once)"]

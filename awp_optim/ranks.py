@@ -1,0 +1,37 @@
+"""The processes that share a work, as torchrun starts them; one, where there are no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """The processes of torch.distributed's default group; one, unless it is initialised.
+
+    Attributes:
+        rank, world: which of them this is, and how many there are.
+    """
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+    def agree(self, value: Any) -> Any:
+        """The first's value."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's values, the first's first."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
