@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import sys
@@ -25,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 from awp_optim.files import replacing
 from awp_optim.lab.figures import FIGURES, Drawing
 from awp_optim.lab.gallery import Picture, write_gallery
+from awp_optim.lab.job import Job, job
 from awp_optim.lab.measuring import Landscapes, Measuring, NotEnough
 from awp_optim.lab.runs import find_runs, grouped
 
@@ -63,8 +62,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=128, help="(%(default)s)")
     add("--seed", type=int, default=0, help="of directions and attacks (%(default)s)")
     add("--data-dir", type=Path, default=Path("data"), help="of the images (%(default)s)")
-    device = f"cuda:{_local_rank()}" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="(%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     args = parser.parse_args(argv)
     if bool(args.figure) == args.gallery:
         parser.error("give --figure NAME, or --gallery")
@@ -84,7 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def measuring(args: argparse.Namespace) -> Measuring:
+def measuring(args: argparse.Namespace, ranks: Job) -> Measuring:
     def axis(count: int) -> tuple[float, ...]:
         return tuple(np.linspace(-args.reach, args.reach, count).round(12).tolist())
 
@@ -99,12 +97,12 @@ def measuring(args: argparse.Namespace) -> Measuring:
         batch_size=args.batch_size,
         recompute_bn=args.recompute_bn,
         seed=args.seed,
-        device=args.device,
+        device=ranks.device(args.device),
         data_dir=args.data_dir,
     )
 
 
-def draw(args: argparse.Namespace, console: Console) -> None:
+def draw(args: argparse.Namespace, console: Console, ranks: Job) -> None:
     start = time.perf_counter()
     groups = grouped(find_runs(args.runs))
     for label, runs in groups.items():
@@ -115,7 +113,7 @@ def draw(args: argparse.Namespace, console: Console) -> None:
             raise ValueError(f"--select {args.select} matches none of {'; '.join(groups)}")
         groups = found
     landscapes = Landscapes(
-        measuring(args),
+        measuring(args, ranks),
         args.out / "points",
         lambda text: console.print(f"measuring {text}", style="dim", highlight=False),
     )
@@ -129,9 +127,9 @@ def draw(args: argparse.Namespace, console: Console) -> None:
                 raise NotEnough(f"--figure {name}: {error}") from error
             left_out.append((name, str(error)))
             continue
-        if _rank() == 0:
+        if ranks.rank == 0:
             pictures += [write(drawing, args.out, console) for drawing in drawings]
-    if _rank() == 0 and args.gallery:
+    if ranks.rank == 0 and args.gallery:
         command = shlex.join(["python", "examples/landscape.py", *sys.argv[1:]])
         page = args.out / "index.html"
         about = (
@@ -166,29 +164,17 @@ def write(drawing: Drawing, out: Path, console: Console) -> Picture:
     return Picture(drawing.title, drawing.caption, file, drawing.tables)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")  # what the processes tell one another are numbers
-    console = Console(width=None if sys.stdout.isatty() else 130, quiet=_rank() > 0)
-    try:
-        draw(args, console)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with job() as ranks:
+        args = parse_args(argv)
+        console = Console(width=None if sys.stdout.isatty() else 130, quiet=ranks.rank > 0)
+        try:
+            draw(args, console, ranks)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
