@@ -47,7 +47,7 @@ def step_by_hand(
                 if g is None or not perturbs(p) or not g.any():
                     continue
                 v = p - c + gamma / ascent_steps * c.norm() * g / g.norm()
-                p.copy_(c + v * min(1.0, (gamma * c.norm() / v.norm()).item()))
+                p.copy_(c + v * min(1.0, (gamma * c.norm() / v.norm()).item() if gamma else 0.0))
     passes()
     with torch.no_grad():
         for p, c in zip(params, w, strict=True):
