@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,11 @@ class Automatic(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        if self.optimizers().is_perturbed:
+        opt = self.optimizers()
+        if opt.is_perturbed:
             return F.cross_entropy(self.net(x), y)
-        with frozen_batch_norm(self.net):  # only the pass at w + v counts
+        # Only the pass at w + v counts, if there is one.
+        with frozen_batch_norm(self.net) if opt.directions else nullcontext():
             loss = F.cross_entropy(self.net(x), y)
         self.log("loss", loss, on_step=False, on_epoch=True)  # the loss at w, once
         self.losses.append(loss.item())
