@@ -62,23 +62,26 @@ class Robust(L.LightningModule):
         return {"optimizer": opt, "lr_scheduler": schedule}
 
 
-def digits() -> tuple[TensorDataset, TensorDataset]:
+def digits(limit: int | None) -> tuple[TensorDataset, TensorDataset]:
     data = load_digits()
     x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16
     y = torch.tensor(data.target)
-    return TensorDataset(x[:1000], y[:1000]), TensorDataset(x[1000:], y[1000:])
+    parts = (slice(1000), slice(1000, None))
+    train, test = (TensorDataset(x[part][:limit], y[part][:limit]) for part in parts)
+    return train, test
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=15, help="(%(default)s)")
     parser.add_argument("--gamma", type=float, default=1e-2, help="(%(default)s)")
+    parser.add_argument("--limit", type=int, help="so many digits to train and to test on")
     parser.add_argument("--seeds", type=int, default=1, help="(%(default)s)")
     args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*num_workers|.*log_every_n_steps|.*LeafSpec")
 
-    train, test = digits()
+    train, test = digits(args.limit)
     print(f"{len(train)} digits, {args.epochs} epochs, PGD-7 at eps {EPS}; accuracy in %\n")
     print("              seed   natural   robust (PGD-20), test   training   loss at w")
     for seed in range(args.seeds):
