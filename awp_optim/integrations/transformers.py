@@ -109,7 +109,7 @@ class AWPTrainerMixin(_Trainer):
         _refuse_stepping_in_backward(optimizer, str(getattr(self.args.optim, "value", "")))
         settings = self.awp_args or AWPArguments()
         if settings.perturb is not None:
-            model = args[0] if args and args[0] is not None else self.model
+            model: Any = args[0] if args and args[0] is not None else self.model
             groups = perturb_only(
                 model, settings.perturb, settings.gamma, groups=optimizer.param_groups
             )

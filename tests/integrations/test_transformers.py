@@ -416,3 +416,16 @@ def test_arguments_are_read_from_a_command_line():
     assert parser.parse_args_into_dataclasses(line) == (
         AWPArguments(gamma=0.01, perturb=["embeddings", "^head"], start_loss_below=0.7),
     )
+
+
+def test_training_again_goes_on_with_the_same_awp(tmp_path):
+    model = bert()
+    trainer, _ = trainer_of(
+        model, texts("class", 8), tmp_path, AWPArguments(gamma=GAMMA), num_train_epochs=1
+    )
+    trainer.train()
+    first = trainer.awp
+    before = copy.deepcopy(model.state_dict())
+    trainer.train()
+    assert trainer.awp is first
+    assert not torch.equal(model.classifier.weight, before["classifier.weight"])

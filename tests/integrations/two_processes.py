@@ -8,8 +8,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import transformers
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,13 +36,14 @@ def rows() -> list[dict[str, Tensor]]:
     return [{"x": a, "labels": b} for a, b in zip(x, y)]
 
 
-class AWPTrainer(AWPTrainerMixin, transformers.Trainer):
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
 def by_trainer(folder: str) -> Net:
     """Each process takes every second batch of 4; an update has three of each."""
+    import transformers
+
+    class AWPTrainer(AWPTrainerMixin, transformers.Trainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
     args = transformers.TrainingArguments(
         output_dir=folder, per_device_train_batch_size=4, gradient_accumulation_steps=3,
         num_train_epochs=1, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant",
@@ -59,6 +58,8 @@ def by_trainer(folder: str) -> Net:
 
 
 def by_accelerate() -> Net:
+    from accelerate import Accelerator
+
     accelerator, net = Accelerator(cpu=True), Net()
     opt = AWP(net.parameters(), torch.optim.SGD, gamma=GAMMA, lr=0.1)
     model, opt = accelerator.prepare(net, opt)
