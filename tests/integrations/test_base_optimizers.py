@@ -1,0 +1,331 @@
+"""Every base optimizer steps as it does in the loop by hand: torch's, and those of others."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, swa_utils
+
+from awp_optim import AWP
+
+GAMMA = 0.02
+
+
+class Tokens(nn.Module):
+    """A model all of whose gradients are sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.EmbeddingBag(20, 5, sparse=True, mode="sum")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows((x.abs() * 10).long().clamp(max=19))
+
+
+def network(kind: str = "dense") -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "sparse":
+        return Tokens().double()
+    bias = kind != "matrices"
+    layers = nn.Linear(6, 8, bias=bias), nn.Tanh(), nn.Linear(8, 5, bias=bias)
+    return nn.Sequential(*layers).double()
+
+
+def batches(n: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 16, 6, generator=generator, dtype=torch.float64)
+    return list(zip(x, torch.randint(5, (n, 16), generator=generator)))
+
+
+def passes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def assert_equal_training(
+    by_hand: Callable[..., Tensor],
+    make: Callable[[list[Tensor]], Optimizer],
+    kind: str = "dense",
+    ascent_steps: int = 1,
+) -> None:
+    """The two steps, and step(closure), against the loop by hand with a base optimizer alone."""
+    hand, steps, closed = network(kind), network(kind), network(kind)
+    base = make(list(hand.parameters()))
+    opt = AWP(list(steps.parameters()), make, gamma=GAMMA, ascent_steps=ascent_steps)
+    wrapped = AWP.wrap(make(list(closed.parameters())), gamma=GAMMA, ascent_steps=ascent_steps)
+    before = copy.deepcopy(hand.state_dict())
+    for seed, (x, y) in enumerate(batches(4)):
+        torch.manual_seed(seed)
+        expected = by_hand(
+            hand.parameters(), partial(passes, hand, x, y), base.step, GAMMA, ascent_steps
+        )
+
+        torch.manual_seed(seed)
+        for _ in range(ascent_steps):
+            passes(steps, x, y)
+            opt.first_step()
+        passes(steps, x, y)
+        opt.second_step()
+
+        torch.manual_seed(seed)
+        loss = wrapped.step(partial(passes, closed, x, y))
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+
+    for name, p in hand.state_dict().items():
+        assert not torch.equal(p, before[name])
+        for model in (steps, closed):
+            torch.testing.assert_close(model.state_dict()[name], p, rtol=1e-8, atol=1e-11)
+    assert_states_equal(opt.base_optimizer, base)
+
+
+def assert_states_equal(ours: Optimizer, theirs: Optimizer) -> None:
+    tensors = [
+        [(k, t) for p, s in o.state.items() if isinstance(p, Tensor) for k, t in s.items()]
+        for o in (ours, theirs)
+    ]
+    for (key, a), (_, b) in zip(*tensors, strict=True):
+        if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.bfloat16:
+            torch.testing.assert_close(
+                a, b, rtol=1e-5, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}"
+            )
+
+
+# ---------------------------------------------------------------- torch.optim
+
+# What a class needs beside its defaults; one that a later torch adds is tried with them.
+TORCH: dict[str, tuple[str, dict[str, Any]]] = {
+    "SGD": ("dense", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}),
+    "AdamW": ("dense", {"lr": 1e-2, "amsgrad": True}),
+    "Muon": ("matrices", {"lr": 1e-2}),
+    "SparseAdam": ("sparse", {"lr": 1e-2}),
+}
+TORCH_CLASSES = {
+    name: c
+    for name, c in vars(torch.optim).items()
+    if inspect.isclass(c) and issubclass(c, Optimizer) and c not in (Optimizer, torch.optim.LBFGS)
+}
+
+
+@pytest.mark.parametrize("ascent_steps", [1, 2])
+@pytest.mark.parametrize("name", sorted(TORCH_CLASSES))
+def test_torch(by_hand, name, ascent_steps):
+    kind, settings = TORCH.get(name, ("dense", {}))
+    assert_equal_training(by_hand, partial(TORCH_CLASSES[name], **settings), kind, ascent_steps)
+
+
+def test_optimizers_of_the_installed_torch_are_all_seen():
+    assert len(TORCH_CLASSES) >= 14
+
+
+def test_lbfgs_is_refused_before_anything_happens():
+    model = network()
+    with pytest.raises(TypeError, match="LBFGS calls a closure several times"):
+        AWP(model.parameters(), torch.optim.LBFGS, lr=0.1)
+
+
+# ---------------------------------------------------------------- schedulefree
+
+
+@pytest.mark.parametrize("name", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
+def test_schedulefree(by_hand, name):
+    """In train mode the weights are y, where the gradients belong: v is a perturbation of y."""
+    schedulefree = pytest.importorskip("schedulefree")
+
+    # RAdam's updates are zero at first, unless told otherwise.
+    settings = {"silent_sgd_phase": False} if name.startswith("RAdam") else {}
+
+    def make(params: list[Tensor]) -> Optimizer:
+        optimizer = getattr(schedulefree, name)(params, lr=0.05, **settings)
+        optimizer.train()
+        return optimizer
+
+    assert_equal_training(by_hand, make)
+
+
+def test_schedulefree_changes_between_y_and_x_at_the_centre(by_hand):
+    schedulefree = pytest.importorskip("schedulefree")
+    hand, model = network(), network()
+    base = schedulefree.SGDScheduleFree(hand.parameters(), lr=0.1)
+    opt = AWP(model.parameters(), schedulefree.SGDScheduleFree, gamma=GAMMA, lr=0.1)
+    for x, y in batches(4):
+        base.train()
+        opt.base_optimizer.train()
+        at_y = copy.deepcopy(model.state_dict())
+        by_hand(hand.parameters(), partial(passes, hand, x, y), base.step, GAMMA)
+        passes(model, x, y)
+        opt.first_step()
+        for p, v in opt.perturbation().items():
+            w = at_y[{id(q): n for n, q in model.named_parameters()}[id(p)]]
+            torch.testing.assert_close(v.norm(), GAMMA * w.norm())  # relative to y
+        passes(model, x, y)
+        opt.second_step()
+        base.eval()
+        opt.base_optimizer.eval()
+        for p, q in zip(model.parameters(), hand.parameters()):  # x, what is evaluated
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+    # A step in eval mode is schedulefree's error, and leaves the weights at the centre.
+    at_x = copy.deepcopy(model.state_dict())
+    passes(model, x, y)
+    opt.first_step()
+    with pytest.raises(Exception, match="not in train mode"):
+        opt.second_step()
+    assert not opt.is_perturbed
+    assert all(torch.equal(p, at_x[n]) for n, p in model.named_parameters())
+
+
+def test_schedulefree_wrapper_is_no_optimizer():
+    schedulefree = pytest.importorskip("schedulefree")
+    sgd = torch.optim.SGD(network().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="takes an optimizer already built"):
+        AWP.wrap(schedulefree.ScheduleFreeWrapper(sgd))
+
+
+# ---------------------------------------------------------------- pytorch_optimizer
+
+# Not soap: weights that differ by 1e-14 differ by 1e-4 after three of its steps, AWP or not.
+PYTORCH_OPTIMIZER = (
+    *("adabelief", "adamp", "adan", "ademamix", "adopt", "came", "diffgrad", "laprop", "lion"),
+    *("lamb", "madgrad", "prodigy", "ranger", "sgdw", "stableadamw", "tiger", "yogi"),
+    "schedulefreeadamw",
+)
+
+
+@pytest.mark.parametrize("name", PYTORCH_OPTIMIZER)
+def test_pytorch_optimizer(by_hand, name):
+    library = pytest.importorskip("pytorch_optimizer")
+
+    def make(params: list[Tensor]) -> Optimizer:
+        optimizer = library.load_optimizer(name)(params)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        return optimizer
+
+    assert_equal_training(by_hand, make)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("alig", "closure"),  # wants the loss
+        (
+            "adahessian",
+            "does not require grad",
+        ),  # wants second derivatives, at the weights of the step
+    ],
+)
+def test_optimizers_that_need_more_than_gradients_say_so(name, error):
+    library = pytest.importorskip("pytorch_optimizer")
+    model = network()
+    opt = AWP(model.parameters(), library.load_optimizer(name), gamma=GAMMA)
+    centre = copy.deepcopy(model.state_dict())
+    with pytest.raises(Exception, match=error):
+        opt.step(partial(passes, model, *batches(1)[0]))
+    assert not opt.is_perturbed
+    assert all(torch.equal(p, centre[n]) for n, p in model.named_parameters())
+
+
+def test_a_sam_of_pytorch_optimizer_is_not_a_base():
+    library = pytest.importorskip("pytorch_optimizer")
+    model = network()
+    sam = partial(library.SAM, base_optimizer=torch.optim.SGD, lr=0.1)
+    opt = AWP(model.parameters(), sam)
+    with pytest.raises(Exception, match="closure"):
+        opt.step(partial(passes, model, *batches(1)[0]))
+    assert not opt.is_perturbed
+
+
+# ---------------------------------------------------------------- timm
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "nadamw", "adafactorbv", "cadamw"])
+def test_timm(by_hand, name):
+    optim = pytest.importorskip("timm.optim")
+    hand, model = network(), network()
+    base = optim.create_optimizer_v2(hand, opt=name, lr=1e-2, weight_decay=0.05)
+    inner = optim.create_optimizer_v2(model, opt=name, lr=1e-2, weight_decay=0.05)
+    opt = AWP.wrap(inner, gamma=GAMMA)
+    assert len(opt.param_groups) == 2  # with and without weight decay
+    for x, y in batches(4):
+        by_hand(hand.parameters(), partial(passes, hand, x, y), base.step, GAMMA)
+        opt.step(partial(passes, model, x, y))
+    for p, q in zip(model.parameters(), hand.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
+
+
+# ---------------------------------------------------------------- quantised state, as bitsandbytes
+
+
+class EightBit(Optimizer):
+    """Momentum in 8 bits, kept beside ``state`` by the parameter's place, with a step of its own.
+
+    The protocol of bitsandbytes: quantised tensors and their scales, ``initialized`` at the first
+    step, ``p.data`` written through, and a ``step`` that no ``super().step`` is behind.
+    """
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.initialized = False
+        self.quantised: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for g, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                m = p.grad.data
+                if self.initialized:
+                    q, scale = self.quantised[g, i]
+                    m = m + 0.9 * q.to(m.dtype) * scale
+                scale = m.abs().max() / 127
+                self.quantised[g, i] = (m / scale).round().to(torch.int8), scale
+                p.data.add_(m, alpha=-group["lr"])
+        self.initialized = True
+        return loss
+
+
+def test_an_optimizer_with_state_of_its_own(by_hand):
+    assert_equal_training(by_hand, EightBit)
+
+
+# ---------------------------------------------------------------- averages of weights
+
+
+def test_swa_averages_the_centre(by_hand):
+    """AveragedModel, SWALR and update_bn between steps see weights by hand."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)
+        return nn.Sequential(*layers).double()
+
+    def train(model: nn.Module, optimizer: Optimizer, step: Callable[..., object]) -> nn.Module:
+        averaged = swa_utils.AveragedModel(model)
+        schedule = swa_utils.SWALR(optimizer, swa_lr=0.01, anneal_epochs=2)
+        for x, y in batches(5):
+            step(partial(passes, model, x, y))
+            averaged.update_parameters(model)
+            schedule.step()
+        swa_utils.update_bn(batches(3), averaged)
+        return averaged
+
+    model, hand = make(), make()
+    opt = AWP(model.parameters(), torch.optim.SGD, gamma=GAMMA, lr=0.1, momentum=0.9)
+    base = torch.optim.SGD(hand.parameters(), lr=0.1, momentum=0.9)
+    ours = train(model, opt, lambda f: opt.step(f))
+    theirs = train(hand, base, lambda f: by_hand(hand.parameters(), f, base.step, GAMMA))
+    assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"] == 0.01
+    for name, t in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], t, rtol=1e-9, atol=1e-12)
