@@ -18,9 +18,19 @@ BENCH = [
     "adversarial-robustness-toolbox",
     "pytorch_optimizer",
 ]
+FRAMEWORKS = [
+    "lightning",
+    "accelerate",
+    "transformers>=4.49",
+    "timm",
+    "schedulefree",
+    "pytorch_optimizer",
+    "skorch",
+]
 TEST = [
     *EXAMPLES,
     *EVAL,
+    *FRAMEWORKS,
     "pytest",
     "pytest-benchmark",
     "pytest-timeout",
@@ -46,6 +56,7 @@ setup(
         "examples": EXAMPLES,
         "eval": EVAL,
         "bench": BENCH,
+        "frameworks": FRAMEWORKS,
         "test": TEST,
         "all": sorted({*EXAMPLES, *EVAL, *BENCH, *TEST}),
     },
