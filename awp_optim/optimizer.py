@@ -218,7 +218,7 @@ class AWP(Optimizer):
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are at w + v instead of the centre w."""
-        return self._is_perturbed
+        return self._place.is_perturbed
 
     @property
     def directions(self) -> frozenset[str]:
@@ -266,7 +266,7 @@ class AWP(Optimizer):
                     "it as its parameter is, with torch.distributed.tensor.distribute_tensor"
                 )
         try:
-            self._is_perturbed = True
+            self._place.is_perturbed = True
             batches = self._gather(along, momenta)
             self._back_up(batches)
             for batch in batches:
@@ -311,7 +311,7 @@ class AWP(Optimizer):
         Raises:
             RuntimeError: at the centre, that is without a :meth:`first_step` before.
         """
-        if not self._is_perturbed:
+        if not self._place.is_perturbed:
             raise RuntimeError(
                 "second_step() needs a first_step() before it: the weights are not perturbed"
             )
@@ -323,14 +323,14 @@ class AWP(Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Back to the centre, bit for bit, without an update; does nothing at the centre."""
-        if not self._is_perturbed:
+        if not self._place.is_perturbed:
             return
         for params, centres, foreach in self._backed_up:
             _copy_(params, centres, foreach)
         self._backed_up.clear()
         self._live.clear()
         self._overflows.clear()
-        self._is_perturbed = False
+        self._place.is_perturbed = False
         torch.clear_autocast_cache()
 
     @contextmanager
@@ -343,7 +343,7 @@ class AWP(Optimizer):
         Args:
             zero_grad: set the gradients to None once the weights are perturbed.
         """
-        if not self._is_perturbed:
+        if not self._place.is_perturbed:
             self.first_step()
         try:
             if zero_grad:
@@ -362,16 +362,17 @@ class AWP(Optimizer):
         Args:
             closure: zeroes the gradients, computes the loss, backpropagates and returns the loss.
                 It is called before each of ``ascent_steps`` ascents and once at the perturbed
-                weights; just once where nothing is perturbed by gradients.
+                weights; just once where nothing is perturbed by gradients, or where they were
+                perturbed before, by :meth:`first_step`.
 
         Returns:
             The closure's first loss, or None without a closure.
 
         Raises:
             RuntimeError: without a closure at the centre (unless gamma is 0 everywhere), where it
-                would be a plain step; with a closure while perturbed. The trial step of
-                ``torch.distributed.checkpoint``, at learning rate 0 with gradients of zero before
-                there is any state, is let through.
+                would be a plain step; with one that does not zero the gradients; with one while
+                GradScaler calls. The trial step of ``torch.distributed.checkpoint``, at learning
+                rate 0 with gradients of zero before there is any state, is let through.
 
         After an exception, whoever raised it, the weights are at the centre.
         """
@@ -473,7 +474,8 @@ class AWP(Optimizer):
     # ------------------------------------------------------------------ how it is done
 
     def _forget(self) -> None:
-        self._is_perturbed = False
+        # Shared with whoever copies the attributes, as Lightning's wrapper does.
+        self._place = SimpleNamespace(is_perturbed=False)
         # One buffer for every parameter perturbed so far, allocated once.
         self._buffers: dict[Tensor, Tensor] = {}
         # While perturbed: the centre of each perturbed parameter, and both in lists.
@@ -492,16 +494,16 @@ class AWP(Optimizer):
     def _host_state(self) -> HostState:
         """What the host knows of where the weights are, to be put back after a replay."""
         return HostState(
-            self._is_perturbed, dict(self._live), list(self._backed_up), list(self._overflows)
+            self._place.is_perturbed, dict(self._live), list(self._backed_up), list(self._overflows)
         )
 
     def _set_host_state(self, state: HostState) -> None:
-        self._is_perturbed = state.is_perturbed
+        self._place.is_perturbed = state.is_perturbed
         self._live, self._backed_up = dict(state.live), list(state.backed_up)
         self._overflows = list(state.overflows)
 
     def _require_centre(self, what: str) -> None:
-        if self._is_perturbed:
+        if self._place.is_perturbed:
             raise RuntimeError(
                 f"{what} while the weights are perturbed: call second_step() or restore() first"
             )
@@ -643,32 +645,51 @@ class AWP(Optimizer):
     def _reach_perturbed(self, closure: Callable[[], Any] | None) -> Any:
         """With the closure go to w + v and take the gradients there; without, see that we are."""
         if closure is None:
-            if self.directions and not self._is_perturbed and not self._is_trial_step():
+            if self.directions and not self._place.is_perturbed and not self._is_trial_step():
                 raise RuntimeError(
                     "step() without a closure would be a plain step without perturbation: call "
                     "first_step() and backpropagate again before it, or pass a closure; for a "
                     "plain step call base_optimizer.step()"
                 )
             return None
-        if self._is_perturbed:
-            raise RuntimeError(
-                "step(closure) starts at the centre, but the weights were perturbed (they are "
-                "restored now): call second_step() or restore() before it"
-            )
         if hasattr(self, "found_inf"):
             raise RuntimeError(
                 "GradScaler cannot be used with a closure: call first_step(), then scaler.step()"
             )
+        if self._place.is_perturbed:  # by a first step of the caller's
+            with torch.enable_grad():
+                return closure()
         directions = self.directions
         losses = []
         for _ in range(self.ascent_steps if directions else 0):
             if "gradient" in directions:
-                with torch.enable_grad():
-                    losses.append(closure())
+                losses.append(self._pass(closure))
             self.first_step()
-        with torch.enable_grad():
-            losses.append(closure())
+        losses.append(self._pass(closure))
         return losses[0]
+
+    def _pass(self, closure: Callable[[], Any]) -> Any:
+        """The closure's loss; what is in ``p.grad`` afterwards must be of this call alone."""
+        if not self.directions:  # as the base optimizer, which does not care
+            with torch.enable_grad():
+                return closure()
+        mark = _Mark(p for group in self.param_groups for p in group["params"])
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        except BaseException:
+            mark.erase()
+            raise
+        if mark.is_there():
+            self.zero_grad()
+            raise RuntimeError(
+                "the closure did not zero the gradients, so that those of several calls would add "
+                "up, at w and at w + v: call zero_grad() in it. If they were accumulated on "
+                "purpose, as by Lightning's accumulate_grad_batches, take the two steps yourself "
+                "or let the closure go over all batches of the update. The weights are at the "
+                "centre, the gradients are cleared"
+            )
+        return loss
 
     def _is_trial_step(self) -> bool:
         """Whether a step would do nothing but build the base optimizer's state.
@@ -748,6 +769,37 @@ def _difference(p: Tensor, w: Tensor, out: Tensor | None) -> Tensor:
     out = torch.empty_like(p) if out is None else out
     torch.sub(local_part(p), w, out=local_part(out))
     return out
+
+
+class _Mark:
+    """A NaN in a gradient of before: a closure that zeroes the gradients wipes it away.
+
+    Whichever way it zeroes them, and without a look at a value unless the tensor is still there.
+    """
+
+    def __init__(self, params: Iterator[Tensor]) -> None:
+        self._param: Tensor | None = None
+        for p in params:
+            g = p.grad
+            if g is None or g.layout is not torch.strided or g.is_inference():
+                continue
+            part = local_part(g) if is_distributed(g) else g
+            if part.numel():
+                self._param, self._grad = p, g
+                self._first = part[(0,) * part.ndim]
+                self._before = self._first.clone()
+                self._first.fill_(math.nan)
+                return
+
+    def is_there(self) -> bool:
+        """Whether the gradient is the one of before, and not wiped."""
+        p = self._param
+        return p is not None and p.grad is self._grad and bool(self._first.isnan())
+
+    def erase(self) -> None:
+        """Put back what was in its place, if it is there."""
+        if self.is_there():
+            self._first.copy_(self._before)
 
 
 class HostState(NamedTuple):

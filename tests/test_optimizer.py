@@ -496,10 +496,87 @@ def test_misuse_is_an_error_that_says_what_to_do(net):
         with pytest.raises(RuntimeError, match=r"second_step\(\) or restore\(\) first"):
             call()
     assert opt.is_perturbed
-    with pytest.raises(RuntimeError, match=r"starts at the centre"):
-        opt.step(lambda: backward(net, x, y))
-    assert not opt.is_perturbed
+    opt.restore()
     assert_same_bits(net.parameters(), centre)
+
+
+def test_a_closure_after_a_first_step_is_the_second_pass(net):
+    other, (x, y) = copy.deepcopy(net), batches(1)[0]
+    for model, with_closure in ((net, True), (other, False)):
+        opt = AWP(model.parameters(), SGD, gamma=0.1, lr=0.1)
+        backward(model, x, y)
+        opt.first_step(zero_grad=True)
+        if with_closure:
+            calls = []
+            opt.step(lambda: calls.append(backward(model, x, y)))  # noqa: B023
+            assert len(calls) == 1
+        else:
+            backward(model, x, y)
+            opt.second_step()
+        assert not opt.is_perturbed
+    assert_same_bits(net.parameters(), snapshot(other.parameters()))
+
+
+class TestWhatAClosureZeroes:
+    """Gradients of several calls must not add up, at w and at w + v."""
+
+    @pytest.fixture
+    def opt(self, net):
+        return AWP(net.parameters(), SGD, gamma=0.1, lr=0.1, momentum=0.9)
+
+    @pytest.mark.parametrize("accumulated", [False, True])
+    def test_nothing(self, net, opt, accumulated):
+        (x, y), (x2, y2) = batches(2)
+        if accumulated:
+            backward(net, x2, y2)
+        centre = snapshot(net.parameters())
+        with pytest.raises(RuntimeError, match=r"call zero_grad\(\) in it"):
+            opt.step(lambda: F.cross_entropy(net(x), y).backward())
+        assert not opt.is_perturbed
+        assert_same_bits(net.parameters(), centre)
+        assert all(p.grad is None for p in net.parameters())
+
+    @pytest.mark.parametrize("way", ["none", "in place", "by hand", "same memory"])
+    def test_in_any_way(self, net, opt, way):
+        def zero():
+            grads = [(p, p.grad) for p in net.parameters() if p.grad is not None]
+            if way in ("none", "in place"):
+                net.zero_grad(set_to_none=way == "none")
+            for p, g in grads if way in ("by hand", "same memory") else ():
+                g.zero_()
+                if way == "same memory":  # as DistributedDataParallel's buckets
+                    p.grad = None
+                    p.grad = g
+
+        other, data = copy.deepcopy(net), batches(4)
+        for x, y in data:
+
+            def closure():
+                zero()
+                loss = F.cross_entropy(net(x), y)  # noqa: B023
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+        theirs = AWP(other.parameters(), SGD, gamma=0.1, lr=0.1, momentum=0.9)
+        train(other, theirs, data)
+        assert_same_bits(net.parameters(), snapshot(other.parameters()))
+
+    def test_nothing_where_there_is_no_perturbation_is_the_base_optimizers_affair(self, net):
+        other, (x, y) = copy.deepcopy(net), batches(1)[0]
+        opt = AWP(net.parameters(), SGD, gamma=0.0, lr=0.1)
+        theirs = SGD(other.parameters(), lr=0.1)
+        for _ in range(2):
+            opt.step(lambda: F.cross_entropy(net(x), y).backward())
+            theirs.step(lambda: F.cross_entropy(other(x), y).backward())
+        assert_same_bits(net.parameters(), snapshot(other.parameters()))
+
+    def test_an_exception_before_it_zeroes_leaves_the_gradients(self, net, opt):
+        backward(net, *batches(1)[0])
+        grads = [p.grad.clone() for p in net.parameters()]
+        with pytest.raises(ZeroDivisionError):
+            opt.step(lambda: 1 / 0)
+        assert_same_bits([p.grad for p in net.parameters()], grads)
 
 
 @pytest.mark.parametrize("finish", ["second_step", "step", "closure"])
@@ -539,7 +616,7 @@ def test_a_gamma_gone_bad_is_never_a_plain_step(net):
         with pytest.raises(RuntimeError, match="plain step without perturbation"):
             opt.step()
         with pytest.raises(ValueError, match="gamma must be finite"):
-            opt.step(lambda: backward(net, x, y))
+            opt.step(lambda: (opt.zero_grad(), backward(net, x, y)))
 
 
 def test_buffers_made_in_inference_mode_serve_afterwards(net):

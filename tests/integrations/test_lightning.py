@@ -231,31 +231,43 @@ def test_manual_optimisation_with_accumulation_is_the_big_batch(by_hand, batches
     assert trainer.global_step == -(-8 // batches)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="step(closure) does not notice a closure that never zeroes",
-)
-def test_automatic_accumulation_is_refused():
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_automatic_accumulation_is_refused(clip):
     """Lightning's closure covers the last batch alone and adds it to gradients taken at w."""
-    with pytest.raises(RuntimeError, match="accumul"):
-        fit(Automatic(), accumulate_grad_batches=2)
+    module = Automatic()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match="accumulate_grad_batches"):
+        fit(module, accumulate_grad_batches=2, gradient_clip_val=clip)
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Lightning's wrapper runs AWP's methods on a self of its own"
-)
-def test_the_two_steps_through_lightnings_wrapper():
+@pytest.mark.parametrize("last", ["second_step", "step"])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_two_steps_through_lightnings_wrapper(by_hand, last, half):
+    from lightning.pytorch.plugins import MixedPrecision
+
     class TwoSteps(Automatic):
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
             opt, (x, y) = self.optimizers(), batch
+            opt.zero_grad()
             self.manual_backward(F.cross_entropy(self.net(x), y))
-            opt.first_step()
+            opt.first_step(zero_grad=True)
+            assert opt.is_perturbed
             assert opt.optimizer.is_perturbed
+            self.manual_backward(F.cross_entropy(self.net(x), y))
+            getattr(opt, last)()
+            assert not opt.is_perturbed
+            assert not opt.optimizer.is_perturbed
+            self.lr_schedulers().step()
 
-    fit(TwoSteps(), limit_train_batches=1)
+    module = TwoSteps()
+    scaler = torch.amp.GradScaler("cpu")
+    plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if half else []
+    trainer = fit(module, plugins=plugins)
+    assert_equal(module.net, hand(by_hand)[0])
+    assert trainer.global_step == 8
 
 
 def test_a_run_resumed_equals_one_that_was_not_stopped(tmp_path: Path):
