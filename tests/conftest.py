@@ -1,7 +1,8 @@
-"""What stands in for a GPU where there is none."""
+"""What stands in for a GPU where there is none; how several workers share the cores."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from awp_optim import graphs, perturbation
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A core for each worker, and for what it starts: threads of many wait for one another.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Recording(TorchDispatchMode):

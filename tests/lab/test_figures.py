@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,18 @@ def test_what_was_measured_is_not_measured_again(runs, landscapes, monkeypatch):
     assert np.array_equal(landscapes.curve(run).adv_losses, before.adv_losses)
     with pytest.raises(pytest.fail.Exception):
         landscapes.curve(run, run.checkpoints()[2])  # another checkpoint is another file's
+
+
+def test_a_checkpoint_that_was_replaced_is_measured_anew(runs, tmp_path):
+    folder = shutil.copytree(runs / "at-0", tmp_path / "run")
+    (run,) = find_runs([folder])
+    last = folder / "epoch_0004.pt"
+    before = Landscapes(HOW, tmp_path / "points").curve(run)
+    shutil.copy(folder / "epoch_0002.pt", last)
+    after = Landscapes(HOW, tmp_path / "points").curve(run, last)
+    other = Landscapes(HOW, tmp_path / "others").curve(run, folder / "epoch_0002.pt")
+    assert np.array_equal(after.adv_losses, other.adv_losses)
+    assert not np.array_equal(after.adv_losses, before.adv_losses)
 
 
 def test_the_numbers_are_the_curves(runs, landscapes):
