@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from awp_optim import graphs, perturbation
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A core for each worker, and for what it starts: threads of many wait for one another.
     torch.set_num_threads(1)
