@@ -122,12 +122,18 @@ def test_reproduce_stops_in_time_and_goes_on(options, monkeypatch):
     assert rows(0.0) == both
 
 
-def test_step_compares_every_setting(options):
-    assert run(["step", "compiled"], options) == 0
-    content, compiled = (written(options.out)[item] for item in ("step", "compiled"))
+@pytest.mark.parametrize(
+    "items",
+    [["step"], pytest.param(["step", "compiled"], marks=pytest.mark.slow)],  # compiling takes long
+    ids=" and ".join,
+)
+def test_step_compares_every_setting(options, items):
+    assert run(items, options) == 0
+    content = written(options.out)["step"]
+    compiled = written(options.out)["compiled"] if "compiled" in items else {"parts": {}}
     names = [case.name for case in cases(options)]
     assert len(content["parts"]) == 3 * len(names)
-    assert len(compiled["parts"]) == 2 * len(names)
+    assert len(compiled["parts"]) == (2 * len(names) if "compiled" in items else 0)
     times = {n: f for n, f in compiled["parts"].items() if "share" not in n}
     for name, figures in (content["parts"] | times).items():
         ms = figures["median_ms"]
