@@ -63,6 +63,7 @@ class Runs:
         self.alone = {name: worker.train(name, one) for name in worker.RUNS}
         self.out, self.err = process.communicate(timeout=240)
         self.status = process.returncode
+        assert (two / "rank1.pt").exists(), self.err
         self.ranks = [torch.load(two / f"rank{r}.pt") for r in (0, 1)]
         self.one, self.two = one, two
 
