@@ -218,7 +218,7 @@ class AWP(Optimizer):
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are at w + v instead of the centre w."""
-        return self._place.is_perturbed
+        return bool(self._place.is_perturbed)
 
     @property
     def directions(self) -> frozenset[str]:
