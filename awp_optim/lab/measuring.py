@@ -153,7 +153,8 @@ class Landscapes:
     def in_words(self, run: Run) -> str:
         """What is measured, for a caption."""
         config, data = run.config, self._images(run)
-        n, total = len(self.images(run)[1]), len(data.x_train)
+        total = len(data.x_train)
+        n = total if self.how.limit is None else min(self.how.limit, total)
         share = f"{n} training images" if n == total else f"{n} of {total} training images"
         attack = self.attack(run)
         return (
