@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from awp_optim.perturbation import NORMS, arithmetic_dtype, ascend_, layer_norms
-from awp_optim.sharding import (
+from awp_optim._core.dtensors import (
     Sharding,
     agreed_seed,
     is_distributed,
@@ -37,6 +36,7 @@ from awp_optim.sharding import (
     processes,
     sharding_of,
 )
+from awp_optim._core.perturbation import NORMS, arithmetic_dtype, ascend_, layer_norms
 
 __all__ = ["AWP"]
 

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from awp_optim._cuda_graphs.capturable import (
+    Dials,
+    frozen_settings,
+    is_zero,
+    may_capture_update,
+    structure,
+)
+from awp_optim._cuda_graphs.graphs import Graphs, as_key, module_key
 from awp_optim.attacks import Attack
 from awp_optim.attacks.ascent import BallAttack
 from awp_optim.batchnorm import frozen_batch_norm
-from awp_optim.capturable import Dials, frozen_settings, is_zero, may_capture_update, structure
-from awp_optim.graphs import Graphs, as_key, module_key
 from awp_optim.objectives import AT, Objective
 from awp_optim.optimizer import AWP, HostState
 

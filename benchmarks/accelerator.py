@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from awp_optim import AWP, AdversarialStep
+from awp_optim._core.perturbation import ascend_, layer_norms
 from awp_optim.attacks import PGD, Captured
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import ImageData, load_cifar10, load_digits
 from awp_optim.lab.models import PreActResNet, WideResNet, build_model
 from awp_optim.lab.run_folder import Row, best
 from awp_optim.lab.trainer import fit
-from awp_optim.perturbation import ascend_, layer_norms
 from benchmarks.harness import (
     RESULTS,
     ROOT,

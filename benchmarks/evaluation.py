@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from awp_optim._utils.io import replacing
 from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, AutoAttack
 from awp_optim.evaluation import evaluate
-from awp_optim.files import replacing
 from awp_optim.lab.data import load_cifar10
 from awp_optim.lab.summary import markdown
 from benchmarks.harness import RESULTS, environment, interleaved, ratios, write_json

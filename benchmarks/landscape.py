@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from awp_optim._utils.io import replacing
 from awp_optim.attacks import PGD
-from awp_optim.files import replacing
 from awp_optim.lab.models import build_model
 from awp_optim.lab.summary import markdown
 from awp_optim.landscape import filter_normalized_direction, loss_curve

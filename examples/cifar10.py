@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from awp_optim._core.perturbation import NORMS
 from awp_optim.attacks.base import MODEL_MODES
 from awp_optim.lab.config import METHODS, PRECISIONS, SELECTIONS, THREATS, Config
 from awp_optim.lab.data import DATASETS, ImageData
@@ -52,7 +53,6 @@ from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.trainer import fit, is_over
 from awp_optim.lab.weights import load_weights
-from awp_optim.perturbation import NORMS
 
 DIRECTIONS = ("gradient", "random", "momentum")
 ASCENTS = ("exact", "attack", "momentum")

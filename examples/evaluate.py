@@ -34,9 +34,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import awp_optim
+from awp_optim._utils.io import replacing
 from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, Attack, AutoAttack
 from awp_optim.evaluation import Evaluation, EvaluationWarning, evaluate
-from awp_optim.files import replacing
 from awp_optim.lab.data import DATASETS, ImageData
 from awp_optim.lab.data import load as load_dataset
 from awp_optim.lab.loading import (

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from awp_optim.files import replacing
+from awp_optim._utils.io import replacing
 from awp_optim.lab.figures import FIGURES, Drawing
 from awp_optim.lab.gallery import Picture, write_gallery
 from awp_optim.lab.job import Job, job

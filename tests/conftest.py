@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from awp_optim import graphs, perturbation
+from awp_optim._core import perturbation
+from awp_optim._cuda_graphs import graphs
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A core for each worker, and for what it starts: threads of many wait for one another.

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from awp_optim import AWP, AdversarialStep, graphs
+from awp_optim import AWP, AdversarialStep
+from awp_optim._cuda_graphs import graphs
+from awp_optim._cuda_graphs.graphs import CaptureError, Graphs
 from awp_optim.attacks import FGSM, PGD, Captured
-from awp_optim.graphs import CaptureError, Graphs
 from awp_optim.objectives import AT, MART, TRADES
 
 SGD = torch.optim.SGD

@@ -11,39 +11,25 @@ import pytest
 import awp_optim
 
 ROOT = Path(awp_optim.__file__).parent
-# What each part of the core may import of the package.
-BELOW = {
-    "perturbation": set(),
-    "sharding": {"perturbation"},
+# What each part of the package may import of the others, from the bottom up.
+MAY_IMPORT = {
+    "_utils": {"attacks"},
+    "_core": {"_utils"},
     "batchnorm": set(),
-    "objectives": set(),
-    "files": set(),
-    "graphs": set(),
-    "attacks": {"attacks", "graphs"},
-    "optimizer": {"perturbation", "sharding"},
-    "capturable": {"graphs", "optimizer"},
-    "bars": set(),
-    "ranks": set(),
-    "batches": {"attacks"},
-    "ledger": {"files"},
-    "sanity": {"attacks"},
-    "evaluation": {"attacks", "bars", "batches", "graphs", "ledger", "sanity"},
-    "landscape": {
-        "attacks",
-        "bars",
-        "batches",
-        "graphs",
-        "ledger",
-        "optimizer",
-        "perturbation",
-        "ranks",
-    },
-    "step": {"attacks", "batchnorm", "capturable", "graphs", "objectives", "optimizer"},
+    "objectives": {"_utils"},
+    "optimizer": {"_core", "_utils"},
+    "_cuda_graphs": {"_core", "_utils", "optimizer"},
+    "attacks": {"_cuda_graphs", "_utils"},
+    "step": {"_core", "_cuda_graphs", "_utils", "attacks", "batchnorm", "objectives", "optimizer"},
+    "evaluation": {"_cuda_graphs", "_utils", "attacks"},
+    "landscape": {"_core", "_cuda_graphs", "_utils", "attacks", "optimizer"},
     "__init__": {"batchnorm", "optimizer", "step"},
 }
+FRAMEWORKS = {"integrations"}
+ABOVE = {"cli", "lab", "__main__"}
 
 
-def _own(node: ast.Import | ast.ImportFrom) -> bool:
+def _is_own(node: ast.Import | ast.ImportFrom) -> bool:
     """Whether an import is of this package."""
     if isinstance(node, ast.ImportFrom):
         return node.level > 0 or (node.module or "").startswith("awp_optim")
@@ -66,7 +52,7 @@ def imports(file: Path) -> set[str]:
         if isinstance(inner, (ast.Import, ast.ImportFrom))
     ]
     for node in ast.walk(tree):
-        if node in optional and not _own(node):
+        if node in optional and not _is_own(node):
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -79,18 +65,30 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("part", BELOW)
-def test_the_core_looks_down_only(part):
-    files = [ROOT / f"{part}.py"] if part != "attacks" else list((ROOT / "attacks").glob("*.py"))
+def files_of(part: str) -> list[Path]:
+    return (
+        [ROOT / f"{part}.py"] if (ROOT / f"{part}.py").exists() else [*(ROOT / part).rglob("*.py")]
+    )
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_the_core_imports_downward_and_torch_alone(part):
+    files = files_of(part)
     assert files
     for module in set().union(*map(imports, files)):
         top, *rest = module.split(".")
         if top == "awp_optim":
-            assert rest[0] in BELOW[part], f"{part} imports {module}"
+            assert rest[0] in MAY_IMPORT[part] | {part}, f"{part} imports {module}"
         else:
             assert top == "torch" or top in sys.stdlib_module_names, f"{part} imports {module}"
 
 
-def test_every_part_of_the_core_is_covered():
+@pytest.mark.parametrize("part", FRAMEWORKS)
+def test_nothing_but_the_command_line_imports_the_lab(part):
+    for module in set().union(*map(imports, files_of(part))):
+        assert module.split(".")[:2] not in [["awp_optim", above] for above in ABOVE]
+
+
+def test_every_part_of_the_package_is_covered():
     parts = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert parts - {"lab", "integrations"} == set(BELOW)
+    assert parts - FRAMEWORKS - ABOVE == set(MAY_IMPORT)

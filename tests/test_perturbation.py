@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten
 
-from awp_optim import AWP, perturbation
-from awp_optim.perturbation import ascend_, layer_norms
+from awp_optim import AWP
+from awp_optim._core import perturbation
+from awp_optim._core.perturbation import ascend_, layer_norms
 
 SHAPES = [(3, 4), (2, 3, 3, 3), (5, 1), (1, 1), (7,), ()]
 ORDER = {"l1": 1, "l2": 2}

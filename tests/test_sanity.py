@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from awp_optim.attacks import FGSM, PGD
 from awp_optim.attacks.base import Attack
 from awp_optim.evaluation import EvaluationWarning, evaluate
-from awp_optim.sanity import compare, probe
+from awp_optim.evaluation.diagnostics import compare, probe
 
 pytestmark = pytest.mark.filterwarnings("ignore::awp_optim.evaluation.EvaluationWarning")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .ascent import BallAttack
+from .balls import Ball, Projection, per_example_norm
 from .base import Victim, real, whole
-from .geometry import Ball, Projection, per_example_norm
 from .losses import LOSSES, Loss, dlr_targeted
 
 MOMENTUM = 0.75

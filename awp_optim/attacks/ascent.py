@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from .balls import BALLS, Ball, Projection
 from .base import Attack, Gradients, Model, Victim, one_of, real
-from .geometry import BALLS, Ball, Projection
 from .losses import LOSSES
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .apgd import APGD
+from .balls import BALLS
 from .base import Attack, Model, Victim, one_of, real, whole, without_gradients
-from .geometry import BALLS
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),

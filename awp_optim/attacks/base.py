@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .geometry import DTYPES, at_least_float32, limits, round_toward
+from .balls import DTYPES, at_least_float32, limits, round_toward
 from .losses import Loss
 
 Model = Callable[[Tensor], Tensor]

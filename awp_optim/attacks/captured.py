@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from awp_optim.graphs import Graphs, module_key
+from awp_optim._cuda_graphs.graphs import Graphs, module_key
 
 from .base import Attack, Model, describe
 

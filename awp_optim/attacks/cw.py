@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .ascent import BallAttack
+from .balls import Projection
 from .base import Victim
-from .geometry import Projection
 from .pgd import PGD
 
 SHARES = {"linf": 1 / 4, "l2": 1 / 8}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .ascent import BallAttack
+from .balls import Projection
 from .base import Victim
-from .geometry import Projection
 
 
 @dataclass(frozen=True)

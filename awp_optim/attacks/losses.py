@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import at_least_float32
+from .balls import at_least_float32
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .ascent import BallAttack
+from .balls import Projection
 from .base import Victim, real, whole
-from .geometry import Projection
 from .losses import LOSSES
 
 

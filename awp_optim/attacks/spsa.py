@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .ascent import BallAttack
+from .balls import Projection, round_toward
 from .base import Victim, real, uncached_autocast, whole
-from .geometry import Projection, round_toward
 from .losses import LOSSES
 
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8  # of Adam, as its authors set them

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awp_optim.files import replacing
+from awp_optim._utils.io import replacing
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 """``x_train``, ``x_test``: uint8 (N, C, H, W). ``y_train``, ``y_test``: uint8 (N,)."""

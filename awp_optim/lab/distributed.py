@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from awp_optim._utils.distributed import Ranks
 from awp_optim.attacks import PGD
+from awp_optim.attacks.balls import Projection
 from awp_optim.attacks.base import Gradients, Model
-from awp_optim.attacks.geometry import Projection
 from awp_optim.objectives import Objective
-from awp_optim.ranks import Ranks
 
 __all__ = ["TrainingRanks"]
 

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from awp_optim.files import replacing
+from awp_optim._utils.io import replacing
 from awp_optim.lab.summary import Cells
 
 __all__ = ["Picture", "write_gallery"]

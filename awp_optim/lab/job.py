@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
+from awp_optim._utils.distributed import Ranks
 from awp_optim.lab.distributed import TrainingRanks
-from awp_optim.ranks import Ranks
 
 __all__ = ["Job", "RankLost", "job", "naming_the_lost"]
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from awp_optim._utils.io import replacing
 from awp_optim.attacks.base import Model, in_mode
-from awp_optim.files import replacing
 from awp_optim.lab.data import ImageData, _images, _labels, _one_line
 
 __all__ = [

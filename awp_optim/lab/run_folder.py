@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from awp_optim.files import replacing
+from awp_optim._utils.io import replacing
 from awp_optim.lab.config import Config
 
 __all__ = ["Row", "RunFolder", "best", "foreign", "read_metrics", "refuse_run"]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from awp_optim.files import replacing
+from awp_optim._utils.io import replacing
 from awp_optim.lab.config import Config
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.run_folder import Row

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from awp_optim.attacks import APGD, FGSM, PGD, Captured
 from awp_optim.attacks.apgd import _Halving, _Sparse, _State, checkpoints
-from awp_optim.attacks.geometry import BALLS
+from awp_optim.attacks.balls import BALLS
 from awp_optim.attacks.losses import LOSSES, dlr_targeted
 
 EPS = {"linf": 0.012, "l2": 0.1, "l1": 0.5}

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awp_optim.attacks.geometry import BALLS, DTYPES, L1, L2, Linf, round_toward
-from awp_optim.attacks.geometry import _next_toward as next_toward
+from awp_optim.attacks.balls import BALLS, DTYPES, L1, L2, Linf, round_toward
+from awp_optim.attacks.balls import _next_toward as next_toward
 
 NORMS = list(BALLS)
 MAX = torch.finfo(torch.float32).max

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from awp_optim.files import replacing
+from awp_optim._utils.io import replacing
 
 __all__ = ["COLOURS", "MARKERS", "band", "by_epoch", "canvas", "coloured", "save", "tidy"]
 

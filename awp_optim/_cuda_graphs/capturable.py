@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from awp_optim.graphs import as_key
+from awp_optim._cuda_graphs.graphs import as_key
 from awp_optim.optimizer import AWP
 
 __all__ = ["Dials", "frozen_settings", "may_capture_update", "structure"]

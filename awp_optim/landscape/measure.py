@@ -29,17 +29,17 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import update_bn
 
-from .attacks import Attack
-from .attacks.base import Victim, describe, in_mode, whole
-from .attacks.captured import bare, in_words
-from .attacks.losses import ce
-from .bars import bar
-from .batches import NO_DATA, Data, batches, device_of, seeded
-from .graphs import Graphs, module_key
-from .ledger import Journal, checksum
-from .optimizer import AWP
-from .perturbation import arithmetic_dtype
-from .ranks import Ranks
+from awp_optim._core.perturbation import arithmetic_dtype
+from awp_optim._cuda_graphs.graphs import Graphs, module_key
+from awp_optim._utils.batches import NO_DATA, Data, batches, device_of, seeded
+from awp_optim._utils.distributed import Ranks
+from awp_optim._utils.journal import Journal, checksum
+from awp_optim._utils.progress import bar
+from awp_optim.attacks import Attack
+from awp_optim.attacks.base import Victim, describe, in_mode, whole
+from awp_optim.attacks.captured import bare, in_words
+from awp_optim.attacks.losses import ce
+from awp_optim.optimizer import AWP
 
 if TYPE_CHECKING:
     import numpy as np

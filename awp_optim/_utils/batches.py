@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .attacks.base import Model, describe, is_integer
-from .attacks.geometry import DTYPES
+from awp_optim.attacks.balls import DTYPES
+from awp_optim.attacks.base import Model, describe, is_integer
 
 __all__ = ["NO_DATA", "Data", "batches", "count", "device_of", "seeded"]
 

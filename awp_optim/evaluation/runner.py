@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import Attack, Captured
-from .attacks.base import Model, Victim, describe, in_mode, whole
-from .attacks.captured import bare, in_words
-from .attacks.geometry import BALLS, limits
-from .attacks.losses import ce
-from .bars import bar
-from .batches import NO_DATA, batches, count, device_of, seeded
-from .graphs import RECORDERS
-from .ledger import Ledger, checksum
-from .sanity import Finding, compare, probe
+from awp_optim._cuda_graphs.graphs import RECORDERS
+from awp_optim._utils.batches import NO_DATA, batches, count, device_of, seeded
+from awp_optim._utils.journal import Ledger, checksum
+from awp_optim._utils.progress import bar
+from awp_optim.attacks import Attack, Captured
+from awp_optim.attacks.balls import BALLS, limits
+from awp_optim.attacks.base import Model, Victim, describe, in_mode, whole
+from awp_optim.attacks.captured import bare, in_words
+from awp_optim.attacks.losses import ce
+from awp_optim.evaluation.diagnostics import Finding, compare, probe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,8 +196,8 @@ def evaluate(
         seed: of all attacks; None leaves torch's generators alone, and results to chance.
         state: a file that holds what is done after each attack on each batch. Called again with
             the same, an evaluation goes on from there.
-        checks: look for signs that the result is too good to be true (:mod:`awp_optim.sanity`),
-            at a cost of about 60 passes over the first 64 images; each is also issued as an
+        checks: look for signs that the result is too good to be true
+            (:mod:`awp_optim.evaluation.diagnostics`), at a cost of about 60 passes over the first 64 images; each is also issued as an
             :class:`EvaluationWarning`.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .files import replacing
+from awp_optim._utils.io import replacing
 
 __all__ = ["Journal", "Ledger", "checksum"]
 

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .attacks import FGSM, PGD, Attack
-from .attacks.base import Model, Victim, in_mode
-from .attacks.captured import bare
-from .attacks.losses import ce
+from awp_optim.attacks import FGSM, PGD, Attack
+from awp_optim.attacks.base import Model, Victim, in_mode
+from awp_optim.attacks.captured import bare
+from awp_optim.attacks.losses import ce
 
 __all__ = ["Finding", "Outcome", "compare", "probe"]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from awp_optim.perturbation import NORMS
+from awp_optim._core.perturbation import NORMS
 
 __all__ = [
     "Sharding",

@@ -1,0 +1,1 @@
+"""Capture and replay of training steps and attacks as CUDA graphs."""
