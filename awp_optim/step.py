@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from awp_optim._cuda_graphs.capturable import (
-    Dials,
+    DeviceScalars,
     frozen_settings,
     is_zero,
     may_capture_update,
@@ -213,7 +213,7 @@ class AdversarialStep:
         )
         self._settings: Hashable = None  # of the base optimizer, when last seen
         self._may_capture_update = True
-        self._dials = Dials()
+        self._scalars = DeviceScalars()
 
     def __call__(self, x: Tensor, y: Tensor) -> StepOutput:
         """Train on one batch.
@@ -363,10 +363,10 @@ class AdversarialStep:
             self._may_capture_update = False  # else every change would take a new graph
         self._settings = settings
         inside = self._may_capture_update and may_capture_update(optimizer, base, x.device)
-        self._dials.turn(optimizer, x.device)
+        self._scalars.update(optimizer, x.device)
 
         def function(x: Tensor, y: Tensor) -> Outputs:
-            with self._dials.in_groups(optimizer, base if inside else None):
+            with self._scalars.installed(optimizer, base if inside else None):
                 outputs = self._passes(x, y, again)
                 if inside:
                     self._update()

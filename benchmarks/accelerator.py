@@ -656,13 +656,13 @@ def measure_attacks(batch: int, options: Options) -> Figures:
     steps = 2 if options.quick else 20
     pgd = PGD(EPS, STEP_SIZE, steps)
 
-    def victim(layout: torch.memory_format) -> tuple[nn.Module, Tensor, Tensor]:
+    def oracle(layout: torch.memory_format) -> tuple[nn.Module, Tensor, Tensor]:
         torch.manual_seed(0)
         model = case.build().to(options.device).eval()
         model.to(memory_format=layout)
         return model, *images(batch, options.device, layout)
 
-    usual, last = victim(torch.contiguous_format), victim(torch.channels_last)
+    usual, last = oracle(torch.contiguous_format), oracle(torch.channels_last)
     captured, captured_bf16 = Captured(pgd), Captured(pgd)
 
     def in_bf16() -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, AutoAttack
 from awp_optim.evaluation import evaluate
 from awp_optim.lab.data import load_cifar10
@@ -172,7 +172,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "evaluation.json", content)
     text = report(content)
-    with replacing(args.out / "evaluation.md") as file:
+    with atomic_write(args.out / "evaluation.md") as file:
         file.write(text.encode())
     print(text)
 

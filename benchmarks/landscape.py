@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 from awp_optim.attacks import PGD
 from awp_optim.lab.models import build_model
 from awp_optim.lab.summary import markdown
@@ -123,7 +123,7 @@ def main() -> None:
         " also gives the natural loss (and the loss at 0, once more where 0 is no alpha).\n\n"
         f"{markdown(cells)}\n\n{about}; `{content['command']}`\n"
     )
-    with replacing(out / "landscape.md") as file:
+    with atomic_write(out / "landscape.md") as file:
         file.write(text.encode())
     print(text)
 

@@ -23,14 +23,14 @@ TRAINING_STEPS = 40
 Run = Callable[[], Any]  # returns the images, as a tensor or as ART's array
 
 
-class Victim(NamedTuple):
+class ModelOracle(NamedTuple):
     model: nn.Module
     x: Tensor
     y: Tensor
 
 
 @pytest.fixture(scope="module")
-def victim(setting: Setting) -> Victim:
+def oracle(setting: Setting) -> ModelOracle:
     """A network that knows its classes: on another, every attack has the same success.
 
     It is trained for a moment, without an attack, on scikit-learn's digits, enlarged and in three
@@ -49,7 +49,7 @@ def victim(setting: Setting) -> Victim:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     x, y = data.x_test[: setting.batch], data.y_test[: setting.batch]
-    return Victim(model.eval(), images(x, setting.device), y.to(setting.device))
+    return ModelOracle(model.eval(), images(x, setting.device), y.to(setting.device))
 
 
 def images(x: Tensor, device: str) -> Tensor:
@@ -58,51 +58,51 @@ def images(x: Tensor, device: str) -> Tensor:
     return x.to(device).contiguous(memory_format=torch.channels_last)
 
 
-def ours(kind: str, victim: Victim, setting: Setting) -> Run:
+def ours(kind: str, oracle: ModelOracle, setting: Setting) -> Run:
     attack = {
         "PGD-20": PGD(eps=EPS, step_size=STEP_SIZE, steps=STEPS, random_start=False),
         "FGSM": FGSM(eps=EPS),
     }[kind]
-    return partial(attack, *victim)
+    return partial(attack, *oracle)
 
 
-def captured(kind: str, victim: Victim, setting: Setting) -> Run:
+def captured(kind: str, oracle: ModelOracle, setting: Setting) -> Run:
     if not setting.device.startswith("cuda"):
         pytest.skip("graphs are captured on CUDA alone")
-    attack = ours(kind, victim, setting).func  # type: ignore[attr-defined]
-    return partial(Captured(attack), *victim)
+    attack = ours(kind, oracle, setting).func  # type: ignore[attr-defined]
+    return partial(Captured(attack), *oracle)
 
 
-def torchattacks(kind: str, victim: Victim, setting: Setting) -> Run:
+def torchattacks(kind: str, oracle: ModelOracle, setting: Setting) -> Run:
     module = pytest.importorskip("torchattacks")
     attack = {
         "PGD-20": partial(module.PGD, alpha=STEP_SIZE, steps=STEPS, random_start=False),
         "FGSM": module.FGSM,
-    }[kind](victim.model, eps=EPS)
-    return partial(attack, victim.x, victim.y)
+    }[kind](oracle.model, eps=EPS)
+    return partial(attack, oracle.x, oracle.y)
 
 
-def art(kind: str, victim: Victim, setting: Setting) -> Run:
+def art(kind: str, oracle: ModelOracle, setting: Setting) -> Run:
     pytest.importorskip("art")
     from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
     classifier = PyTorchClassifier(
-        victim.model,
+        oracle.model,
         loss=nn.CrossEntropyLoss(),
-        input_shape=tuple(victim.x.shape[1:]),
+        input_shape=tuple(oracle.x.shape[1:]),
         nb_classes=10,
         clip_values=(0.0, 1.0),
         device_type="gpu" if setting.device.startswith("cuda") else "cpu",
     )
-    n = len(victim.x)
+    n = len(oracle.x)
     attack = {
         "PGD-20": partial(
             ProjectedGradientDescentPyTorch, eps_step=STEP_SIZE, max_iter=STEPS, verbose=False
         ),
         "FGSM": FastGradientMethod,
     }[kind](classifier, eps=EPS, batch_size=n)
-    return partial(attack.generate, victim.x.cpu().numpy(), victim.y.cpu().numpy())
+    return partial(attack.generate, oracle.x.cpu().numpy(), oracle.y.cpu().numpy())
 
 
 CONTESTANTS = {OURS: ours, CAPTURED: captured, TORCHATTACKS: torchattacks, ART: art}
@@ -115,19 +115,19 @@ class Measured(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def measured(request: pytest.FixtureRequest, victim: Victim, setting: Setting) -> Measured:
+def measured(request: pytest.FixtureRequest, oracle: ModelOracle, setting: Setting) -> Measured:
     runs, skipped = {}, {}
     for name, build in CONTESTANTS.items():
         try:
-            runs[name] = build(request.param, victim, setting)
+            runs[name] = build(request.param, oracle, setting)
         except pytest.skip.Exception as reason:
             skipped[name] = str(reason)
-    made = {name: torch.as_tensor(run(), device=victim.x.device) for name, run in runs.items()}
+    made = {name: torch.as_tensor(run(), device=oracle.x.device) for name, run in runs.items()}
     seconds = measure(runs, setting, warmup=5 if CAPTURED in runs else 1)
     about = {
         name: {
-            "natural_accuracy": accuracy(victim, victim.x),
-            "robust_accuracy": accuracy(victim, x_adv),
+            "natural_accuracy": accuracy(oracle, oracle.x),
+            "robust_accuracy": accuracy(oracle, x_adv),
             "pixels_as_ours": ((x_adv - made[OURS]).abs() < 1e-5).double().mean().item(),
         }
         for name, x_adv in made.items()
@@ -140,8 +140,8 @@ def measured(request: pytest.FixtureRequest, victim: Victim, setting: Setting) -
 
 
 @torch.no_grad()
-def accuracy(victim: Victim, x: Tensor) -> float:
-    return float((victim.model(x).argmax(1) == victim.y).double().mean())
+def accuracy(oracle: ModelOracle, x: Tensor) -> float:
+    return float((oracle.model(x).argmax(1) == oracle.y).double().mean())
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)

@@ -34,7 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import awp_optim
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, Attack, AutoAttack
 from awp_optim.evaluation import Evaluation, EvaluationWarning, evaluate
 from awp_optim.lab.data import DATASETS, ImageData
@@ -280,7 +280,7 @@ def about(args: argparse.Namespace, dataset: str, eps: float, norm: str) -> dict
 
 
 def write(path: Path, text: str) -> None:
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())
 
 

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 from awp_optim.lab.figures import FIGURES, Drawing
 from awp_optim.lab.gallery import Picture, write_gallery
 from awp_optim.lab.job import Job, job
@@ -149,7 +149,7 @@ def write(drawing: Drawing, out: Path, console: Console) -> Picture:
     drawing.draw(file, drawing.title)
     content = {"title": drawing.title, "caption": drawing.caption}
     content |= {"tables": list(drawing.tables), "data": drawing.data}
-    with replacing(file.with_suffix(".json")) as numbers:
+    with atomic_write(file.with_suffix(".json")) as numbers:
         numbers.write(json.dumps(content, indent=1).encode())
     for title, (head, *rows) in drawing.tables:
         console.print(f"{drawing.title}. {title}.", highlight=False, soft_wrap=True)

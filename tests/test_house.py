@@ -13,7 +13,7 @@ import awp_optim
 ROOT = Path(awp_optim.__file__).parent
 # What each part of the package may import of the others, from the bottom up.
 MAY_IMPORT = {
-    "_utils": {"attacks"},
+    "_utils": set(),
     "_core": {"_utils"},
     "batchnorm": set(),
     "objectives": {"_utils"},

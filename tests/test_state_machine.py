@@ -62,13 +62,13 @@ class AWPMachine(RuleBasedStateMachine):
     def backpropagate(self, kind):
         for p in self.params:
             p.grad = torch.randn(p.shape).to(self.dtype)
-        victim = self.params[0]
+        oracle = self.params[0]
         if kind == "none":
-            victim.grad = None
+            oracle.grad = None
         elif kind == "zero":
-            victim.grad.zero_()
+            oracle.grad.zero_()
         elif kind != "normal":
-            bad = victim.grad.clone()
+            bad = oracle.grad.clone()
             bad[0, 0] = float(kind)
             self.ascend_along(bad)
 

@@ -14,20 +14,20 @@ from torch.optim import optimizer as torch_optimizer
 from awp_optim._cuda_graphs.graphs import as_key
 from awp_optim.optimizer import AWP
 
-__all__ = ["Dials", "frozen_settings", "may_capture_update", "structure"]
+__all__ = ["DeviceScalars", "frozen_settings", "may_capture_update", "structure"]
 
 # AWP's settings that decide how an ascent goes, and SGD's and Adam's that it depends on.
 _STRUCTURE = ("norm", "direction", "min_ndim", "maximize")
 
 
-class Dials:
+class DeviceScalars:
     """The groups' numbers that graphs read from the device, so that they can be turned."""
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._shown: dict[tuple[int, str], float] = {}
 
-    def turn(self, optimizer: Optimizer, device: torch.device) -> None:
+    def update(self, optimizer: Optimizer, device: torch.device) -> None:
         """Show the graphs what the groups say now."""
         for i, group in enumerate(optimizer.param_groups):
             for name in ("lr", "gamma"):
@@ -44,7 +44,7 @@ class Dials:
                     self._tensors[i, name].fill_(self._shown[i, name])
 
     @contextmanager
-    def in_groups(self, optimizer: Optimizer, base: Optimizer | None) -> Iterator[None]:
+    def installed(self, optimizer: Optimizer, base: Optimizer | None) -> Iterator[None]:
         """Inside, the groups hold the tensors; learning rates only if ``base`` is to step."""
         before = [dict(group) for group in optimizer.param_groups]
         try:

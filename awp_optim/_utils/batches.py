@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from awp_optim.attacks.balls import DTYPES
-from awp_optim.attacks.base import Model, describe, is_integer
+from awp_optim._utils.checks import DTYPES, describe, is_integer
 
 __all__ = ["NO_DATA", "Data", "batches", "count", "device_of", "seeded"]
 
@@ -20,7 +19,9 @@ Data = Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor]
 NO_DATA = "there is no data: not one batch with an example in it"
 
 
-def device_of(model: Model, device: torch.device | str | None) -> torch.device | None:
+def device_of(
+    model: Callable[[Tensor], Tensor], device: torch.device | str | None
+) -> torch.device | None:
     """Where to run: ``device``, or where the model is; None for where the data are.
 
     Raises:

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 
-__all__ = ["Journal", "Ledger", "checksum"]
+__all__ = ["Journal", "EvaluationJournal", "checksum"]
 
 
 def checksum(tensors: Iterable[object]) -> int:
@@ -80,7 +80,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         if self.path is not None:
-            with replacing(self.path) as file:
+            with atomic_write(self.path) as file:
                 for line in ({self._key: self._settings}, *self.entries):
                     file.write(_line(line))
             self._file = open(self.path, "ab")
@@ -102,7 +102,7 @@ class Journal:
         return self._kind.split()[-1]
 
 
-class Ledger:
+class EvaluationJournal:
     """What an evaluation has done so far: for each batch an entry for each attack."""
 
     def __init__(self, path: str | os.PathLike[str] | None, settings: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ class Ledger:
             raise self._journal.damaged(error) from error
         self._old = [old[i] for i in range(len(old))]
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> EvaluationJournal:
         self._journal.__enter__()
         return self
 

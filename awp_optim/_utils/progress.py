@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["bar"]
+__all__ = ["progress_bar"]
 
 
 @contextmanager
-def bar(show: bool, description: str, total: int | None) -> Iterator[Callable[[str], None]]:
+def progress_bar(
+    show: bool, description: str, total: int | None
+) -> Iterator[Callable[[str], None]]:
     """A bar on the standard error; nothing where that is no terminal, or without rich.
 
     Args:

@@ -12,9 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from awp_optim._utils.checks import check_int, check_real
+
 from .ascent import BallAttack
 from .balls import Ball, Projection, per_example_norm
-from .base import Victim, real, whole
+from .base import ModelOracle
 from .losses import LOSSES, Loss, dlr_targeted
 
 MOMENTUM = 0.75
@@ -80,10 +82,10 @@ class APGD(BallAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("steps", whole("steps", self.steps, least=3 if self.norm == "l1" else 1))
-        self._set("restarts", whole("restarts", self.restarts, least=1))
-        self._set("targets", whole("targets", self.targets, least=1))
-        self._set("rho", real("rho", self.rho))
+        self._set("steps", check_int("steps", self.steps, least=3 if self.norm == "l1" else 1))
+        self._set("restarts", check_int("restarts", self.restarts, least=1))
+        self._set("targets", check_int("targets", self.targets, least=1))
+        self._set("rho", check_real("rho", self.rho))
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho must be in [0, 1], got {self.rho!r}")
         if not isinstance(self.drop_fooled, bool):
@@ -92,9 +94,11 @@ class APGD(BallAttack):
     def _takes_probabilities(self) -> bool:
         return False
 
-    def _search(self, victim: Victim, x: Tensor, y: Tensor | None, project: Projection) -> Tensor:
+    def _search(
+        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
+    ) -> Tensor:
         assert y is not None  # _check saw to it
-        logits = victim.logits(x)
+        logits = oracle.logits(x)
         fooled = logits.argmax(1) != y
         x_adv, loss = x.clone(), torch.full_like(logits[:, 0], -torch.inf, dtype=torch.float32)
         runs = list(self._runs(logits, y))
@@ -107,7 +111,7 @@ class APGD(BallAttack):
                 if len(rows) == 0:
                     break
             of_rows = None if target is None else target[rows]
-            of_victim = victim.only(rows)
+            of_victim = oracle.only(rows)
             end = self._run(
                 of_victim, x[rows], y[rows], of_rows, start[rows], last=i == len(runs) - 1
             )
@@ -142,7 +146,7 @@ class APGD(BallAttack):
 
     def _run(
         self,
-        victim: Victim,
+        oracle: ModelOracle,
         x: Tensor,
         y: Tensor,
         target: Tensor | None,
@@ -150,18 +154,18 @@ class APGD(BallAttack):
         last: bool,
     ) -> _End:
         if self.norm != "l1":
-            return self._climb_alone(victim, x, y, target, start, self.eps, self.steps, last)
+            return self._climb_alone(oracle, x, y, target, start, self.eps, self.steps, last)
         third = math.ceil(0.3 * self.steps)
         for scale, steps in ((3, third), (2, third)):
-            end = self._climb_alone(victim, x, y, target, start, scale * self.eps, steps, False)
+            end = self._climb_alone(oracle, x, y, target, start, scale * self.eps, steps, False)
             start = end.best
         return self._climb_alone(
-            victim, x, y, target, start, self.eps, max(1, self.steps - 2 * third), last
+            oracle, x, y, target, start, self.eps, max(1, self.steps - 2 * third), last
         )
 
     def _climb_alone(
         self,
-        victim: Victim,
+        oracle: ModelOracle,
         x: Tensor,
         y: Tensor,
         target: Tensor | None,
@@ -181,24 +185,26 @@ class APGD(BallAttack):
         end = _End.at(x)
         project = self._ball.projection(x, eps, self.clip)
         s = _State.at(x, y, target, project(start))
-        s.see(*victim.look(s.x_adv, self._loss(s.target), s.y, last=last and steps == 1))
+        s.see(*oracle.evaluate_point(s.x_adv, self._loss(s.target), s.y, last=last and steps == 1))
         rule.begin(s)
         for i in range(steps):
             if drop and (look_always or i in rule.checkpoints) and bool(s.fooled.any()):
                 end.note(s)
                 stands = ~s.fooled
-                s, victim = s.only(stands), victim.only(stands)
+                s, oracle = s.only(stands), oracle.only(stands)
                 if len(s.x) == 0:
                     return end
                 project = self._ball.projection(s.x, eps, self.clip)
             x_new = rule.propose(s, project, first=i == 0)
             s.x_old, s.x_adv = s.x_adv, x_new
             if i == steps - 1:  # nothing climbs from here
-                logits = victim.logits(s.x_adv)
+                logits = oracle.logits(s.x_adv)
                 s.see(logits, self._loss(s.target)(logits, s.y), s.g)
             else:
                 s.see(
-                    *victim.look(s.x_adv, self._loss(s.target), s.y, last=last and i == steps - 2)
+                    *oracle.evaluate_point(
+                        s.x_adv, self._loss(s.target), s.y, last=last and i == steps - 2
+                    )
                 )
             if i + 1 in rule.checkpoints:
                 rule.check(s, i + 1)

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from awp_optim._utils.checks import check_choice, check_real
+
 from .balls import BALLS, Ball, Projection
-from .base import Attack, Gradients, Model, Victim, one_of, real
+from .base import Attack, Gradients, Model, ModelOracle
 from .losses import LOSSES
 
 
@@ -36,11 +38,11 @@ class BallAttack(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("eps", real("eps", self.eps))
+        self._set("eps", check_real("eps", self.eps))
         if self.eps < 0:
             raise ValueError(f"eps must not be negative, got {self.eps!r}")
-        one_of("norm", self.norm, self.norms)
-        one_of("loss", self.loss, self.losses)
+        check_choice("norm", self.norm, self.norms)
+        check_choice("loss", self.loss, self.losses)
 
     def with_weight_gradients(
         self, model: Model, x: Tensor, y: Tensor | None, weights: Sequence[Tensor]
@@ -71,25 +73,27 @@ class BallAttack(Attack):
     def _takes_probabilities(self) -> bool:
         return self.loss in ("ce", "kl")  # the others are margins of one class
 
-    def _perturb(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
+    def _perturb(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         if self.eps == 0:
             return x.clone()
-        return self._search(victim, x, y, self._ball.projection(x, self.eps, self.clip))
+        return self._search(oracle, x, y, self._ball.projection(x, self.eps, self.clip))
 
     @abstractmethod
-    def _search(self, victim: Victim, x: Tensor, y: Tensor | None, project: Projection) -> Tensor:
+    def _search(
+        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
+    ) -> Tensor:
         """Return the perturbed ``x``, a new tensor that ``project`` made; eps is positive here."""
 
-    def _target(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
+    def _target(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         """What the loss compares the logits with: the labels or, for "kl", the clean logits."""
         if self.loss == "kl":
-            return victim.logits(x)
+            return oracle.logits(x)
         assert y is not None  # _check saw to it
         return y
 
     def _climb(
         self,
-        victim: Victim,
+        oracle: ModelOracle,
         x_adv: Tensor,
         target: Tensor,
         project: Projection,
@@ -105,6 +109,6 @@ class BallAttack(Attack):
         """
         loss = LOSSES[self.loss]
         for i in range(steps):
-            g = victim.gradient(x_adv, loss, target, last=last and i == steps - 1)
+            g = oracle.gradient(x_adv, loss, target, last=last and i == steps - 1)
             x_adv = project(x_adv.add(self._ball.ascent(g), alpha=step_size))
         return x_adv

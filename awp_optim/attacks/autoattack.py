@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awp_optim._utils.checks import check_choice, check_int, check_real
+
 from .apgd import APGD
 from .balls import BALLS
-from .base import Attack, Model, Victim, one_of, real, whole, without_gradients
+from .base import Attack, Model, ModelOracle, without_gradients
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -94,13 +96,13 @@ class AutoAttack(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("eps", real("eps", self.eps))
+        self._set("eps", check_real("eps", self.eps))
         if self.eps < 0:
             raise ValueError(f"eps must not be negative, got {self.eps!r}")
-        one_of("norm", self.norm, NORMS)
-        one_of("version", self.version, [*VERSIONS, "custom"])
-        one_of("backend", self.backend, ("reference", "native"))
-        self._set("seed", whole("seed", self.seed, least=0))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("version", self.version, [*VERSIONS, "custom"])
+        check_choice("backend", self.backend, ("reference", "native"))
+        self._set("seed", check_int("seed", self.seed, least=0))
         if self.clip != (0.0, 1.0):
             raise ValueError(
                 f"AutoAttack's reference knows inputs in [0, 1] only, got clip={self.clip!r}: put"
@@ -114,7 +116,7 @@ class AutoAttack(Attack):
                 )
             self._set("attacks", tuple(self.attacks))
             for name in self.attacks:
-                one_of("attacks", name, PARTS)
+                check_choice("attacks", name, PARTS)
             if len(set(self.attacks)) < len(self.attacks):
                 raise ValueError(f"attacks must differ, got {self.attacks!r}")
         elif self.attacks is not None:
@@ -144,15 +146,15 @@ class AutoAttack(Attack):
             for name in names
         }
 
-    def _perturb(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
+    def _perturb(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         assert y is not None  # _check saw to it
         x_adv = x.clone()
-        stands = victim.logits(x).argmax(1) == y
+        stands = oracle.logits(x).argmax(1) == y
         for part in self.parts().values():
             rows = stands.nonzero().flatten()
             if len(rows) == 0:
                 break
-            of_rows = victim.only(rows)
+            of_rows = oracle.only(rows)
             found = part._perturb(of_rows, x[rows], y[rows])
             fooled = of_rows.logits(found).argmax(1) != y[rows]
             x_adv[rows[fooled]] = found[fooled]
@@ -173,11 +175,11 @@ class _Part(Attack):
     clip: tuple[float, float] | None
     model_mode: str
 
-    def _perturb(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
+    def _perturb(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         assert y is not None
         if self.eps == 0 or len(x) == 0:
             return x.clone()
-        classes = victim.logits(x).shape[1]
+        classes = oracle.logits(x).shape[1]
         if classes < 2:
             raise ValueError("AutoAttack needs a model of 2 classes or more, this one has 1")
         if classes < CLASSES.get(self.name, 2):
@@ -196,8 +198,8 @@ class _Part(Attack):
         with torch.random.fork_rng(devices):
             if self.backend == "native" and self.name.startswith("apgd"):
                 torch.manual_seed(self.seed)
-                return self._apgd()._perturb(victim, x, y)
-            return self._reference(victim, x, y, classes)
+                return self._apgd()._perturb(oracle, x, y)
+            return self._reference(oracle, x, y, classes)
 
     def _apgd(self) -> APGD:
         many = self.name != "apgd-t" and (
@@ -214,7 +216,7 @@ class _Part(Attack):
             drop_fooled=True,
         )
 
-    def _reference(self, victim: Victim, x: Tensor, y: Tensor, classes: int) -> Tensor:
+    def _reference(self, oracle: ModelOracle, x: Tensor, y: Tensor, classes: int) -> Tensor:
         try:
             import pyautoattack
             from pyautoattack import checks
@@ -230,7 +232,7 @@ class _Part(Attack):
 
         def forward(z: Tensor) -> Tensor:
             z = z[..., :height, :width].reshape(-1, *x.shape[1:])
-            return victim.forward(z.to(victim.dtype)).float()
+            return oracle.forward(z.to(oracle.dtype)).float()
 
         def model(z: Tensor) -> Tensor:
             logits: Tensor = _Apart.apply(z, forward, self.name == "fab")
@@ -250,7 +252,7 @@ class _Part(Attack):
         for attack in (reference.apgd_targeted, reference.fab):
             attack.n_target_classes = min(attack.n_target_classes, classes - 1)
         checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # it counts on from model to model
-        weights = list(victim.model.parameters()) if isinstance(victim.model, nn.Module) else []
+        weights = list(oracle.model.parameters()) if isinstance(oracle.model, nn.Module) else []
         trace = sys.gettrace()  # a debugger's or coverage's; one of its checks sets its own
         try:
             with without_gradients(weights), _log():
@@ -281,7 +283,7 @@ class _Apart(torch.autograd.Function):
         ctx.again = again  # whether several backward passes follow
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
             ctx.z = z.detach().requires_grad_(ctx.needs_input_grad[0])
-            # The view as in Victim.gradient.
+            # The view as in ModelOracle.gradient.
             ctx.logits = model(ctx.z.view_as(ctx.z))
         if ctx.needs_input_grad[0] and not ctx.logits.requires_grad:
             raise ValueError(

@@ -22,7 +22,6 @@ _BITS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
-DTYPES = tuple(_BITS)
 """The dtypes an input may have."""
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .balls import DTYPES, at_least_float32, limits, round_toward
+from awp_optim._utils.checks import DTYPES, check_choice, check_real, describe, is_integer
+
+from .balls import at_least_float32, limits, round_toward
 from .losses import Loss
 
 Model = Callable[[Tensor], Tensor]
@@ -41,10 +41,10 @@ class Attack(ABC):
 
     def __post_init__(self) -> None:
         """Check and normalise the settings; subclasses extend it."""
-        one_of("model_mode", self.model_mode, MODEL_MODES)
+        check_choice("model_mode", self.model_mode, MODEL_MODES)
         if self.clip is not None:
             try:
-                lo, hi = (real("clip", bound) for bound in self.clip)
+                lo, hi = (check_real("clip", bound) for bound in self.clip)
             except (TypeError, ValueError):
                 lo, hi = 1.0, 0.0
             if not lo < hi:
@@ -98,12 +98,12 @@ class Attack(ABC):
             if x.numel() == 0:
                 return x.clone(), (None,) * len(weights)
             with in_mode(model, self.model_mode):
-                victim = Victim(model, x, y, weights)
-                x_adv = victim.shown(self._perturb(victim, at_least_float32(x), y))
-                return x_adv, victim.weight_gradients
+                oracle = ModelOracle(model, x, y, weights)
+                x_adv = oracle.shown(self._perturb(oracle, at_least_float32(x), y))
+                return x_adv, oracle.weight_gradients
 
     @abstractmethod
-    def _perturb(self, victim: Victim, x: Tensor, y: Tensor | None) -> Tensor:
+    def _perturb(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         """Return the perturbed ``x``, a new tensor; called without gradients, ``x`` not empty.
 
         ``x`` is in float32 at least: iterating in half precision would lose steps shorter than half
@@ -177,7 +177,7 @@ class Attack(ABC):
         object.__setattr__(self, name, value)
 
 
-class Victim:
+class ModelOracle:
     """The model during one call of an attack: what it says at a point, and which way is up."""
 
     def __init__(
@@ -200,7 +200,7 @@ class Victim:
         elif y is not None and y.device.type == "cpu":
             self._largest_label = int(y.max())
 
-    def only(self, rows: Tensor) -> Victim:
+    def only(self, rows: Tensor) -> ModelOracle:
         """The same for some of the examples, which an index or a mask names."""
         of_rows = copy.copy(self)
         of_rows._x = self._x[rows]
@@ -226,9 +226,9 @@ class Victim:
         One forward pass and one backward pass to the input alone: no weight's gradient is computed.
         But in the ``last`` one of an attack, those that its caller asked for.
         """
-        return self.look(z, loss, target, last=last)[2]
+        return self.evaluate_point(z, loss, target, last=last)[2]
 
-    def look(
+    def evaluate_point(
         self, z: Tensor, loss: Loss, target: Tensor, *, last: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The logits at ``z``, the losses and their :meth:`gradient`, all of the same passes."""
@@ -368,40 +368,3 @@ def uncached_autocast(device_type: str) -> Iterator[None]:
     dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, dtype=dtype, cache_enabled=False):
         yield
-
-
-def one_of(name: str, value: object, options: Iterable[str]) -> None:
-    """Check a setting that is one of a few words."""
-    options = tuple(options)
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
-
-
-def real(name: str, value: object) -> float:
-    """Check a setting that is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
-
-
-def whole(name: str, value: object, least: int) -> int:
-    """Check a setting that is a whole number, at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {describe(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return int(value)
-
-
-def is_integer(t: Tensor) -> bool:
-    """Whether a tensor holds whole numbers (booleans do not count)."""
-    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
-
-
-def describe(value: object) -> str:
-    """What something is, for an error message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r:.80}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from awp_optim._cuda_graphs.graphs import Graphs, module_key
+from awp_optim._utils.checks import describe
 
-from .base import Attack, Model, describe
+from .base import Attack, Model
 
 
 class Captured:
@@ -72,12 +73,12 @@ class Captured:
         return f"Captured({self.attack})"
 
 
-def bare(attack: object) -> object:
+def unwrap(attack: object) -> object:
     """The attack itself of one that is captured; others as they are."""
     return attack.attack if isinstance(attack, Captured) else attack
 
 
-def in_words(attack: object) -> str:
+def attack_id(attack: object) -> str:
     """An attack in words that stay the same from run to run; a function by its name only."""
     if isinstance(attack, (Attack, Captured)):
         return repr(attack)

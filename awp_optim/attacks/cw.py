@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .ascent import BallAttack
 from .balls import Projection
-from .base import Victim
+from .base import ModelOracle
 from .pgd import PGD
 
 SHARES = {"linf": 1 / 4, "l2": 1 / 8}
@@ -82,5 +82,7 @@ class CW(BallAttack):
             self.model_mode,
         )
 
-    def _search(self, victim: Victim, x: Tensor, y: Tensor | None, project: Projection) -> Tensor:
-        return self._pgd()._search(victim, x, y, project)
+    def _search(
+        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
+    ) -> Tensor:
+        return self._pgd()._search(oracle, x, y, project)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .ascent import BallAttack
 from .balls import Projection
-from .base import Victim
+from .base import ModelOracle
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class FGSM(BallAttack):
                 " which starts beside it"
             )
 
-    def _search(self, victim: Victim, x: Tensor, y: Tensor | None, project: Projection) -> Tensor:
-        target = self._target(victim, x, y)
-        return self._climb(victim, x, target, project, step_size=self.eps, steps=1)
+    def _search(
+        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
+    ) -> Tensor:
+        target = self._target(oracle, x, y)
+        return self._climb(oracle, x, target, project, step_size=self.eps, steps=1)

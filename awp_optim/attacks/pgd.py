@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from awp_optim._utils.checks import check_int, check_real
+
 from .ascent import BallAttack
 from .balls import Projection
-from .base import Victim, real, whole
+from .base import ModelOracle
 from .losses import LOSSES
 
 
@@ -64,11 +66,11 @@ class PGD(BallAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("step_size", real("step_size", self.step_size))
+        self._set("step_size", check_real("step_size", self.step_size))
         if self.step_size <= 0:
             raise ValueError(f"step_size must be above 0, got {self.step_size!r}")
-        self._set("steps", whole("steps", self.steps, least=0))
-        self._set("restarts", whole("restarts", self.restarts, least=1))
+        self._set("steps", check_int("steps", self.steps, least=0))
+        self._set("restarts", check_int("restarts", self.restarts, least=1))
         if not isinstance(self.random_start, bool):
             raise TypeError(f"random_start must be True or False, got {self.random_start!r}")
         if not self.random_start and self.restarts > 1:
@@ -77,7 +79,7 @@ class PGD(BallAttack):
                 f" random_start=True or restarts=1"
             )
         if self.start_std is not None:
-            self._set("start_std", real("start_std", self.start_std))
+            self._set("start_std", check_real("start_std", self.start_std))
             if self.start_std <= 0:
                 raise ValueError(f"start_std must be above 0 or None, got {self.start_std!r}")
             if not self.random_start:
@@ -87,17 +89,19 @@ class PGD(BallAttack):
                 "loss='kl' has a zero gradient at the clean input; set random_start=True"
             )
 
-    def _search(self, victim: Victim, x: Tensor, y: Tensor | None, project: Projection) -> Tensor:
+    def _search(
+        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
+    ) -> Tensor:
         if self.steps == 0 and self.restarts == 1:
             return self._start(x, project)
-        target = self._target(victim, x, y)
+        target = self._target(oracle, x, y)
         if self.restarts == 1:
-            return self._run(victim, x, target, project)
-        x_adv = self._run(victim, x, target, project, last=False)
-        fooled, loss = self._outcome(victim, x_adv, target)
+            return self._run(oracle, x, target, project)
+        x_adv = self._run(oracle, x, target, project, last=False)
+        fooled, loss = self._outcome(oracle, x_adv, target)
         for i in range(2, self.restarts + 1):
-            other = self._run(victim, x, target, project, last=i == self.restarts)
-            other_fooled, other_loss = self._outcome(victim, other, target)
+            other = self._run(oracle, x, target, project, last=i == self.restarts)
+            other_fooled, other_loss = self._outcome(oracle, other, target)
             worse = (other_fooled & ~fooled) | ((other_fooled == fooled) & (other_loss > loss))
             x_adv = torch.where(worse.view(-1, *[1] * (x.ndim - 1)), other, x_adv)
             fooled, loss = fooled | other_fooled, torch.where(worse, other_loss, loss)
@@ -112,15 +116,15 @@ class PGD(BallAttack):
         return project(x + self._ball.random(x, self.eps))
 
     def _run(
-        self, victim: Victim, x: Tensor, target: Tensor, project: Projection, last: bool = True
+        self, oracle: ModelOracle, x: Tensor, target: Tensor, project: Projection, last: bool = True
     ) -> Tensor:
         """One start and the climb from it."""
         start = self._start(x, project)
-        return self._climb(victim, start, target, project, self.step_size, self.steps, last=last)
+        return self._climb(oracle, start, target, project, self.step_size, self.steps, last=last)
 
-    def _outcome(self, victim: Victim, x_adv: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _outcome(self, oracle: ModelOracle, x_adv: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """For each example, whether it is misclassified (for "kl", no matter) and its loss."""
-        logits = victim.logits(x_adv)
+        logits = oracle.logits(x_adv)
         # A loss that is not a number must lose every comparison, also as the first.
         loss = LOSSES[self.loss](logits, target).nan_to_num(nan=-torch.inf)
         if self.loss == "kl":

@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from awp_optim._utils.checks import check_int, check_real
+
 from .ascent import BallAttack
 from .balls import Projection, round_toward
-from .base import Victim, real, uncached_autocast, whole
+from .base import ModelOracle, uncached_autocast
 from .losses import LOSSES
 
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8  # of Adam, as its authors set them
@@ -90,13 +92,13 @@ class SPSA(BallAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("delta", "lr"):
-            self._set(name, real(name, getattr(self, name)))
+            self._set(name, check_real(name, getattr(self, name)))
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        self._set("steps", whole("steps", self.steps, least=0))
-        self._set("samples", whole("samples", self.samples, least=1))
+        self._set("steps", check_int("steps", self.steps, least=0))
+        self._set("samples", check_int("samples", self.samples, least=1))
         if self.batch_size is not None:
-            self._set("batch_size", whole("batch_size", self.batch_size, least=2))
+            self._set("batch_size", check_int("batch_size", self.batch_size, least=2))
         if not isinstance(self.drop_fooled, bool):
             raise TypeError(f"drop_fooled must be True or False, got {self.drop_fooled!r}")
 
@@ -110,10 +112,12 @@ class SPSA(BallAttack):
                 f"{finest:.2g} or more"
             )
 
-    def _search(self, victim: Victim, x: Tensor, y: Tensor | None, project: Projection) -> Tensor:
+    def _search(
+        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
+    ) -> Tensor:
         assert y is not None  # _check saw to it
         looking_is_free = x.device.type == "cpu"
-        queries = _Queries(self, victim, x)
+        queries = _Queries(self, oracle, x)
         worst = x.clone()
         live = torch.arange(len(x), device=x.device)  # which examples x and all below are of
         keys = torch.randint(2**63 - 1, (len(x),), device=x.device)
@@ -144,12 +148,12 @@ class SPSA(BallAttack):
 class _Queries:
     """What the attack asks the model, ``batch_size`` images at a time."""
 
-    def __init__(self, attack: SPSA, victim: Victim, x: Tensor) -> None:
-        self._victim = victim
+    def __init__(self, attack: SPSA, oracle: ModelOracle, x: Tensor) -> None:
+        self._victim = oracle
         self._loss = LOSSES[attack.loss]
         self._delta, self._samples = attack.delta, attack.samples
         self._batch_size = attack.batch_size or BATCH_SIZE.get(x.device.type, 512)
-        self._dtype = victim.shown(x).dtype
+        self._dtype = oracle.shown(x).dtype
         self._layout = _layout(x)
 
     def outcome(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from awp_optim.attacks import FGSM, PGD, Attack
-from awp_optim.attacks.base import Model, Victim, in_mode
-from awp_optim.attacks.captured import bare
+from awp_optim.attacks.base import Model, ModelOracle, in_mode
+from awp_optim.attacks.captured import unwrap
 from awp_optim.attacks.losses import ce
 
 __all__ = ["Finding", "Outcome", "compare", "probe"]
@@ -74,7 +74,7 @@ def probe(
         if not bool(logits.isfinite().all()) or logits.shape[1] < 2:
             return found  # nothing to climb
         right = logits.argmax(1) == y
-        gradients = _probe_gradients(Victim(model, x, y), x, y)
+        gradients = _probe_gradients(ModelOracle(model, x, y), x, y)
         found += gradients
         if not any(f.check == "no_gradient" for f in gradients) and bool(right.any()):
             found += _probe_unbounded(model, x[right], y[right], clip)
@@ -82,8 +82,8 @@ def probe(
 
 
 def _probe_outputs(model: Model, x: Tensor, y: Tensor) -> tuple[list[Finding], Tensor]:
-    victim = Victim(model, x, y)
-    logits, again = victim.logits(x).float(), victim.logits(x).float()
+    oracle = ModelOracle(model, x, y)
+    logits, again = oracle.logits(x).float(), oracle.logits(x).float()
     found = []
     if bool(logits.isnan().any()) or bool(logits.isinf().any()):
         odd = int((~logits.isfinite()).any(1).sum())
@@ -128,11 +128,11 @@ def _probe_outputs(model: Model, x: Tensor, y: Tensor) -> tuple[list[Finding], T
     return found, logits
 
 
-def _probe_gradients(victim: Victim, x: Tensor, y: Tensor) -> list[Finding]:
+def _probe_gradients(oracle: ModelOracle, x: Tensor, y: Tensor) -> list[Finding]:
     try:
-        of_margin = victim.gradient(x, _smooth_margin, y)
-        again = victim.gradient(x, _smooth_margin, y)
-        of_ce = victim.gradient(x, ce, y)
+        of_margin = oracle.gradient(x, _smooth_margin, y)
+        again = oracle.gradient(x, _smooth_margin, y)
+        of_ce = oracle.gradient(x, ce, y)
     except (RuntimeError, ValueError) as error:
         return [
             Finding(
@@ -204,7 +204,7 @@ def _probe_unbounded(
     width = hi - lo  # enough to turn any image into one of another class
     attack = PGD(width, width / 20, 50, loss="cw", random_start=False, clip=clip)
     x_adv = attack(model, x, y)
-    stood = int((Victim(model, x, y).logits(x_adv).argmax(1) == y).sum())
+    stood = int((ModelOracle(model, x, y).logits(x_adv).argmax(1) == y).sum())
     if stood <= max(2, SHARE * len(x)):
         return []
     return [
@@ -231,7 +231,7 @@ def compare(attacks: Mapping[str, object], outcomes: Mapping[str, Outcome]) -> l
     """
     known: dict[str, Attack] = {}
     for name, attack in attacks.items():
-        inner = bare(attack)
+        inner = unwrap(attack)
         if isinstance(inner, Attack) and name in outcomes:
             known[name] = inner
     found = []

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from awp_optim._cuda_graphs.graphs import RECORDERS
 from awp_optim._utils.batches import NO_DATA, batches, count, device_of, seeded
-from awp_optim._utils.journal import Ledger, checksum
-from awp_optim._utils.progress import bar
+from awp_optim._utils.checks import check_int, describe
+from awp_optim._utils.journal import EvaluationJournal, checksum
+from awp_optim._utils.progress import progress_bar
 from awp_optim.attacks import Attack, Captured
 from awp_optim.attacks.balls import BALLS, limits
-from awp_optim.attacks.base import Model, Victim, describe, in_mode, whole
-from awp_optim.attacks.captured import bare, in_words
+from awp_optim.attacks.base import Model, ModelOracle, in_mode
+from awp_optim.attacks.captured import attack_id, unwrap
 from awp_optim.attacks.losses import ce
 from awp_optim.evaluation.diagnostics import Finding, compare, probe
 
@@ -215,7 +216,7 @@ def evaluate(
     """
     contestants = _contestants(attacks)
     if batch_size is not None:
-        whole("batch_size", batch_size, least=1)
+        check_int("batch_size", batch_size, least=1)
     device = device_of(model, device)
     found: list[Finding] = []
     if isinstance(model, nn.Module) and model.training:
@@ -227,12 +228,12 @@ def evaluate(
             )
         )
     counted = _counted(model)
-    ledger = Ledger(state, _settings(model, contestants, skip_broken, seed))
+    journal = EvaluationJournal(state, _settings(model, contestants, skip_broken, seed))
     total = count(data, batch_size)
     stood: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     steps = None if total is None else total * max(1, len(contestants))
-    with in_mode(model, "eval"), bar(progress, "evaluating", steps) as advance, ledger:
+    with in_mode(model, "eval"), progress_bar(progress, "evaluating", steps) as advance, journal:
 
         def report(name: str, stand: int, n: int) -> None:
             stood[name] += stand
@@ -240,15 +241,15 @@ def evaluate(
             advance(f"{name}: {stood[name]} of {seen[name]} stand")
 
         for i, (x, y) in enumerate(batches(data, batch_size)):
-            ledger.open_batch(i, x, y)
+            journal.open_batch(i, x, y)
             here = device or x.device
             x, y = x.to(here, non_blocking=True), y.to(here, torch.int64, non_blocking=True)
             if checks and i == 0:
                 found += probe(model, x[:PROBED], y[:PROBED], _box(contestants))
-            _evaluate_batch(counted, i, x, y, contestants, ledger, skip_broken, seed, report)
-    if not ledger.batches:
+            _evaluate_batch(counted, i, x, y, contestants, journal, skip_broken, seed, report)
+    if not journal.batches:
         raise ValueError(NO_DATA)
-    result = _result(ledger, contestants, skip_broken, found, checks)
+    result = _result(journal, contestants, skip_broken, found, checks)
     for finding in result.warnings:
         warnings.warn(f"{finding.check}: {finding.message}", EvaluationWarning, stacklevel=2)
     return result
@@ -283,7 +284,7 @@ def _contestants(attacks: Mapping[str, Callable[..., Tensor]]) -> list[_Contesta
 
 
 def _box(contestants: list[_Contestant]) -> tuple[float, float]:
-    clips = (getattr(bare(c.attack), "clip", None) for c in contestants)
+    clips = (getattr(unwrap(c.attack), "clip", None) for c in contestants)
     return next((clip for clip in clips if clip is not None), (0.0, 1.0))
 
 
@@ -293,15 +294,15 @@ def _evaluate_batch(
     x: Tensor,
     y: Tensor,
     contestants: list[_Contestant],
-    ledger: Ledger,
+    journal: EvaluationJournal,
     skip_broken: bool,
     seed: int | None,
     report: Callable[[str, int, int], None],
 ) -> None:
-    entries = ledger.batches[i]
+    entries = journal.batches[i]
     if NATURAL not in entries:
         prediction, loss, wrong, nans = _judge(model.model, x, y)
-        ledger.add(
+        journal.add(
             i,
             NATURAL,
             {"labels": y.tolist(), "prediction": prediction, "loss": loss, "fooled": wrong}
@@ -315,7 +316,7 @@ def _evaluate_batch(
         if c.name not in entries:
             which = right & ~(anything if skip_broken else before)
             entry = _attack(model, i, x, y, which.nonzero().flatten(), c, seed)
-            ledger.add(i, c.name, entry)
+            journal.add(i, c.name, entry)
         entry = entries[c.name]
         fooled = torch.zeros_like(right)
         fooled[torch.tensor(entry["index"], dtype=torch.int64)] = torch.tensor(
@@ -383,7 +384,7 @@ def _judge(model: Model, x: Tensor, y: Tensor) -> tuple[list[int], list[float], 
 
     Logits that hold NaN name no class: they are wrong.
     """
-    logits = Victim(model, x, y).logits(x.detach())
+    logits = ModelOracle(model, x, y).logits(x.detach())
     odd = logits.isnan().any(1)
     prediction = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(1)
     loss = ce(logits, y).double()
@@ -392,7 +393,7 @@ def _judge(model: Model, x: Tensor, y: Tensor) -> tuple[list[int], list[float], 
 
 def _outside(attack: object, x: Tensor, x_adv: Tensor) -> list[bool]:
     """Which examples left the attack's ball or box, beyond rounding, or are not finite."""
-    inner = bare(attack)
+    inner = unwrap(attack)
     outside = ~x_adv.isfinite().flatten(1).all(1) if x.ndim > 1 else ~x_adv.isfinite()
     if isinstance(inner, Attack):
         lo, hi = limits(x.dtype, inner.clip)
@@ -452,7 +453,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the result, but for the data."""
     return {
-        "attacks": {c.name: in_words(c.attack) for c in contestants},
+        "attacks": {c.name: attack_id(c.attack) for c in contestants},
         "skip_broken": skip_broken,
         "seed": seed,
         "model": checksum(model.state_dict().values()) if isinstance(model, nn.Module) else None,
@@ -466,7 +467,7 @@ class _Outcome:
 
 
 def _result(
-    ledger: Ledger,
+    journal: EvaluationJournal,
     contestants: list[_Contestant],
     skip_broken: bool,
     found: list[Finding],
@@ -474,7 +475,7 @@ def _result(
 ) -> Evaluation:
     import numpy as np
 
-    natural = [batch[NATURAL] for batch in ledger.batches]
+    natural = [batch[NATURAL] for batch in journal.batches]
     labels = np.concatenate([np.array(e["labels"], dtype=np.int64) for e in natural])
     predictions = np.concatenate([np.array(e["prediction"], dtype=np.int64) for e in natural])
     wrong = np.concatenate([np.array(e["fooled"], dtype=bool) for e in natural])
@@ -486,7 +487,7 @@ def _result(
     stood = ~wrong
     for parent in dict.fromkeys(c.parent for c in contestants):
         parts = [c.name for c in contestants if c.parent == parent]
-        of_parts = [_record(ledger, name) for name in parts]
+        of_parts = [_record(journal, name) for name in parts]
         for name, record in zip(parts, of_parts, strict=True):
             records[name] = record
             broken_by[record.fooled & (broken_by == "")] = name
@@ -501,7 +502,7 @@ def _result(
             for c in contestants
         }
         found = [*found, *compare({c.name: c.attack for c in contestants}, outcomes)]
-        found += _remarks(ledger, contestants)
+        found += _remarks(journal, contestants)
     return Evaluation(
         n=n,
         natural=float((~wrong).mean()),
@@ -516,15 +517,15 @@ def _result(
     )
 
 
-def _record(ledger: Ledger, name: str) -> Record:
+def _record(journal: EvaluationJournal, name: str) -> Record:
     import numpy as np
 
-    n = sum(len(batch[NATURAL]["labels"]) for batch in ledger.batches)
+    n = sum(len(batch[NATURAL]["labels"]) for batch in journal.batches)
     attacked, fooled = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
     prediction, loss = np.full(n, -1, dtype=np.int64), np.full(n, np.nan)
     seconds, passes, at = 0.0, 0, 0
     countable = True
-    for batch in ledger.batches:
+    for batch in journal.batches:
         entry = batch[name]
         index = at + np.array(entry["index"], dtype=np.int64)
         attacked[index] = True
@@ -558,10 +559,10 @@ def _together(parts: list[Record]) -> Record:
     return Record(attacked, fooled, prediction, loss, seconds, passes)
 
 
-def _remarks(ledger: Ledger, contestants: list[_Contestant]) -> list[Finding]:
+def _remarks(journal: EvaluationJournal, contestants: list[_Contestant]) -> list[Finding]:
     """What attacks said, and what they returned that did not count."""
     found = []
-    nans = sum(batch[NATURAL].get("nan", 0) for batch in ledger.batches)
+    nans = sum(batch[NATURAL].get("nan", 0) for batch in journal.batches)
     if nans:
         found.append(
             Finding(
@@ -571,7 +572,7 @@ def _remarks(ledger: Ledger, contestants: list[_Contestant]) -> list[Finding]:
             )
         )
     for c in contestants:
-        entries = [batch[c.name] for batch in ledger.batches]
+        entries = [batch[c.name] for batch in journal.batches]
         if outside := sum(entry.get("outside", 0) for entry in entries):
             found.append(
                 Finding(

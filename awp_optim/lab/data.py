@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 """``x_train``, ``x_test``: uint8 (N, C, H, W). ``y_train``, ``y_test``: uint8 (N,)."""
@@ -371,7 +371,7 @@ def _write_cache(folder: Path, arrays: Arrays, log: Callable[[str], object]) -> 
     """Write the cache so that it is either whole or not there, and never fatal if it cannot be."""
     path = folder / CACHE
     try:
-        with replacing(path) as file:  # ranks on several machines may share the folder
+        with atomic_write(path) as file:  # ranks on several machines may share the folder
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         log(f"CIFAR-10: could not write the cache {path} ({_one_line(error)}); going on without")

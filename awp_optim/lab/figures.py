@@ -97,7 +97,7 @@ def epochs(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
             Drawing(
                 f"epochs-{slug(label)}",
                 f"Landscapes by epoch: {label}",
-                f"{landscapes.in_words(run)}; the run in {run.path.name}, whose best epoch is "
+                f"{landscapes.attack_id(run)}; the run in {run.path.name}, whose best epoch is "
                 f"{int(best(list(rows))['epoch']) + 1} (Figures 1, 7 to 10).",
                 _drawer(plots.landscapes_by_epoch, rows, curves),
                 [_sharpness({f"epoch {e}": [c] for e, c in curves.items()}, landscapes.how.at)],
@@ -137,7 +137,7 @@ def gamma(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
             Drawing(
                 "gamma" if len(families) == 1 else f"gamma-{i + 1}",
                 f"Landscapes by gamma: {first.config.method.upper()}",
-                f"{landscapes.in_words(first)}; gamma 0 is without AWP (Figure 2 (c), (d)).",
+                f"{landscapes.attack_id(first)}; gamma 0 is without AWP (Figure 2 (c), (d)).",
                 _drawer(
                     plots.landscapes_by_gamma,
                     curves,
@@ -194,7 +194,7 @@ def perturbed(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
         Drawing(
             "perturbed",
             f"Adversarial and random perturbation of the weights: {label}",
-            f"{landscapes.in_words(run)}; the run in {run.path.name}, its weights moved by gamma"
+            f"{landscapes.attack_id(run)}; the run in {run.path.name}, its weights moved by gamma"
             " along AWP's direction (that of these images) and along random ones as long"
             " (Figure 3 (a)).",
             _drawer(plots.perturbed_weights, curves),
@@ -242,7 +242,7 @@ def directions(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
         Drawing(
             "directions",
             f"{count} random directions",
-            f"{landscapes.in_words(subjects[0][1])}; one run of each, along {count} filter-"
+            f"{landscapes.attack_id(subjects[0][1])}; one run of each, along {count} filter-"
             "normalised directions (Figure 5).",
             _drawer(plots.directions, curves),
             [
@@ -269,7 +269,7 @@ def surface(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
         Drawing(
             "surface",
             "Landscapes on a plane",
-            f"{landscapes.in_words(subjects[0][1])}; one run of each (Figure 6). The colours end at"
+            f"{landscapes.attack_id(subjects[0][1])}; one run of each (Figure 6). The colours end at"
             " the 95th percentile of the heights.",
             _drawer(plots.surfaces, surfaces),
             [("|g(a, b) - g(0, 0)| over the plane", [["", "g(0, 0)", "mean", "highest"], *rows])],
@@ -289,7 +289,7 @@ def on_the_fly(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
         Drawing(
             "on-the-fly",
             f"Adversarial examples made anew, and pre-generated: {label}",
-            f"{landscapes.in_words(runs[0])}, and made once for the unperturbed one; the run in"
+            f"{landscapes.attack_id(runs[0])}, and made once for the unperturbed one; the run in"
             f" {runs[0].path.name} (Section 3).",
             _drawer(plots.on_the_fly, curves),
             [_sharpness({name: [c] for name, c in curves.items()}, landscapes.how.at)],
@@ -334,8 +334,8 @@ def _compared(
     return Drawing(
         name,
         title,
-        f"{landscapes.in_words(first)}; the last checkpoints, {along}; bands from the lowest to the"
-        f" highest run and direction (Figure {figure}).",
+        f"{landscapes.attack_id(first)}; the last checkpoints, {along}; bands from the lowest to"
+        f" the highest run and direction (Figure {figure}).",
         _drawer(
             plots.landscapes,
             curves,

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 from awp_optim.lab.summary import Cells
 
 __all__ = ["Picture", "write_gallery"]
@@ -70,7 +70,7 @@ def write_gallery(
         sections="\n".join(sections),
         missing=missing,
     )
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(page.encode())
 
 

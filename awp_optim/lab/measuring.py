@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim.attacks import PGD
-from awp_optim.attacks.captured import in_words
+from awp_optim.attacks.captured import attack_id
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.loading import from_checkpoint
 from awp_optim.lab.runs import Run
@@ -150,7 +150,7 @@ class Landscapes:
         steps = self.how.steps or config.train_steps
         return PGD(config.eps, config.step_size, steps, norm=config.norm)
 
-    def in_words(self, run: Run) -> str:
+    def attack_id(self, run: Run) -> str:
         """What is measured, for a caption."""
         config, data = run.config, self._images(run)
         total = len(data.x_train)
@@ -193,7 +193,7 @@ class Landscapes:
         if checkpoint not in self._digests:
             digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
             self._digests[checkpoint] = digest
-        ways = [in_words(self.attack(run)), how.limit, how.batch_size, how.recompute_bn, how.seed]
+        ways = [attack_id(self.attack(run)), how.limit, how.batch_size, how.recompute_bn, how.seed]
         key = repr([self._digests[checkpoint], kind, *ways, torch.device(how.device).type])
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return self._states / f"{slug(run.path.name)}-{checkpoint.stem}-{digest}.jsonl"

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 from awp_optim.attacks.base import Model, in_mode
 from awp_optim.lab.data import ImageData, _images, _labels, _one_line
 
@@ -303,7 +303,7 @@ def save_pseudo_labeled(labeled: PseudoLabeled, file: str | os.PathLike[str]) ->
         raise ValueError(f"images of {shape} cannot be saved: fewer channels than columns, please")
     path = Path(file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as stream:
+    with atomic_write(path) as stream:
         np.savez(stream, x=labeled.x.cpu().numpy(), y=labeled.y.cpu().numpy())
 
 

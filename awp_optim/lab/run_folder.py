@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 from awp_optim.lab.config import Config
 
 __all__ = ["Row", "RunFolder", "best", "foreign", "read_metrics", "refuse_run"]
@@ -217,7 +217,7 @@ class RunFolder:
 
     def _write(self, name: str, content: bytes | memoryview) -> None:
         try:
-            with replacing(self.path / name) as file:
+            with atomic_write(self.path / name) as file:
                 file.write(content)
         except OSError as error:
             raise OSError(

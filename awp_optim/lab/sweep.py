@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 from awp_optim.lab.config import Config
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.run_folder import Row
@@ -274,7 +274,7 @@ class _Results:
             return
         self.runs.append({"name": name, "config": self._settings(config), "rows": rows})
         try:
-            with replacing(self.file) as file:
+            with atomic_write(self.file) as file:
                 file.write(_lines(self.runs).encode())
         except OSError as error:
             raise OSError(

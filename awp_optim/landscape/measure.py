@@ -32,12 +32,13 @@ from torch.optim.swa_utils import update_bn
 from awp_optim._core.perturbation import arithmetic_dtype
 from awp_optim._cuda_graphs.graphs import Graphs, module_key
 from awp_optim._utils.batches import NO_DATA, Data, batches, device_of, seeded
+from awp_optim._utils.checks import check_int, describe
 from awp_optim._utils.distributed import Ranks
 from awp_optim._utils.journal import Journal, checksum
-from awp_optim._utils.progress import bar
+from awp_optim._utils.progress import progress_bar
 from awp_optim.attacks import Attack
-from awp_optim.attacks.base import Victim, describe, in_mode, whole
-from awp_optim.attacks.captured import bare, in_words
+from awp_optim.attacks.base import ModelOracle, in_mode
+from awp_optim.attacks.captured import attack_id, unwrap
 from awp_optim.attacks.losses import ce
 from awp_optim.optimizer import AWP
 
@@ -344,7 +345,7 @@ def awp_direction(
             with seeded(x.device, seed, i, _SEED):
                 x_adv = _attacked(attack, model, x, y)
             with torch.enable_grad():
-                loss = ce(Victim(model, x, y).forward(x_adv), y).sum()
+                loss = ce(ModelOracle(model, x, y).forward(x_adv), y).sum()
                 grads = torch.autograd.grad(loss, weights, allow_unused=True)
             for j, g in enumerate(grads):
                 if g is not None:
@@ -564,7 +565,7 @@ def _measure(
     if not callable(attack):
         raise TypeError(f"attack must be callable, got {describe(attack)}")
     if how.batch_size is not None:
-        whole("batch_size", how.batch_size, least=1)
+        check_int("batch_size", how.batch_size, least=1)
     device = device_of(model, how.device)
     moves = [_by_name(model, d) for d in directions]
     arrived, crc = [], 0
@@ -578,7 +579,7 @@ def _measure(
     settings = {
         "model": checksum(model.state_dict().values()) if how.state is not None else 0,
         "data": crc,
-        "attack": in_words(attack),
+        "attack": attack_id(attack),
         "pregenerated": how.pregenerated,
         "recompute_bn": how.recompute_bn,
         "seed": how.seed,
@@ -604,7 +605,7 @@ def _measure(
         torch.inference_mode(False),
         in_mode(model, "eval"),
         journal,
-        bar(how.progress and ranks.rank == 0, "landscape", len(todo)) as advance,
+        progress_bar(how.progress and ranks.rank == 0, "landscape", len(todo)) as advance,
         _home(model, weights) as home,
     ):
         prober = _Prober(model, arrived, attack, how.pregenerated, how.seed)
@@ -727,7 +728,7 @@ class _Prober:
         pregenerated: bool,
         seed: int | None,
     ) -> None:
-        self._model, self._data, self._attack, self._seed = model, data, bare(attack), seed
+        self._model, self._data, self._attack, self._seed = model, data, unwrap(attack), seed
         of_ours = isinstance(self._attack, Attack) and not hasattr(self._attack, "parts")
         self._graphs = Graphs("auto" if of_ours else False, "the landscape's step")
         self._made: list[Tensor] | None = None
@@ -756,14 +757,14 @@ class _Prober:
         return self._both(_attacked(self._attack, self._model, x, y), x, y)
 
     def _both(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        victim = Victim(self._model, x, y)
-        adv, nat = (ce(victim.logits(z), y).double() for z in (x_adv, x))
+        oracle = ModelOracle(self._model, x, y)
+        adv, nat = (ce(oracle.logits(z), y).double() for z in (x_adv, x))
         return adv, nat
 
 
 def _attacked(attack: Any, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """What the attack returns; BatchNorm's statistics, which a train-mode attack moves, stay."""
-    in_eval = getattr(bare(attack), "model_mode", None) == "eval"
+    in_eval = getattr(unwrap(attack), "model_mode", None) == "eval"
     kept = [] if in_eval else [(b, b.clone()) for b in model.buffers()]
     x_adv = attack(model, x, y)
     with torch.no_grad():

@@ -10,14 +10,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awp_optim.attacks.balls import BALLS, DTYPES, L1, L2, Linf, round_toward
+from awp_optim._utils.checks import DTYPES
+from awp_optim.attacks.balls import BALLS, L1, L2, Linf, round_toward
 from awp_optim.attacks.balls import _next_toward as next_toward
 
 NORMS = list(BALLS)
 MAX = torch.finfo(torch.float32).max
 
 dtypes = st.sampled_from(DTYPES)
-radii = st.one_of(st.floats(1e-8, 3.0), st.sampled_from([1 / 255, 8 / 255, 128 / 255, 0.3, 1.0]))
+radii = st.one_of(
+    st.floats(1e-8, 3.0), st.sampled_from([1 / 255, 8 / 255, 128 / 255, 0.3, 1.0])
+)
 shapes = st.sampled_from([(0, 3), (1,), (4,), (3, 5), (2, 3, 4, 4), (2, 3, 3, 2, 2)])
 seeds = st.integers(0, 2**31)
 

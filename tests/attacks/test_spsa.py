@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from awp_optim.attacks import SPSA
-from awp_optim.attacks.base import Victim
+from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.losses import LOSSES
 from awp_optim.attacks.spsa import _Queries, rademacher
 
@@ -23,7 +23,7 @@ norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 def estimate(model, x, y, keys, **settings):
     attack = SPSA(**settings)
     with torch.no_grad():
-        return _Queries(attack, Victim(model, x, y), x).gradient(x, y, keys)
+        return _Queries(attack, ModelOracle(model, x, y), x).gradient(x, y, keys)
 
 
 def gradient(model, x, y, loss="cw"):
@@ -144,7 +144,7 @@ def test_the_mean_over_all_directions_is_the_gradient_of_a_quadratic():
 
     x = torch.rand(1, d, dtype=torch.float64)
     corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * d).double()
-    queries = _Queries(SPSA(delta=0.3, samples=1), Victim(model, x, y), x)
+    queries = _Queries(SPSA(delta=0.3, samples=1), ModelOracle(model, x, y), x)
     change = queries._difference(x, y, corners[None])
     g = (change.unsqueeze(1) * corners).mean(0) / 0.6
     torch.testing.assert_close(g, gradient(model, x, y)[0], atol=1e-12, rtol=0)

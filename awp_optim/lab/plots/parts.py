@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from awp_optim._utils.io import replacing
+from awp_optim._utils.io import atomic_write
 
 __all__ = ["COLOURS", "MARKERS", "band", "by_epoch", "canvas", "coloured", "save", "tidy"]
 
@@ -33,7 +33,7 @@ def save(figure: Any, path: Path | str, title: str) -> None:
     """Write it as its suffix says, whole or not at all."""
     figure.suptitle(title)
     path = Path(path)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or "png")
 
 

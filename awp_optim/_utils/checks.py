@@ -1,0 +1,52 @@
+"""Checks of settings and arguments, and how an error message describes a value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "check_choice", "check_int", "check_real", "describe", "is_integer"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What inputs may be."""
+
+
+def check_choice(name: str, value: object, options: Iterable[str]) -> None:
+    """Check a setting that is one of a few words."""
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def check_real(name: str, value: object) -> float:
+    """Check a setting that is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def check_int(name: str, value: object, least: int) -> int:
+    """Check a setting that is a whole number, at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {describe(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return int(value)
+
+
+def is_integer(t: Tensor) -> bool:
+    """Whether a tensor holds whole numbers (booleans do not count)."""
+    return not (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool)
+
+
+def describe(value: object) -> str:
+    """What something is, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r:.80}"
