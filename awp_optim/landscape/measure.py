@@ -30,7 +30,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import update_bn
 
 from awp_optim._core.perturbation import arithmetic_dtype
-from awp_optim._cuda_graphs.graphs import Graphs, module_key
+from awp_optim._cuda_graphs.graphs import Graphs
+from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.batches import NO_DATA, Data, batches, device_of, seeded
 from awp_optim._utils.checks import check_int, describe
 from awp_optim._utils.distributed import Ranks
