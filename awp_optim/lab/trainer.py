@@ -299,7 +299,6 @@ class _Training:
             ranks.shared_objective(config.objective),
             alternations=config.alternations,
             ascent=config.ascent,
-            interval=config.interval,
             autocast=self.autocast,
         )
         self.average: AveragedModel | None = None
@@ -425,7 +424,6 @@ class _Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "step": self.adversarial_step.state_dict(),
             "rows": self.rows,
             "random": _random_states(self.device, self.shuffler, self.augmenter),
             "device": self.device.type,
@@ -445,8 +443,6 @@ class _Training:
         self.scheduler.load_state_dict(saved["scheduler"])
         if self.average:
             self.average.load_state_dict(saved["ema"])
-        if "step" in saved:  # files of before have none
-            self.adversarial_step.load_state_dict(saved["step"])
         self.rows = saved["rows"]
         self.epoch = None
         if "epoch" in saved:
