@@ -25,7 +25,7 @@ from awp_optim.lab.augment import cutout, mixup, random_crop_flip
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
-from awp_optim.lab.job import naming_the_lost
+from awp_optim.lab.job import naming_lost_ranks
 from awp_optim.lab.models import build_model
 from awp_optim.lab.order import epoch_order, steps_per_epoch
 from awp_optim.lab.pseudo import PseudoLabeled
@@ -88,11 +88,11 @@ def fit(
             settings and data do not go together.
     """
     ranks = TrainingRanks()
-    with naming_the_lost(ranks):
+    with naming_lost_ranks(ranks):
         training = _Training(config, data, unlabeled, init, ranks)
         folder = None if out is None else _open(training, Path(out), resume)
         try:
-            _train(training, folder, on_step, on_epoch, ranks.together(stop, training.device))
+            _train(training, folder, on_step, on_epoch, ranks.sync_stop(stop, training.device))
         finally:
             if folder:
                 folder.close()
@@ -338,7 +338,7 @@ class _Training:
         if config.mixup:
             x, y = mixup(x, labels, self.num_classes, config.mixup, self.augmenter)
             labels = y.argmax(1)
-        x, y, labels = self.ranks.take(x, y, labels)
+        x, y, labels = self.ranks.shard(x, y, labels)
         result = self.adversarial_step(x, y)
         self.scheduler.step()
         if self.average:
@@ -552,7 +552,7 @@ def measure(
     with in_mode(model, "eval"), precision:
         for xs, ys in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
             if ranks:
-                xs, ys = ranks.take(xs, ys)
+                xs, ys = ranks.shard(xs, ys)
             images = _to_float(xs)
             adversarial = attack(model, images, ys)
             if ranks and not ranks.own:
