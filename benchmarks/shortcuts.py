@@ -39,9 +39,6 @@ MODES: dict[str, dict[str, Any]] = {
     "AT": {"gamma": 0.0},
     "exact": {},
     "attack": {"ascent": "attack"},
-    "momentum": {"ascent": "momentum"},
-    "interval 2": {"interval": 2},
-    "interval 4": {"interval": 4},
 }
 
 Vector = dict[Tensor, Tensor]

@@ -151,8 +151,7 @@ def _read(path: Path) -> Run:
     try:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
         known = {f.name for f in fields(Config)}
-        # A folder may be older than a setting: it had what is now the default.
-        config = Config(**{k: v for k, v in about.items() if k in known})
+        config = Config.from_saved(about)
         rows = read_metrics(path)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no run folder, or damaged ({error})") from error
