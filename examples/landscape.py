@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from awp_optim._utils.io import atomic_write
-from awp_optim.lab.figures import FIGURES, Drawing
-from awp_optim.lab.gallery import Picture, write_gallery
 from awp_optim.lab.job import Job, job
-from awp_optim.lab.measuring import Landscapes, Measuring, NotEnough
-from awp_optim.lab.runs import find_runs, grouped
+from awp_optim.lab.reports.figures import FIGURES, Drawing
+from awp_optim.lab.reports.gallery import Picture, write_gallery
+from awp_optim.lab.reports.measuring import Landscapes, Measuring, NotEnough
+from awp_optim.lab.reports.runs import find_runs, grouped
 
 GAMMAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 0.6, 1.0)
 

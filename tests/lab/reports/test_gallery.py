@@ -17,8 +17,8 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.image import imread
 
-from awp_optim.lab.gallery import Picture, write_gallery
-from awp_optim.lab.plots import accuracy_by_radius
+from awp_optim.lab.reports.gallery import Picture, write_gallery
+from awp_optim.lab.reports.plots import accuracy_by_radius
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from awp_optim.lab.plots import (
+from awp_optim.lab.reports.plots import (
     ablations,
     accuracy_by_radius,
     adversarial_images,

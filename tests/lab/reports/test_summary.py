@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from awp_optim.lab.summary import accuracies, differences, markdown, spread, summary
+from awp_optim.lab.reports.summary import accuracies, differences, markdown, spread, summary
 
 
 def rows(natural, robust, train):

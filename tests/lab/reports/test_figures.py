@@ -17,10 +17,10 @@ pytest.importorskip("sklearn")
 from awp_optim.attacks import PGD
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
-from awp_optim.lab.figures import FIGURES
 from awp_optim.lab.loading import from_checkpoint
-from awp_optim.lab.measuring import Landscapes, Measuring, NotEnough
-from awp_optim.lab.runs import find_runs, grouped
+from awp_optim.lab.reports.figures import FIGURES
+from awp_optim.lab.reports.measuring import Landscapes, Measuring, NotEnough
+from awp_optim.lab.reports.runs import find_runs, grouped
 from awp_optim.lab.trainer import fit
 from awp_optim.landscape import filter_normalized_direction, loss_curve
 

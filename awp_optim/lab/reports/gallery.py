@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from awp_optim._utils.io import atomic_write
-from awp_optim.lab.summary import Cells
+from awp_optim.lab.reports.summary import Cells
 
 __all__ = ["Picture", "write_gallery"]
 

@@ -2,7 +2,8 @@
 
 Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization" (NeurIPS 2020),
 Figures 1 to 11. :data:`FIGURES` names them; each takes runs as
-:func:`~awp_optim.lab.runs.grouped` gives them and :class:`~awp_optim.lab.measuring.Landscapes` to
+:func:`~awp_optim.lab.reports.runs.grouped` gives them and
+:class:`~awp_optim.lab.reports.measuring.Landscapes` to
 measure by, and gives :class:`Drawing` objects, or raises ``NotEnough`` where the runs do not allow
 it.
 """
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from awp_optim.lab import plots
-from awp_optim.lab.measuring import Landscapes, NotEnough, last_checkpoint, slug, where
+from awp_optim.lab.reports import plots
+from awp_optim.lab.reports.measuring import Landscapes, NotEnough, last_checkpoint, slug, where
+from awp_optim.lab.reports.runs import Run, by_size, evaluated
+from awp_optim.lab.reports.summary import Cells, accuracies, spread
 from awp_optim.lab.run_folder import best
-from awp_optim.lab.runs import Run, by_size, evaluated
-from awp_optim.lab.summary import Cells, accuracies, spread
 from awp_optim.landscape import LossCurve
 
 __all__ = ["FIGURES", "Drawing"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from awp_optim.evaluation import Evaluation
-from awp_optim.lab.summary import markdown
+from awp_optim.lab.reports.summary import markdown
 
 __all__ = [
     "as_csv",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from awp_optim.lab.plots.parts import (
+from awp_optim.lab.reports.plots.parts import (
     COLOURS,
     MARKERS,
     band,
@@ -23,8 +23,8 @@ from awp_optim.lab.plots.parts import (
     save,
     tidy,
 )
+from awp_optim.lab.reports.summary import Runs, summary
 from awp_optim.lab.run_folder import Row, best
-from awp_optim.lab.summary import Runs, summary
 
 if TYPE_CHECKING:
     from awp_optim.landscape import LossCurve, LossSurface

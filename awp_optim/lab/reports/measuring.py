@@ -16,8 +16,8 @@ from awp_optim.attacks import PGD
 from awp_optim.attacks.captured import attack_id
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.loading import from_checkpoint
-from awp_optim.lab.runs import Run
-from awp_optim.lab.tables import radius
+from awp_optim.lab.reports.runs import Run
+from awp_optim.lab.reports.tables import radius
 from awp_optim.landscape import (
     LossCurve,
     LossSurface,

@@ -12,7 +12,7 @@ import torch
 
 from awp_optim.attacks import FGSM, PGD
 from awp_optim.evaluation import Finding, evaluate
-from awp_optim.lab.tables import (
+from awp_optim.lab.reports.tables import (
     as_csv,
     as_json,
     as_markdown,

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.colors import to_hex
 
-from awp_optim.lab import plots
+from awp_optim.lab.reports import plots
 from awp_optim.landscape import LossCurve, LossSurface
 
 ALPHAS = np.linspace(-0.5, 0.5, 5)

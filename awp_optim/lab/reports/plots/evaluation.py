@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from awp_optim.lab.plots.parts import MARKERS, canvas, coloured, save, tidy
-from awp_optim.lab.tables import radius
+from awp_optim.lab.reports.plots.parts import MARKERS, canvas, coloured, save, tidy
+from awp_optim.lab.reports.tables import radius
 
 __all__ = ["accuracy_by_radius", "adversarial_images"]
 

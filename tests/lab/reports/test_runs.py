@@ -11,7 +11,7 @@ import torch
 
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
-from awp_optim.lab.runs import Run, by_size, evaluated, find_runs, grouped
+from awp_optim.lab.reports.runs import Run, by_size, evaluated, find_runs, grouped
 from awp_optim.lab.trainer import fit
 
 CONFIG = Config(

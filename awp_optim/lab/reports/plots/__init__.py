@@ -3,8 +3,8 @@
 Every function writes a file; its suffix says in which format.
 """
 
-from awp_optim.lab.plots.evaluation import accuracy_by_radius, adversarial_images
-from awp_optim.lab.plots.landscape import (
+from awp_optim.lab.reports.plots.evaluation import accuracy_by_radius, adversarial_images
+from awp_optim.lab.reports.plots.landscape import (
     directions,
     landscapes,
     landscapes_by_epoch,
@@ -14,8 +14,8 @@ from awp_optim.lab.plots.landscape import (
     surfaces,
     weight_histograms,
 )
-from awp_optim.lab.plots.parts import COLOURS
-from awp_optim.lab.plots.runs import (
+from awp_optim.lab.reports.plots.parts import COLOURS
+from awp_optim.lab.reports.plots.runs import (
     ablations,
     curve_panels,
     learning_curves,

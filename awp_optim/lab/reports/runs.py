@@ -11,8 +11,8 @@ from typing import Any
 
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import DATASETS, ImageData, load
+from awp_optim.lab.reports.summary import Runs
 from awp_optim.lab.run_folder import Row, read_metrics
-from awp_optim.lab.summary import Runs
 
 __all__ = ["Run", "by_size", "evaluated", "find_runs", "grouped"]
 

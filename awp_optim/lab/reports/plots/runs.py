@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from awp_optim.lab.plots.parts import MARKERS, band, by_epoch, canvas, coloured, save, tidy
-from awp_optim.lab.summary import Runs, summary
+from awp_optim.lab.reports.plots.parts import MARKERS, band, by_epoch, canvas, coloured, save, tidy
+from awp_optim.lab.reports.summary import Runs, summary
 
 __all__ = ["ablations", "curve_panels", "learning_curves", "perturbation_sizes"]
 
