@@ -261,7 +261,7 @@ def test_a_quadratic_loss_gives_its_parabola():
     np.testing.assert_allclose(c.nat_loss, exact, rtol=1e-12)
     np.testing.assert_allclose(c.adv_loss, exact, rtol=1e-12)
     np.testing.assert_allclose(c.rise_stderr, 0, atol=1e-12)
-    assert c.adv_centre == pytest.approx(start, rel=1e-14)
+    assert c.adv_center == pytest.approx(start, rel=1e-14)
 
 
 def test_a_quadratic_loss_gives_its_surface():
@@ -311,7 +311,7 @@ def test_the_error_of_the_rise_is_example_by_example():
     rise = losses[1] - losses[0]
     assert c.rise_stderr[0, 1] == pytest.approx((rise.std() / 40**0.5).item(), rel=1e-4)
     assert c.rise_stderr[0, 0] == 0
-    assert c.adv_loss[1] - c.adv_centre == pytest.approx(rise.mean().item(), rel=1e-3)
+    assert c.adv_loss[1] - c.adv_center == pytest.approx(rise.mean().item(), rel=1e-3)
 
 
 def test_scale_invariance():
@@ -360,7 +360,7 @@ def test_examples_made_before_understate_the_loss():
     attack = PGD(eps=0.05, step_size=0.0125, steps=10)
     fresh = loss_curve(model, data, attack, ALPHAS, directions)
     stale = loss_curve(model, data, attack, ALPHAS, directions, pregenerated=True)
-    assert fresh.adv_centre == pytest.approx(stale.adv_centre, rel=1e-6)
+    assert fresh.adv_center == pytest.approx(stale.adv_center, rel=1e-6)
     np.testing.assert_allclose(fresh.nat_losses, stale.nat_losses)
     noise = 1e-3 * fresh.adv_losses  # of the attack's own search
     assert (fresh.adv_losses >= stale.adv_losses - noise).all()
@@ -382,7 +382,7 @@ def test_equals_a_plain_loop():
             assert c.nat_losses[i, j] == pytest.approx(nat, rel=1e-5)
     np.testing.assert_allclose(c.adv_loss, c.adv_losses.mean(0))
     assert (c.n, c.adv_losses.shape) == (40, (2, 5))
-    assert c.adv_centre == c.adv_losses[0, 2] == c.adv_losses[1, 2]
+    assert c.adv_center == c.adv_losses[0, 2] == c.adv_losses[1, 2]
 
 
 def test_alphas_in_any_order_and_twice():
@@ -622,7 +622,7 @@ def test_more_alphas_and_directions_take_what_there_is(tmp_path):
     assert_equal(more, loss_curve(model, data, Counting(), [-0.5, 0.5, 1.0], [d[2], d[1]]))
     surface = loss_surface(model, data, attack, [0.0, 0.5], [0.0, 1.0], d[:2], state=file)
     assert attack.calls == 5  # but for the corner it has been there
-    assert surface.adv_loss[0, 0] == more.adv_centre
+    assert surface.adv_loss[0, 0] == more.adv_center
 
 
 def test_cut_off_anywhere(tmp_path):

@@ -20,8 +20,8 @@ class Ranks:
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
-    def agree(self, value: Any) -> Any:
-        """The first's value."""
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
         if self.world == 1:
             return value
         values = [value]

@@ -157,7 +157,7 @@ class TrainingRanks(Ranks):
                 answer = function()
             except Exception as raised:
                 error = raised
-        answer, error = self.agree((answer, error))
+        answer, error = self.broadcast((answer, error))
         if error is not None:
             raise error
         return answer  # type: ignore[no-any-return]

@@ -102,8 +102,8 @@ class LossCurve(_Landscape):
         adv_losses, nat_losses: the losses along each direction, shape (D, A).
         adv_stderr, nat_stderr: their standard errors, the examples being a sample of all there
             could be; shape (D, A). NaN for one example.
-        rise_stderr: standard errors of ``adv_losses - adv_centre``, example by example; (D, A).
-        adv_centre, nat_centre: the losses of the unperturbed model, g(0).
+        rise_stderr: standard errors of ``adv_losses - adv_center``, example by example; (D, A).
+        adv_center, nat_center: the losses of the unperturbed model, g(0).
         n: how many examples.
     """
 
@@ -115,8 +115,8 @@ class LossCurve(_Landscape):
     adv_stderr: Array = field(repr=False)
     nat_stderr: Array = field(repr=False)
     rise_stderr: Array = field(repr=False)
-    adv_centre: float
-    nat_centre: float
+    adv_center: float
+    nat_center: float
     n: int
 
     def sharpness(self, alpha: float) -> Sharpness:
@@ -138,7 +138,7 @@ class LossCurve(_Landscape):
 
         Args, raises: as of :meth:`sharpness`.
         """
-        return self._at(alpha, self.adv_losses - self.adv_centre)
+        return self._at(alpha, self.adv_losses - self.adv_center)
 
     def _at(self, alpha: float, values: Array) -> Array:
         """Values of shape (D, A) at alpha and -alpha, as far as the curve reaches."""
@@ -176,7 +176,7 @@ class LossCurve(_Landscape):
 
         if not 0 < rise < math.inf:
             raise ValueError(f"rise must be above 0, got {rise!r}")
-        level = (1 + rise) * self.adv_centre
+        level = (1 + rise) * self.adv_center
         width, left = 0.0, False
         for sign in (1, -1):
             ahead = sign * self.alphas > 0
@@ -184,7 +184,7 @@ class LossCurve(_Landscape):
                 continue
             left = True
             order = np.argsort(np.abs(self.alphas[ahead]), kind="stable")
-            before, below = 0.0, self.adv_centre
+            before, below = 0.0, self.adv_center
             for distance, loss in zip(
                 np.abs(self.alphas[ahead])[order], self.adv_loss[ahead][order], strict=True
             ):
@@ -208,8 +208,8 @@ class LossSurface(_Landscape):
         alphas, betas: distances along the two directions, shapes (A,) and (B,).
         adv_loss, nat_loss: the losses at ``w + alphas[i] d + betas[j] e``.
         adv_stderr, nat_stderr: their standard errors.
-        rise_stderr: those of ``adv_loss - adv_centre``, example by example.
-        adv_centre, nat_centre: the losses of the unperturbed model, g(0, 0).
+        rise_stderr: those of ``adv_loss - adv_center``, example by example.
+        adv_center, nat_center: the losses of the unperturbed model, g(0, 0).
         n: how many examples.
     """
 
@@ -220,14 +220,14 @@ class LossSurface(_Landscape):
     adv_stderr: Array = field(repr=False)
     nat_stderr: Array = field(repr=False)
     rise_stderr: Array = field(repr=False)
-    adv_centre: float
-    nat_centre: float
+    adv_center: float
+    nat_center: float
     n: int
 
     @property
     def relative(self) -> Array:
         """|g(alpha, beta) - g(0, 0)|, which the paper draws in Figure 6; shape (A, B)."""
-        return abs(self.adv_loss - self.adv_centre)
+        return abs(self.adv_loss - self.adv_center)
 
 
 # --- Directions -------------------------------------------------------------------------------
@@ -628,7 +628,7 @@ def _measure(
 
         if todo and todo[0] == ():  # each needs it, to tell by how much the loss rises
             todo.pop(0)
-            found[()] = ranks.agree(look(()))
+            found[()] = ranks.broadcast(look(()))
             journal.add(found[()])
             advance("landscape")
         for start in range(0, len(todo), ranks.world):
@@ -804,7 +804,7 @@ class _Sharers(Ranks):
                 answer = _known(journal)
             except (OSError, ValueError) as error:
                 answer = error
-        answer = self.agree(answer)
+        answer = self.broadcast(answer)
         if isinstance(answer, Exception):
             raise answer
         return journal, answer

@@ -189,7 +189,7 @@ def perturbed(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
         [f"{g:g}", *(f"{c.adv_loss[i]:.3f}" for c in curves.values())]
         for i, g in enumerate(landscapes.how.gammas)
     ]
-    centre = curves["AWP"].adv_centre
+    centre = curves["AWP"].adv_center
     rows.insert(0, ["0", *(f"{centre:.3f}" for _ in curves)])
     return [
         Drawing(
@@ -263,7 +263,7 @@ def surface(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     subjects = _subjects(groups, COLUMNS)
     surfaces = {label: landscapes.surface(run, file) for label, run, file in subjects}
     rows = [
-        [label, f"{s.adv_centre:.3f}", f"{s.relative.mean():.3f}", f"{s.relative.max():.3f}"]
+        [label, f"{s.adv_center:.3f}", f"{s.relative.mean():.3f}", f"{s.relative.max():.3f}"]
         for label, s in surfaces.items()
     ]
     return [
@@ -361,7 +361,7 @@ def _sharpness(curves: Mapping[str, Sequence[LossCurve]], at: float) -> tuple[st
         rows.append(
             [
                 label,
-                spread([c.adv_centre for c in seeds], 3),
+                spread([c.adv_center for c in seeds], 3),
                 spread([s.mean for s in sharp], 3),
                 f"{statistics.mean(s.stderr for s in sharp):.3f}",
                 f"{max(s.worst for s in sharp):.3f}",

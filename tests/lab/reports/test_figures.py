@@ -117,7 +117,7 @@ def test_the_numbers_are_the_curves(runs, landscapes):
     assert [row[0] for row in cells] == ["", "AT", "AT-AWP"]
     curves = {k: [landscapes.curve(run) for run in of] for k, of in groups.items()}
     rises = {k: np.array([c.sharpness(0.25).mean for c in of]) for k, of in curves.items()}
-    centre = np.mean([c.adv_centre for c in curves["AT"]])
+    centre = np.mean([c.adv_center for c in curves["AT"]])
     assert cells[1][1].startswith(f"{centre:.3f} ±")
     assert cells[1][2] == f"{rises['AT'].mean():.3f} ± {rises['AT'].std(ddof=1):.3f}"
     difference = rises["AT-AWP"] - rises["AT"]

@@ -212,7 +212,7 @@ def perturbed_weights(curves: Mapping[str, LossCurve], path: Path | str, title: 
             raise ValueError(f"{label} has no gamma above 0")
         values = values[:, x > 0]
         band(axes, x[x > 0], values, colour, label, marker=MARKERS[i], markersize=4)
-    centre = next(iter(curves.values())).adv_centre
+    centre = next(iter(curves.values())).adv_center
     axes.axhline(centre, color="0.4", linestyle=":", label=r"unperturbed ($\gamma$ = 0)")
     axes.set_xscale("log")
     losses = _finite(np.concatenate([c.adv_losses.ravel() for c in curves.values()]))
@@ -362,7 +362,7 @@ def _stacked(
     if any(not np.array_equal(c.alphas, first) for c in curves):
         raise ValueError("runs that are drawn as one line must have the same alphas")
     losses = [
-        (c.nat_losses if natural else c.adv_losses) - (c.adv_centre if relative else 0.0)
+        (c.nat_losses if natural else c.adv_losses) - (c.adv_center if relative else 0.0)
         for c in curves
     ]
     order = np.argsort(first, kind="stable")
