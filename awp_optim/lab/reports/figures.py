@@ -1,300 +1,297 @@
-"""The paper's figures of runs that are over: what they show, measured, drawn, and in numbers.
+"""The paper's figures of finished runs: what they show, measured, drawn, and in numbers.
 
 Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization" (NeurIPS 2020),
-Figures 1 to 11. :data:`FIGURES` names them; each takes runs as
-:func:`~awp_optim.lab.reports.runs.grouped` gives them and
-:class:`~awp_optim.lab.reports.measuring.Landscapes` to
-measure by, and gives :class:`Drawing` objects, or raises ``NotEnough`` where the runs do not allow
-it.
+Figures 1 to 11. :data:`FIGURES` names them. Each is a function of runs, grouped by
+:func:`~awp_optim.lab.reports.runs.grouped`, and of the
+:class:`~awp_optim.lab.reports.landscapes.Landscapes` to measure with; it returns drawings, or
+raises :class:`~awp_optim.lab.reports.runs.NotEnough` if the runs do not allow it.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from awp_optim.lab.reports import plots
-from awp_optim.lab.reports.measuring import Landscapes, NotEnough, last_checkpoint, slug, where
-from awp_optim.lab.reports.runs import Run, by_size, evaluated
-from awp_optim.lab.reports.summary import Cells, accuracies, spread
+from awp_optim.lab.reports.landscapes import Landscapes, file_name
+from awp_optim.lab.reports.runs import Groups, NotEnough, Run, by_gamma, comparable
+from awp_optim.lab.reports.summary import Cells, Runs, accuracies, spread
 from awp_optim.lab.run_folder import best
-from awp_optim.landscape import LossCurve
+from awp_optim.landscape import LossCurve, LossSurface
 
 __all__ = ["FIGURES", "Drawing"]
 
-Groups = Mapping[str, list[Run]]
 Array = np.ndarray[Any, Any]
+Tables = list[tuple[str, Cells]]
+T = TypeVar("T")
 
 DIRECTIONS = 10
-"""How many Figure 5 draws."""
+"""How many directions Figure 5 shows at least."""
 COLUMNS = 3
-"""How many surfaces Figure 6 draws beside one another."""
+"""How many surfaces Figure 6 shows side by side."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture that can be drawn, and what it says in numbers.
+    """A picture that can be drawn, and its content in numbers.
 
     Attributes:
-        name: its file's, without the suffix.
-        title: above it.
-        caption: what is seen, and how it was measured.
-        draw: writes it to a file, under a title.
-        tables: their titles and cells.
-        data: what is drawn, for ``json.dump``.
+        name: of its file, without a suffix.
+        title: put above it.
+        caption: what it shows, and how that was measured.
+        draw: writes it to a file, with a title.
+        tables: titles and cells.
+        measured: what is drawn: curves, surfaces or rows, in lists and dicts.
     """
 
     name: str
     title: str
     caption: str
     draw: Callable[[Path, str], None]
-    tables: Sequence[tuple[str, Cells]] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
+    tables: Tables = field(default_factory=list)
+    measured: Mapping[Any, Any] = field(default_factory=dict)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What is drawn, for ``json.dump``."""
+        return {str(label): _jsonable(value) for label, value in self.measured.items()}
 
 
 # --- Figures ----------------------------------------------------------------------------------
 
 
 def learning(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
-    """Learning curves and the generalisation gap."""
-    runs = {label: evaluated(of) for label, of in groups.items()}
-    title = "Learning curves and the robust generalisation gap"
+    """Learning curves and the generalization gap."""
+    labels, size = list(groups), plots.MAX_PAIRS
+    pages = [labels[i : i + size] for i in range(0, len(labels), size)]
+    title = "Learning curves and the robust generalization gap"
     drawings = []
-    labels = list(runs)
-    pages = [labels[i : i + 4] for i in range(0, len(labels), 4)]  # so many colours there are
-    for i, page in enumerate(pages):
-        part = {label: runs[label] for label in page}
+    for name, heading, page in _numbered("learning", title, pages):
+        runs = {label: comparable(groups[label]) for label in page}
         drawings.append(
             Drawing(
-                "learning" if len(pages) == 1 else f"learning-{i + 1}",
-                title + ("" if len(pages) == 1 else f", {i + 1} of {len(pages)}"),
+                name,
+                heading,
                 f"{_about(groups)}; robust accuracy under PGD by epoch (Figures 1, 7 to 11).",
-                _drawer(plots.learning_curves, part),
-                [("Accuracy in %", accuracies(part))],
-                {label: list(rows) for label, rows in part.items()},
+                partial(plots.learning_curves, runs),
+                [("Accuracy in %", accuracies(runs))],
+                runs,
             )
         )
-    return drawings
-
-
-def epochs(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
-    """A run's landscapes, before and after its best epoch."""
-    drawings = []
-    for label, runs in groups.items():
-        run = max(runs, key=lambda r: len(r.checkpoints()))
-        checkpoints = run.checkpoints()
-        if len(checkpoints) < 2:
-            continue
-        curves = {epoch: landscapes.curve(run, file) for epoch, file in checkpoints.items()}
-        rows = evaluated([run])[0]
-        drawings.append(
-            Drawing(
-                f"epochs-{slug(label)}",
-                f"Landscapes by epoch: {label}",
-                f"{landscapes.attack_id(run)}; the run in {run.path.name}, whose best epoch is "
-                f"{int(best(list(rows))['epoch']) + 1} (Figures 1, 7 to 10).",
-                _drawer(plots.landscapes_by_epoch, rows, curves),
-                [_sharpness({f"epoch {e}": [c] for e, c in curves.items()}, landscapes.how.at)],
-                {f"epoch {e}": [c.to_dict()] for e, c in curves.items()},
-            )
-        )
-    if not drawings:
-        raise NotEnough("no run has two checkpoints: train with --save-every N")
     return drawings
 
 
 def methods(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
-    """Landscapes of the methods, beside their generalisation gaps."""
-    of_methods = {label: runs for label, runs in groups.items() if not _is_random(runs)}
-    if len(of_methods) < 2:
+    """Landscapes of the methods, beside their generalization gaps."""
+    compared = {label: runs for label, runs in groups.items() if not runs[0].is_random}
+    if len(compared) < 2:
         raise NotEnough("there is one setting alone, and nothing to compare it with")
-    return [_compared("methods", "Landscapes of the methods", "1", of_methods, landscapes)]
+    return [_comparison("methods", "Landscapes of the methods", "1", compared, landscapes)]
 
 
 def rwp(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     """Landscapes of AWP and of random weight perturbation."""
-    if not any(_is_random(runs) for runs in groups.values()):
-        raise NotEnough("no run is of random weight perturbation: train with --direction random")
-    at = {label: runs for label, runs in groups.items() if runs[0].config.method == "at"}
-    return [_compared("rwp", "Landscapes of AWP and RWP", "3 (b)", at, landscapes)]
+    if not any(runs[0].is_random for runs in groups.values()):
+        raise NotEnough("no run has random weight perturbation: train with --direction random")
+    compared = {label: runs for label, runs in groups.items() if runs[0].config.method == "at"}
+    return [_comparison("rwp", "Landscapes of AWP and RWP", "3 (b)", compared, landscapes)]
+
+
+def epochs(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+    """A run's landscapes, before and after its best epoch."""
+    candidates = {label: _most_checkpoints(runs) for label, runs in groups.items()}
+    subjects = {label: run for label, run in candidates.items() if len(run.checkpoints()) > 1}
+    if not subjects:
+        raise NotEnough("no run has two checkpoints: train with --save-every N")
+    drawings = []
+    for label, run in subjects.items():
+        curves = {n: landscapes.curve(run, file) for n, file in run.checkpoints().items()}
+        named = {f"epoch {epoch}": [curve] for epoch, curve in curves.items()}
+        rows = comparable([run])[0]
+        drawings.append(
+            Drawing(
+                f"epochs-{file_name(label)}",
+                f"Landscapes by epoch: {label}",
+                f"{landscapes.describe(run)}; the run in {run.path.name}, whose best epoch is"
+                f" {int(best(list(rows))['epoch']) + 1} (Figures 1, 7 to 10).",
+                partial(plots.landscapes_by_epoch, rows, curves),
+                [_sharpness(named, landscapes.how.at)],
+                named,
+            )
+        )
+    return drawings
 
 
 def gamma(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     """Landscapes by the size of AWP's perturbation in training."""
+    families = [family["AWP"] for family in by_gamma(groups) if len(family["AWP"]) > 2]
+    _need_three_gammas(families)
     drawings = []
-    families = [family["AWP"] for family in by_size(groups) if len(family["AWP"]) > 2]
-    for i, family in enumerate(families):
-        curves = {g: [landscapes.curve(run) for run in runs] for g, runs in family.items()}
+    for name, heading, family in _numbered("gamma", "Landscapes by gamma", families):
+        curves = {g: [landscapes.curve(run) for run in family[g]] for g in sorted(family)}
+        runs = {g: comparable(family[g]) for g in sorted(family)}
+        named = {f"gamma {g:g}": of_gamma for g, of_gamma in curves.items()}
         first = next(iter(family.values()))[0]
-        named = {f"gamma {g:g}": curves[g] for g in sorted(curves)}
         drawings.append(
             Drawing(
-                "gamma" if len(families) == 1 else f"gamma-{i + 1}",
-                f"Landscapes by gamma: {first.config.method.upper()}",
-                f"{landscapes.attack_id(first)}; gamma 0 is without AWP (Figure 2 (c), (d)).",
-                _drawer(
-                    plots.landscapes_by_gamma,
-                    curves,
-                    runs={g: evaluated(runs) for g, runs in family.items()},
-                ),
+                name,
+                heading,
+                f"{first.config.method.upper()}; {landscapes.describe(first)}; gamma 0 is without"
+                " AWP (Figure 2 (c), (d)).",
+                partial(plots.landscapes_by_gamma, curves, runs),
                 [_sharpness(named, landscapes.how.at)],
-                {label: [c.to_dict() for c in of] for label, of in named.items()},
+                named,
             )
         )
-    if not drawings:
-        raise NotEnough("it takes runs with three gammas or more, all else being equal")
     return drawings
 
 
 def sizes(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     """Robust accuracy by the size of AWP and of random weight perturbation."""
+    families = [f for f in by_gamma(groups) if any(len(runs) > 2 for runs in f.values())]
+    _need_three_gammas(families)
+    title = "Robust accuracy by the size of the perturbation"
     drawings = []
-    families = [f for f in by_size(groups) if any(len(runs) > 2 for runs in f.values())]
-    for i, family in enumerate(families):
-        runs = {
-            label: {g: evaluated(of) for g, of in by_gamma.items()}
-            for label, by_gamma in family.items()
-            if any(by_gamma)  # by more than gamma 0
-        }
-        table = {f"{k}, gamma {g:g}": runs[k][g] for k in runs for g in sorted(runs[k])}
+    for name, heading, family in _numbered("sizes", title, families):
+        runs = _rows_by_gamma(family)
+        named = {f"{kind}, gamma {g:g}": runs[kind][g] for kind in runs for g in sorted(runs[kind])}
         drawings.append(
             Drawing(
-                "sizes" if len(families) == 1 else f"sizes-{i + 1}",
-                "Robust accuracy by the size of the perturbation",
+                name,
+                heading,
                 f"{_about(groups)} (Figures 2 (b), 3 (c)).",
-                _drawer(plots.perturbation_sizes, runs),
-                [("Accuracy in %", accuracies(table))],
-                {label: list(rows) for label, rows in table.items()},
+                partial(plots.perturbation_sizes, runs),
+                [("Accuracy in %", accuracies(named))],
+                named,
             )
         )
-    if not drawings:
-        raise NotEnough("it takes runs with three gammas or more, all else being equal")
     return drawings
 
 
 def perturbed(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     """One model's loss under AWP and under random weight perturbation, by gamma."""
-    label = next((k for k, runs in groups.items() if not runs[0].config.gamma), next(iter(groups)))
+    without = [label for label, runs in groups.items() if not runs[0].config.gamma]
+    label = [*without, *groups][0]
     run = groups[label][0]
     curves = landscapes.perturbed(run)
-    head = ["gamma", *(f"loss, {name}" for name in curves)]
-    rows = [
-        [f"{g:g}", *(f"{c.adv_loss[i]:.3f}" for c in curves.values())]
-        for i, g in enumerate(landscapes.how.gammas)
-    ]
-    centre = curves["AWP"].adv_center
-    rows.insert(0, ["0", *(f"{centre:.3f}" for _ in curves)])
+    unperturbed = [f"{curve.adv_center:.3f}" for curve in curves.values()]
+    losses = zip(*(curve.adv_loss for curve in curves.values()), strict=True)
+    cells = [["gamma", *(f"loss, {kind}" for kind in curves)], ["0", *unperturbed]]
+    for g, row in zip(landscapes.how.gammas, losses, strict=True):
+        cells.append([f"{g:g}", *(f"{loss:.3f}" for loss in row)])
     return [
         Drawing(
             "perturbed",
             f"Adversarial and random perturbation of the weights: {label}",
-            f"{landscapes.attack_id(run)}; the run in {run.path.name}, its weights moved by gamma"
-            " along AWP's direction (that of these images) and along random ones as long"
-            " (Figure 3 (a)).",
-            _drawer(plots.perturbed_weights, curves),
-            [("Adversarial loss, mean over directions", [head, *rows])],
-            {name: c.to_dict() for name, c in curves.items()},
+            f"{landscapes.describe(run)}; the run in {run.path.name}. Its weights are perturbed by"
+            " gamma in AWP's direction for these images, and in random directions of the same"
+            " length (Figure 3 (a)).",
+            partial(plots.perturbed_weights, curves),
+            [("Adversarial loss, mean over directions", cells)],
+            curves,
         )
     ]
 
 
 def histogram(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
-    """How the last convolution's weights are distributed."""
-    weights: dict[str, list[Array]] = {}
+    """The distribution of the last convolution's weights."""
+    weights: dict[str, list[Array]] = {label: [] for label in groups}
     layer = ""
     for label, runs in groups.items():
         for run in runs:
-            layer, w = _last_layer(landscapes.model(run, last_checkpoint(run)))
-            weights.setdefault(label, []).append(w.detach().cpu().double().numpy())
-    pooled = {label: np.concatenate([a.ravel() for a in of]) for label, of in weights.items()}
-    rows = [
-        [label, f"{a.std():.4g}", f"{np.abs(a).max():.4g}", f"{_skewness(a):+.2f}"]
-        for label, a in pooled.items()
-    ]
+            layer, w = _last_layer(landscapes.model(run, run.last_checkpoint()))
+            weights[label].append(w.detach().cpu().double().numpy().ravel())
+    cells = [["", "standard deviation", "largest", "skewness"]]
+    for label, arrays in weights.items():
+        pooled = np.concatenate(arrays)
+        values = pooled.std(), np.abs(pooled).max()
+        cells.append([label, *(f"{v:.4g}" for v in values), f"{_skewness(pooled):+.2f}"])
     return [
         Drawing(
             "histogram",
             f"Weights of {layer}",
             f"{_about(groups)}; the last convolution's weights at the last checkpoint (Figure 4).",
-            _drawer(plots.weight_histograms, weights, layer=layer),
-            [("Weights", [["", "standard deviation", "largest", "skewness"], *rows])],
+            partial(plots.weight_histograms, weights, layer=layer),
+            [("Weights", cells)],
         )
     ]
 
 
 def directions(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
-    """Whether a landscape depends on the direction."""
-    how = landscapes.how
-    subjects = _subjects(groups, 4)
-    count = max(DIRECTIONS, how.directions)
-    curves = {label: landscapes.curve(run, file, directions=count) for label, run, file in subjects}
-    rows = []
-    for label, c in curves.items():
-        values = c.rises(how.at).mean(1).tolist()
-        rows.append([label, spread(values, 3), f"{min(values):.3f}", f"{max(values):.3f}"])
+    """How much a landscape depends on the direction."""
+    subjects = _side_by_side(groups, plots.MAX_PAIRS)
+    count, at = max(DIRECTIONS, landscapes.how.directions), landscapes.how.at
+    curves = {
+        label: landscapes.curve(run, file, directions=count)
+        for label, (run, file) in subjects.items()
+    }
+    cells = [["", "rise", "lowest", "highest"]]
+    for label, curve in curves.items():
+        rises = curve.rises(at).mean(1).tolist()
+        cells.append([label, spread(rises, 3), f"{min(rises):.3f}", f"{max(rises):.3f}"])
+    title = (
+        f"Rise of the adversarial loss at |alpha| = {at:g}, mean ± standard deviation over"
+        " directions"
+    )
     return [
         Drawing(
             "directions",
             f"{count} random directions",
-            f"{landscapes.attack_id(subjects[0][1])}; one run of each, along {count} filter-"
-            "normalised directions (Figure 5).",
-            _drawer(plots.directions, curves),
-            [
-                (
-                    f"Rise of the adversarial loss at a distance of {how.at:g}, mean and standard"
-                    " deviation over directions",
-                    [["", "rise", "lowest", "highest"], *rows],
-                )
-            ],
-            {label: c.to_dict() for label, c in curves.items()},
+            f"{_describe_first(subjects, landscapes)}; one run of each, along {count}"
+            " filter-normalized directions (Figure 5).",
+            partial(plots.directions, curves),
+            [(title, cells)],
+            curves,
         )
     ]
 
 
 def surface(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     """The landscape on a plane."""
-    subjects = _subjects(groups, COLUMNS)
-    surfaces = {label: landscapes.surface(run, file) for label, run, file in subjects}
-    rows = [
-        [label, f"{s.adv_center:.3f}", f"{s.relative.mean():.3f}", f"{s.relative.max():.3f}"]
-        for label, s in surfaces.items()
-    ]
+    subjects = _side_by_side(groups, COLUMNS)
+    surfaces = {label: landscapes.surface(run, file) for label, (run, file) in subjects.items()}
+    cells = [["", "g(0, 0)", "mean", "highest"]]
+    for label, s in surfaces.items():
+        values = s.adv_center, s.relative.mean(), s.relative.max()
+        cells.append([label, *(f"{value:.3f}" for value in values)])
     return [
         Drawing(
             "surface",
             "Landscapes on a plane",
-            f"{landscapes.attack_id(subjects[0][1])}; one run of each (Figure 6). The colours end at"
-            " the 95th percentile of the heights.",
-            _drawer(plots.surfaces, surfaces),
-            [("|g(a, b) - g(0, 0)| over the plane", [["", "g(0, 0)", "mean", "highest"], *rows])],
-            {label: s.to_dict() for label, s in surfaces.items()},
+            f"{_describe_first(subjects, landscapes)}; one run of each (Figure 6). The color scale"
+            " ends at the 95th percentile of the heights.",
+            partial(plots.surfaces, surfaces),
+            [("|g(a, b) - g(0, 0)| over the plane", cells)],
+            surfaces,
         )
     ]
 
 
 def on_the_fly(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
-    """What adversarial examples made once for all would hide."""
-    label, runs = next(iter(groups.items()))
+    """What adversarial examples generated only once would hide."""
+    label, (run, *_) = next(iter(groups.items()))
     curves = {
-        "made anew for each model": landscapes.curve(runs[0]),
-        "pre-generated": landscapes.curve(runs[0], pregenerated=True),
+        "for each perturbed model": landscapes.curve(run),
+        "pre-generated": landscapes.curve(run, pregenerated=True),
     }
+    named = {how: [curve] for how, curve in curves.items()}
     return [
         Drawing(
             "on-the-fly",
-            f"Adversarial examples made anew, and pre-generated: {label}",
-            f"{landscapes.attack_id(runs[0])}, and made once for the unperturbed one; the run in"
-            f" {runs[0].path.name} (Section 3).",
-            _drawer(plots.on_the_fly, curves),
-            [_sharpness({name: [c] for name, c in curves.items()}, landscapes.how.at)],
-            {name: c.to_dict() for name, c in curves.items()},
+            f"Adversarial examples for each perturbed model, and pre-generated: {label}",
+            f"{landscapes.describe(run)}; pre-generated: once, for the unperturbed model; the run"
+            f" in {run.path.name} (Section 3).",
+            partial(plots.on_the_fly, curves),
+            [_sharpness(named, landscapes.how.at)],
+            curves,
         )
     ]
 
@@ -312,118 +309,148 @@ FIGURES: dict[str, Callable[[Groups, Landscapes], list[Drawing]]] = {
     "surface": surface,
     "on-the-fly": on_the_fly,
 }
-"""Every figure by its name, in the order of a gallery."""
+"""Every figure by name, in the order of a gallery."""
 
 
-# --- Parts ------------------------------------------------------------------------------------
+# --- Which runs -------------------------------------------------------------------------------
 
 
-def _compared(
+def _numbered(name: str, title: str, items: Sequence[T]) -> Iterator[tuple[str, str, T]]:
+    """Name and title for each item, with a number if there are several."""
+    if len(items) == 1:
+        yield name, title, items[0]
+        return
+    for i, item in enumerate(items, 1):
+        yield f"{name}-{i}", f"{title}, {i} of {len(items)}", item
+
+
+def _need_three_gammas(families: Sequence[Any]) -> None:
+    if not families:
+        raise NotEnough("there must be runs with at least three gammas, all else being equal")
+
+
+def _most_checkpoints(runs: Sequence[Run]) -> Run:
+    return max(runs, key=lambda run: len(run.checkpoints()))
+
+
+def _side_by_side(groups: Groups, most: int) -> dict[str, tuple[Run, Path]]:
+    """At most so many checkpoints: the last of each setting; or, of a single setting, over time."""
+    if len(groups) > 1:
+        firsts = {label: runs[0] for label, runs in list(groups.items())[:most]}
+        return {label: (run, run.last_checkpoint()) for label, run in firsts.items()}
+    (label, runs), *_ = groups.items()
+    run = _most_checkpoints(runs)
+    run.last_checkpoint()  # raises if there is none
+    checkpoints = list(run.checkpoints().items())
+    chosen = np.linspace(len(checkpoints) - 1, 0, min(most, len(checkpoints))).round().astype(int)
+    shown = [checkpoints[i] for i in sorted(set(chosen))]
+    return {f"{label}, epoch {epoch}": (run, file) for epoch, file in shown}
+
+
+def _rows_by_gamma(
+    family: Mapping[str, Mapping[float, Sequence[Run]]],
+) -> dict[str, dict[float, Runs]]:
+    """The rows of AWP's and RWP's runs, leaving out a kind that has no gamma above 0."""
+    return {
+        kind: {g: comparable(runs) for g, runs in by_size.items()}
+        for kind, by_size in family.items()
+        if any(by_size)
+    }
+
+
+def _about(groups: Groups) -> str:
+    runs = [run for of_group in groups.values() for run in of_group]
+    tasks = dict.fromkeys(run.task for run in runs)
+    return f"{', '.join(tasks)}; {len(runs)} run{'s'[: len(runs) > 1]}"
+
+
+def _describe_first(subjects: Mapping[str, tuple[Run, Path]], landscapes: Landscapes) -> str:
+    run, _ = next(iter(subjects.values()))
+    return landscapes.describe(run)
+
+
+# --- What is measured, and its tables ---------------------------------------------------------
+
+
+def _comparison(
     name: str, title: str, figure: str, groups: Groups, landscapes: Landscapes
 ) -> Drawing:
-    if len(groups) > len(plots.COLOURS):
+    """Landscapes and robust accuracy of several settings."""
+    if len(groups) > plots.MAX_LABELS:
         raise NotEnough(
-            f"{len(groups)} settings cannot be told apart in one picture: choose at most"
-            f" {len(plots.COLOURS)} with --select, of {'; '.join(groups)}"
+            f"{len(groups)} settings are too many for one picture: choose at most"
+            f" {plots.MAX_LABELS} with --select, of {'; '.join(groups)}"
         )
     curves = {label: [landscapes.curve(run) for run in runs] for label, runs in groups.items()}
-    count = len(next(iter(curves.values()))[0].adv_losses)
+    runs = {label: comparable(of_label) for label, of_label in groups.items()}
+    count, at = landscapes.how.directions, landscapes.how.at
     along = "1 direction" if count == 1 else f"{count} directions"
-    tables = [_sharpness(curves, landscapes.how.at)]
-    tables += _differences(groups, curves, landscapes.how.at)
     first = next(iter(groups.values()))[0]
     return Drawing(
         name,
         title,
-        f"{landscapes.attack_id(first)}; the last checkpoints, {along}; bands from the lowest to"
+        f"{landscapes.describe(first)}; the last checkpoints, {along}; bands from the lowest to"
         f" the highest run and direction (Figure {figure}).",
-        _drawer(
-            plots.landscapes,
-            curves,
-            runs={label: evaluated(runs) for label, runs in groups.items()},
-        ),
-        tables,
-        {label: [c.to_dict() for c in of] for label, of in curves.items()},
+        partial(plots.landscapes, curves, runs),
+        [_sharpness(curves, at), *_differences(groups, curves, at)],
+        curves,
     )
-
-
-def _drawer(function: Callable[..., None], *args: Any, **kwargs: Any) -> Callable[..., None]:
-    """A plot of these arguments that awaits its file and its title."""
-    return lambda path, title: function(*args, path, title, **kwargs)
 
 
 def _sharpness(curves: Mapping[str, Sequence[LossCurve]], at: float) -> tuple[str, Cells]:
-    """A row for each label, over its runs mean ± standard deviation."""
-    rows = []
-    for label, seeds in curves.items():
-        sharp = [c.sharpness(at) for c in seeds]
-        widths = [c.flat_width() for c in seeds]
-        rows.append(
+    """A row for each label: mean and standard deviation over its curves."""
+    title = (
+        "Adversarial loss of the unperturbed model, g(0); its rise, g(alpha) - g(0), at |alpha| ="
+        f" {at:g}: mean over directions and signs, standard error due to the sample of images,"
+        " the worst, and the mean of |rise|; flat width: the range of alpha around 0 in which the"
+        " loss rises by less than 10%"
+    )
+    cells = [["", "g(0)", "rise", "± images", "worst rise", "|rise|", "flat width"]]
+    for label, of_label in curves.items():
+        sharpness = [curve.sharpness(at) for curve in of_label]
+        widths = [curve.flat_width() for curve in of_label]
+        cells.append(
             [
                 label,
-                spread([c.adv_center for c in seeds], 3),
-                spread([s.mean for s in sharp], 3),
-                f"{statistics.mean(s.stderr for s in sharp):.3f}",
-                f"{max(s.worst for s in sharp):.3f}",
-                spread([s.relative for s in sharp], 3),
+                spread([curve.adv_center for curve in of_label], 3),
+                spread([s.mean for s in sharpness], 3),
+                f"{statistics.mean(s.stderr for s in sharpness):.3f}",
+                f"{max(s.worst for s in sharpness):.3f}",
+                spread([s.relative for s in sharpness], 3),
                 spread(widths, 3) if all(map(math.isfinite, widths)) else "beyond the curve",
             ]
         )
-    head = ["", "g(0)", "rise", "± images", "worst rise", "relative", "flat width"]
-    title = (
-        f"Adversarial loss at the centre; its rise at a distance of {at:g}, mean over directions"
-        " and sides, standard error of that from the images, the highest, and the mean of |rise|;"
-        " the width in which the loss rises by less than 10%"
-    )
-    return title, [head, *rows]
+    return title, cells
 
 
-def _differences(
-    groups: Groups, curves: Mapping[str, Sequence[LossCurve]], at: float
-) -> list[tuple[str, Cells]]:
-    """Each label's rise less the first label's, by seed; where there are seeds in common."""
-    by_seed = {
+def _differences(groups: Groups, curves: Mapping[str, Sequence[LossCurve]], at: float) -> Tables:
+    """The rise of each label less that of the first, seed by seed, if they share several seeds."""
+    rises = {
         label: {
-            run.config.seed: c.sharpness(at).mean
-            for run, c in zip(groups[label], curves[label], strict=True)
+            run.config.seed: curve.sharpness(at).mean
+            for run, curve in zip(groups[label], curves[label], strict=True)
         }
         for label in curves
     }
-    (first, base), *others = by_seed.items()
-    rows = []
-    for label, rises in others:
-        common = sorted(base.keys() & rises.keys())
-        if len(common) > 1:
-            less = [rises[s] - base[s] for s in common]
-            ratio = sum(rises[s] for s in common) / sum(base[s] for s in common)
-            each = ", ".join(f"{d:+.3f}" for d in less)
-            rows.append(
-                [f"{label} less {first}", spread(less, 3, signed=True), each, f"{ratio:.2f}"]
-            )
-    if not rows:
-        return []
-    head = ["", "rise", "by seed", "as a ratio"]
-    return [("The rise compared seed by seed, mean ± standard deviation", [head, *rows])]
-
-
-def _subjects(groups: Groups, most: int) -> list[tuple[str, Run, Path]]:
-    """What is shown one beside the other: settings; or, of a single one, a run's checkpoints."""
-    if len(groups) > 1:
-        firsts = [(label, runs[0]) for label, runs in groups.items()]
-        return [(label, run, last_checkpoint(run)) for label, run in firsts[:most]]
-    (label, runs), *_ = groups.items()
-    run = max(runs, key=lambda r: len(r.checkpoints()))
-    last_checkpoint(run)  # there must be one
-    found = list(run.checkpoints().items())
-    places = np.linspace(len(found) - 1, 0, min(most, len(found))).round().astype(int)
-    return [(f"{label}, epoch {found[i][0]}", run, found[i][1]) for i in sorted(set(places))]
+    (first, base), *others = rises.items()
+    cells = [["", "rise", "by seed", "as a ratio"]]
+    for label, of_label in others:
+        seeds = sorted(base.keys() & of_label.keys())
+        if len(seeds) > 1:
+            less = [of_label[s] - base[s] for s in seeds]
+            ratio = sum(of_label[s] for s in seeds) / sum(base[s] for s in seeds)
+            by_seed = ", ".join(f"{difference:+.3f}" for difference in less)
+            mean = spread(less, 3, signed=True)
+            cells.append([f"{label} less {first}", mean, by_seed, f"{ratio:.2f}"])
+    title = "The rise compared seed by seed, mean ± standard deviation"
+    return [(title, cells)] if len(cells) > 1 else []
 
 
 def _last_layer(model: nn.Module) -> tuple[str, Tensor]:
-    """The last convolution, 1x1 shortcuts aside; without any, the last linear layer."""
+    """The last convolution, 1x1 shortcuts aside; if there is none, the last linear layer."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     convolutions = {
-        k: m for k, m in layers.items() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1
+        name: m for name, m in layers.items() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1
     }
     found = convolutions or layers
     if not found:
@@ -437,10 +464,9 @@ def _skewness(a: Array) -> float:
     return float((((a - a.mean()) / deviation) ** 3).mean()) if deviation else 0.0
 
 
-def _is_random(runs: Sequence[Run]) -> bool:
-    return runs[0].config.direction == "random" and runs[0].config.gamma > 0
-
-
-def _about(groups: Groups) -> str:
-    runs = [run for of in groups.values() for run in of]
-    return f"{', '.join(dict.fromkeys(map(where, runs)))}; {len(runs)} runs"
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, (LossCurve, LossSurface)):
+        return value.to_dict()
+    if isinstance(value, Sequence):
+        return [_jsonable(item) for item in value]
+    return value

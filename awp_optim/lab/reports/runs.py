@@ -1,9 +1,10 @@
-"""Runs that are over, found on disk: their settings, figures, checkpoints and images."""
+"""Finished runs on disk: their settings, metrics, checkpoints and images; grouped by settings."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,11 +15,16 @@ from awp_optim.lab.data import DATASETS, ImageData, load
 from awp_optim.lab.reports.summary import Runs
 from awp_optim.lab.run_folder import Row, read_metrics
 
-__all__ = ["Run", "by_size", "evaluated", "find_runs", "grouped"]
+__all__ = ["Groups", "NotEnough", "Run", "by_gamma", "comparable", "find_runs", "grouped", "select"]
 
-_NAMES = {"at": "AT", "trades": "TRADES", "mart": "MART", "rst": "RST", "pretrain": "Pre-training"}
-# What does not make another setting: how often one looks, and where the randomness starts.
-_SAME = ("seed", "save_every", "eval_every", "train_eval")
+# In the paper's order.
+METHODS = {"at": "AT", "trades": "TRADES", "mart": "MART", "rst": "RST", "pretrain": "Pre-training"}
+NOT_COMPARED = ("seed", "save_every", "eval_every", "train_eval")
+"""Settings that may differ within a group: the seed, and what is measured of a run."""
+
+
+class NotEnough(ValueError):
+    """The runs do not allow what was asked for; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,10 @@ class Run:
     """A run folder.
 
     Attributes:
-        path: where.
-        config: its settings.
-        about: what else ``config.json`` says: the data set, how many images.
-        rows: of its epochs.
+        path: the folder.
+        config: the settings.
+        about: what else ``config.json`` holds: the data set, the number of images.
+        rows: the metrics of each epoch.
     """
 
     path: Path
@@ -37,40 +43,76 @@ class Run:
     about: dict[str, Any] = field(repr=False)
     rows: list[Row] = field(repr=False)
 
+    @property
+    def method(self) -> str:
+        """The method's name in the paper, such as "TRADES-AWP"."""
+        if not self.config.gamma:
+            return METHODS[self.config.method]
+        return f"{METHODS[self.config.method]}-{'RWP' if self.is_random else 'AWP'}"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it was trained with random weight perturbation, RWP."""
+        return self.config.direction == "random" and self.config.gamma > 0
+
+    @property
+    def task(self) -> str:
+        """The data set and the network."""
+        return f"{self.about.get('dataset')}, {self.config.arch}"
+
     def checkpoints(self) -> dict[int, Path]:
-        """Those kept by ``save_every``, and the last: by the number of epochs done, in order."""
+        """The checkpoints kept by ``save_every`` and the last, by epochs done, in order."""
         found = {int(p.stem.removeprefix("epoch_")): p for p in self.path.glob("epoch_*.pt")}
         if (last := self.path / "last.pt").exists():
             found.setdefault(len(self.rows), last)
         return dict(sorted(found.items()))
 
+    def last_checkpoint(self) -> Path:
+        """The latest checkpoint.
+
+        Raises:
+            NotEnough: there is none.
+        """
+        checkpoints = list(self.checkpoints().values())
+        if not checkpoints:
+            raise NotEnough(f"{self.path} holds no checkpoint, neither last.pt nor epoch_*.pt")
+        return checkpoints[-1]
+
     def images(self, data_dir: str | os.PathLike[str] | None = None) -> ImageData:
         """The images that it was trained and tested on.
 
         Args:
-            data_dir: as of :func:`~awp_optim.lab.data.load`; the digits need none.
+            data_dir: as for :func:`~awp_optim.lab.data.load`; the digits need none.
 
         Raises:
-            ValueError: the data set is none that can be loaded by its name, or has fewer images.
-            Exception: what the loader raises.
+            ValueError: ``config.json`` does not say which images, or the data set has fewer.
+            Exception: whatever the loader raises.
         """
         name = self.about.get("dataset")
-        if name not in DATASETS:
+        if not isinstance(name, str) or name not in DATASETS:
             raise ValueError(f"{self.path}: its data set, {name!r}, cannot be loaded by its name")
+        counts = {key: self.about.get(key) for key in ("train_images", "test_images")}
+        for key, count in counts.items():
+            if type(count) is not int or count < 1:
+                file = self.path / "config.json"
+                raise ValueError(f"{file}: {key} must be a number of images, got {count!r}")
         data = load(name, data_dir)
-        wanted = [self.about["train_images"], self.about["test_images"]]
-        parts = zip(wanted, (data.x_train, data.x_test), strict=True)
-        # --limit took a random subset; the whole stays in its order.
-        n_train, n_test = (None if n == len(x) else n for n, x in parts)
+        # --limit took a random subset; a full data set keeps its order.
+        totals = {"train_images": len(data.x_train), "test_images": len(data.x_test)}
+        n_train, n_test = (None if counts[key] == totals[key] else counts[key] for key in totals)
         return data.limit(n_train, n_test)
 
 
+Groups = Mapping[str, list[Run]]
+"""Runs with the same settings but for the seed, by label."""
+
+
 def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
-    """The run folders among these and below them, each once, sorted by path within each.
+    """The run folders among these folders and below, each once, sorted by path within each.
 
     Raises:
-        FileNotFoundError: there is none in one of them.
-        ValueError: the settings of one are damaged; the text names it.
+        FileNotFoundError: a folder holds no run.
+        ValueError: the files of a run are damaged; the message names it.
     """
     found: dict[Path, Run] = {}
     for path in map(Path, paths):
@@ -83,68 +125,76 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs with the same settings but for the seed, by a label that tells them from the others.
+    """Runs that differ in nothing but the seed, by a label that tells them from the others.
 
-    The label is the method, with AWP or RWP; and, among those of one method, what differs. Methods
-    come in the paper's order, each first without AWP, then by gamma.
+    The label is the method, with AWP or RWP, and the settings in which groups of that method
+    differ. Methods come in the paper's order, each first without AWP, then by gamma.
     """
-    settings: dict[str, list[Run]] = {}
+    by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        settings.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
-    groups = sorted(settings.values(), key=_rank)
-    labels: dict[str, list[Run]] = {}
-    for group in groups:
-        ours = _settings(group[0])
-        others = [_settings(other[0]) for other in groups if _name(other[0]) == _name(group[0])]
-        differing = [k for k in ours if any(other.get(k) != ours[k] for other in others)]
-        values = [f"{k} {ours[k]:g}" if type(ours[k]) is float else f"{k} {ours[k]}"
-                  for k in differing]  # fmt: skip
-        labels[", ".join([_name(group[0]), *values])] = group
-    return labels
+        by_settings.setdefault(_key(_settings(run)), []).append(run)
+    groups = sorted(by_settings.values(), key=lambda group: _rank(group[0]))
+    firsts = [group[0] for group in groups]
+    return {_label(group[0], firsts): group for group in groups}
 
 
-def by_size(groups: Mapping[str, list[Run]]) -> list[dict[str, dict[float, list[Run]]]]:
-    """Which of these runs differ in the weight perturbation alone.
+def select(groups: Groups, pattern: str) -> dict[str, list[Run]]:
+    """The groups whose label matches a regular expression.
 
-    Args:
-        groups: as :func:`grouped` gives them.
+    Raises:
+        ValueError: it is none, or matches no label.
+    """
+    try:
+        found = {label: runs for label, runs in groups.items() if re.search(pattern, label)}
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    if not found:
+        raise ValueError(f"{pattern!r} matches none of {'; '.join(groups)}")
+    return found
+
+
+def by_gamma(groups: Groups) -> list[dict[str, dict[float, list[Run]]]]:
+    """Groups that differ in the weight perturbation alone.
 
     Returns:
-        For each setting of everything else, those with AWP and those with RWP, by gamma; runs
-        without either count as gamma 0 of both.
+        For each setting of everything else, the runs by "AWP" or "RWP" and by gamma. Runs without
+        either are gamma 0 of both.
     """
     families: dict[str, dict[str, dict[float, list[Run]]]] = {}
     for runs in groups.values():
-        config = runs[0].config
-        others = {k: v for k, v in _settings(runs[0]).items() if k not in ("gamma", "direction")}
-        family = families.setdefault(json.dumps(others, sort_keys=True), {"AWP": {}, "RWP": {}})
-        kind = "RWP" if config.direction == "random" else "AWP"
-        for name in (kind,) if config.gamma else family:
-            family[name][config.gamma] = runs
+        config, settings = runs[0].config, _settings(runs[0])
+        del settings["gamma"], settings["direction"]
+        family = families.setdefault(_key(settings), {"AWP": {}, "RWP": {}})
+        for kind in family:
+            if not config.gamma or (kind == "RWP") == runs[0].is_random:
+                family[kind][config.gamma] = runs
     return list(families.values())
 
 
-def evaluated(runs: Sequence[Run]) -> Runs:
-    """The rows of runs up to the last epoch at which all of them were evaluated.
-
-    Of the evaluations, those remain that all have.
+def comparable(runs: Sequence[Run]) -> Runs:
+    """The rows of runs, with the evaluations that all of them have, up to the last of these.
 
     Raises:
-        ValueError: there is no such epoch.
+        ValueError: there is none.
     """
-    epochs = [{row["epoch"] for row in run.rows if "test_robust_acc" in row} for run in runs]
-    common = set.intersection(*epochs)
+    evaluated = [{row["epoch"] for row in run.rows if "test_robust_acc" in row} for run in runs]
+    common = set.intersection(*evaluated)
     if not common:
         names = ", ".join(str(run.path) for run in runs)
-        raise ValueError(f"no epoch after which all of these were evaluated: {names}")
+        raise ValueError(f"there is no epoch at which all of these were evaluated: {names}")
+    last = max(common)
     return [
         [
-            row if row["epoch"] in common else {k: v for k, v in row.items() if "_acc" not in k}
+            row if row["epoch"] in common else _without_accuracies(row)
             for row in run.rows
-            if row["epoch"] <= max(common)
+            if row["epoch"] <= last
         ]
         for run in runs
     ]
+
+
+def _without_accuracies(row: Row) -> Row:
+    return {name: value for name, value in row.items() if "_acc" not in name}
 
 
 def _read(path: Path) -> Run:
@@ -153,25 +203,35 @@ def _read(path: Path) -> Run:
         known = {f.name for f in fields(Config)}
         # A folder may be older than a setting: it had what is now the default.
         config = Config(**{k: v for k, v in about.items() if k in known})
+        _ = config.training_attack, config.test_attack  # they check the threat
         rows = read_metrics(path)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no run folder, or damaged ({error})") from error
     if not rows:
-        raise ValueError(f"{path} is a run without an epoch: go on with it by --resume")
+        raise ValueError(f"{path} is a run without an epoch: continue it with --resume")
     return Run(path, config, {k: v for k, v in about.items() if k not in known}, rows)
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    config = {k: v for k, v in asdict(run.config).items() if k not in _SAME}
+    """What makes runs comparable."""
+    config = {k: v for k, v in asdict(run.config).items() if k not in NOT_COMPARED}
     return {**config, **{k: run.about.get(k) for k in ("dataset", "train_images")}}
 
 
-def _rank(group: list[Run]) -> tuple[int, bool, float]:
-    config = group[0].config
-    return list(_NAMES).index(config.method), config.direction == "random", config.gamma
+def _key(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)
 
 
-def _name(run: Run) -> str:
-    config = run.config
-    kind = "" if not config.gamma else "-RWP" if config.direction == "random" else "-AWP"
-    return _NAMES[config.method] + kind
+def _rank(run: Run) -> tuple[int, bool, float]:
+    return list(METHODS).index(run.config.method), run.is_random, run.config.gamma
+
+
+def _label(run: Run, firsts: Sequence[Run]) -> str:
+    settings = _settings(run)
+    others = [_settings(other) for other in firsts if other.method == run.method]
+    differing = [
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in settings.items()
+        if any(other[name] != value for other in others)
+    ]
+    return ", ".join([run.method, *differing])

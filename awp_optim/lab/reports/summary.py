@@ -1,4 +1,4 @@
-"""What is reported of runs: the figures of each, their mean and spread over seeds."""
+"""Accuracies of runs as tables: for each setting, the mean and the spread over seeds."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from collections.abc import Mapping, Sequence
 
 from awp_optim.lab.run_folder import Row, best
 
-__all__ = ["Cells", "Runs", "accuracies", "differences", "markdown", "spread", "summary"]
+__all__ = [
+    "Cells",
+    "Runs",
+    "accuracies",
+    "differences",
+    "markdown",
+    "spread",
+    "summary",
+    "values_of",
+]
 
 Runs = Sequence[Sequence[Row]]
-"""The rows of one run or more (seeds) with the same settings, evaluated at the same epochs."""
+"""The rows of several runs (seeds) with the same settings, evaluated at the same epochs."""
 Cells = list[list[str]]
-"""A table, row by row; the first holds the columns' names."""
+"""A table, row by row; the first row holds the names of the columns."""
 
 
 def summary(rows: Sequence[Row]) -> dict[str, float]:
-    """The figures of one run, accuracies and their differences in percent.
+    """The accuracies of one run, and their differences, in percent.
 
     Args:
-        rows: of its epochs, some of them evaluated; the last must be, as the trainer sees to.
+        rows: of the run's epochs, the last of which must have been evaluated.
 
     Returns:
         Natural and robust test accuracy at the best epoch (see
-        :func:`~awp_optim.lab.run_folder.best`) and at the last; at the last, robust accuracy on
-        training images and the gap, that less robust accuracy on test images.
+        :func:`~awp_optim.lab.run_folder.best`) and at the last; robust accuracy on training images
+        at the last epoch, and the gap between training and test images there.
     """
     last, top = rows[-1], best(list(rows))
     return {
@@ -37,55 +46,68 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
+def values_of(runs: Runs, name: str) -> list[float]:
+    """One of the values of :func:`summary`, for each run."""
+    return [summary(rows)[name] for rows in runs]
+
+
 def spread(values: Sequence[float], digits: int = 1, *, signed: bool = False) -> str:
-    """Mean and sample standard deviation, such as "70.1 ± 1.6"; of one value, the value.
+    """Mean and sample standard deviation, such as "70.1 ± 1.6"; for one value, the value.
 
     Args:
         values: one or more.
         digits: after the point.
-        signed: give a mean that is not negative a plus.
+        signed: whether a positive mean gets a plus.
     """
     mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def accuracies(runs: Mapping[str, Runs]) -> Cells:
-    """A table of the figures of runs: their names, then a row for each label.
+    """A table of :func:`summary`, a row for each label.
 
     Args:
-        runs: by label the rows of one run or more (seeds).
+        runs: by label.
     """
-    figures = {label: [summary(rows) for rows in seeds] for label, seeds in runs.items()}
-    return _cells(figures, signed=False)
+    return _table({label: [summary(rows) for rows in seeds] for label, seeds in runs.items()})
 
 
 def differences(runs: Mapping[str, Runs], compared_with: Mapping[str, str]) -> Cells:
-    """A table of differences seed by seed, which the spread between seeds does not blur.
+    """A table of differences between two labels, mean and spread of the differences of each seed.
+
+    The variation from seed to seed that both labels share cancels.
 
     Args:
-        runs: by label the rows of runs, with the same seeds in the same order.
+        runs: by label, with the same seeds in the same order.
         compared_with: by label, the label to subtract.
     """
-    figures = {label: [summary(rows) for rows in seeds] for label, seeds in runs.items()}
-    less = {
-        f"{label} less {other}": [
-            {name: a[name] - b[name] for name in a}
-            for a, b in zip(figures[label], figures[other], strict=True)
-        ]
+    pairs = {
+        f"{label} less {other}": zip(runs[label], runs[other], strict=True)
         for label, other in compared_with.items()
     }
-    return _cells(less, signed=True)
+    subtracted = {
+        name: [_subtract(summary(rows), summary(others)) for rows, others in seeds]
+        for name, seeds in pairs.items()
+    }
+    return _table(subtracted, signed=True)
 
 
-def _cells(figures: Mapping[str, Sequence[Mapping[str, float]]], signed: bool) -> Cells:
-    names = list(next(iter(figures.values()))[0])
-    return [["", *names]] + [
+def _subtract(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    return {name: a[name] - b[name] for name in a}
+
+
+def _table(
+    summaries: Mapping[str, Sequence[Mapping[str, float]]], *, signed: bool = False
+) -> Cells:
+    names = list(next(iter(summaries.values()))[0])
+    rows = [
         [label, *(spread([run[name] for run in seeds], signed=signed) for name in names)]
-        for label, seeds in figures.items()
+        for label, seeds in summaries.items()
     ]
+    return [["", *names], *rows]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, numbers to the right; the first row is the head."""
+    """A table in Markdown, with the first row as its head and numbers aligned to the right."""
     head, *rows = (f"| {' | '.join(row)} |" for row in cells)
     return "\n".join([head, "|---" + "|---:" * (len(cells[0]) - 1) + "|", *rows])

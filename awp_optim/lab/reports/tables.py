@@ -1,16 +1,17 @@
-"""Results of an evaluation as tables: the paper's row, every attack's figures, every example."""
+"""The results of an evaluation as tables: as in the paper, by attack, and by example."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from awp_optim.evaluation import Evaluation
-from awp_optim.lab.reports.summary import markdown
+from awp_optim.lab.reports.summary import Cells, markdown
 
 __all__ = [
     "as_csv",
@@ -24,15 +25,23 @@ __all__ = [
     "title",
 ]
 
-ORDER = ("fgsm", "pgd20", "pgd100", "cw", "spsa", "autoattack")
-"""The columns of the paper's Table 2, after Natural."""
-TITLES = {"fgsm": "FGSM", "spsa": "SPSA", "autoattack": "AA", "apgd": "APGD-CE"}
-TITLES |= {"apgd-dlr": "APGD-DLR", "apgd-t": "APGD-T", "square": "Square"}
-TITLES |= {"natural": "Natural", "worst_case": "worst case"}
+PAPER = ("fgsm", "pgd20", "pgd100", "cw", "spsa", "autoattack")
+"""The attacks of the paper's Table 2, in the order of its columns."""
+TITLES = {
+    "natural": "Natural",
+    "fgsm": "FGSM",
+    "spsa": "SPSA",
+    "autoattack": "AA",
+    "apgd": "APGD-CE",
+    "apgd-dlr": "APGD-DLR",
+    "apgd-t": "APGD-T",
+    "square": "Square",
+    "worst_case": "worst case",
+}
 
 
 def title(name: str, norm: str = "linf") -> str:
-    """What a column is called: "PGD-20", "CW_inf", "AA".
+    """The heading of an attack's column, as in papers.
 
     >>> title("pgd20"), title("cw"), title("cw", "l2"), title("autoattack/fab-t")
     ('PGD-20', 'CW_inf', 'CW_2', 'AA/fab-t')
@@ -48,108 +57,82 @@ def title(name: str, norm: str = "linf") -> str:
 
 
 def radius(eps: float) -> str:
-    """An eps as people write it: in 255ths, unless it is short in decimals.
+    """An eps in 255ths if it is a whole number of them, unless its decimals are short.
 
     >>> radius(8 / 255), radius(0.1), radius(0.0123456)
     ('8/255', '0.1', '0.01235')
     """
-    levels = 255 * eps
-    short = f"{eps:.4g}"
-    whole = round(levels) > 0 and abs(levels - round(levels)) < 1e-9
-    return f"{round(levels)}/255" if whole and float(short) != eps else short
-
-
-def _columns(r: Evaluation) -> list[str]:
-    """Accuracies in the paper's order, then other attacks, then the worst case."""
-    paper = [name for name in ORDER if name in r.robust]
-    others = [name for name in r.robust if name not in paper]
-    # One after the other, an accuracy is that under all attacks before, too.
-    attacks = list(r.robust) if r.skip_broken else paper + others
-    return ["natural", *attacks, *(["worst_case"] if len(attacks) > 1 else [])]
-
-
-def _accuracy(r: Evaluation, name: str) -> float:
-    return {"natural": r.natural, "worst_case": r.worst_case, **r.robust}[name]
+    decimals, levels = f"{eps:.4g}", round(255 * eps)
+    is_level = levels > 0 and math.isclose(levels / 255, eps)
+    return f"{levels}/255" if is_level and float(decimals) != eps else decimals
 
 
 def as_markdown(r: Evaluation, name: str = "", norm: str = "linf") -> str:
-    """Accuracies in %, as a row of the paper's Table 2, and their 95% intervals in a second row.
+    """Accuracies in %, a row as in the paper's Table 2, with their 95% intervals below.
 
     Args:
         r: the evaluation.
         name: of the model, in the first column.
-        norm: of its attacks, for the columns' names.
+        norm: of its attacks, for the names of the columns.
     """
-    columns = _columns(r)
+    columns = {column: 100 * accuracy for column, accuracy in _accuracies(r).items()}
     intervals = [r.interval(column) for column in columns]
     return markdown(
         [
             ["", *(title(column, norm) for column in columns)],
-            [name or "accuracy", *(f"{100 * _accuracy(r, column):.2f}" for column in columns)],
-            [f"95%, n = {r.n}", *(f"{100 * lo:.1f} to {100 * hi:.1f}" for lo, hi in intervals)],
+            [name or "accuracy", *(f"{accuracy:.2f}" for accuracy in columns.values())],
+            [
+                f"95%, n = {r.n}",
+                *(f"{100 * low:.1f} to {100 * high:.1f}" for low, high in intervals),
+            ],
         ]
     )
 
 
-def per_attack(r: Evaluation, norm: str = "linf") -> list[list[str]]:
-    """A row for each attack and part: accuracy, images it broke first, seconds, passes an image."""
-    first = Counter(r.broken_by.tolist())
-    cells = [
-        ["attack", "accuracy", "95% interval", "broken first", "seconds", "forward passes an image"]
-    ]
-    for name in ("natural", *r.records, "worst_case"):
-        known = name in r.robust or name in ("natural", "worst_case")
-        accuracy = f"{_accuracy(r, name):.2%}" if known else ""
-        interval = " to ".join(f"{100 * end:.1f}" for end in r.interval(name)) if known else ""
-        parent, _, part = name.partition("/")
-        if part and sum(other.startswith(f"{parent}/") for other in r.records) == 1:
-            continue  # the row of the attack says the same
-        record = r.records.get(name)
-        parts = [n for key, n in first.items() if key == name or key.startswith(f"{name}/")]
-        cells.append(
-            [
-                title(name, norm),
-                accuracy,
-                interval,
-                "" if name == "worst_case" else str(sum(parts)),
-                "" if record is None else f"{record.seconds:.1f}",
-                "" if record is None or record.passes is None else f"{record.passes:.1f}",
-            ]
-        )
-    return cells
+def per_attack(r: Evaluation, norm: str = "linf") -> Cells:
+    """A row for each attack, and for each part of attacks that have several.
+
+    The columns: its accuracy, how many images it broke first, its time, its price.
+    """
+    head = ["attack", "accuracy", "95% interval", "broken first", "seconds"]
+    parts = Counter(name.partition("/")[0] for name in r.records if "/" in name)
+    # The row of a single part would be that of its attack.
+    records = [name for name in r.records if "/" not in name or parts[name.partition("/")[0]] > 1]
+    names = ["natural", *records, "worst_case"]
+    return [[*head, "forward passes an image"], *(_attack_row(r, name, norm) for name in names)]
 
 
 def findings(r: Evaluation) -> str:
-    """What makes the accuracies doubtful, a bullet each; "" if nothing was found."""
+    """The reasons to doubt the accuracies, as a list; "" if nothing was found."""
     return "\n".join(f"- {finding.check}: {finding.message}" for finding in r.warnings)
 
 
 def as_report(r: Evaluation, about: str, name: str = "", norm: str = "linf") -> str:
-    """All of it in Markdown: the paper's row, a row for each attack, and the warnings.
+    """The tables and the findings in Markdown.
 
     Args:
         r: the evaluation.
         about: a line above the tables: what was evaluated, and how.
         name: of the model, in the first column.
-        norm: of its attacks, for the columns' names.
+        norm: of its attacks, for the names of the columns.
     """
-    parts = [about, as_markdown(r, name, norm), markdown(per_attack(r, norm))]
+    paragraphs = [about, as_markdown(r, name, norm), markdown(per_attack(r, norm))]
     if r.warnings:
-        parts += ["Warnings, which make these figures doubtful:", findings(r)]
-    return "\n\n".join(parts) + "\n"
+        paragraphs += ["Warnings: there are reasons to doubt these accuracies.", findings(r)]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def as_json(r: Evaluation, about: Mapping[str, Any]) -> str:
-    """Everything but the examples' records."""
+    """Everything but the single examples, after what ``about`` says."""
     return json.dumps({**about, **r.to_dict()}, indent=2) + "\n"
 
 
 def as_csv(r: Evaluation) -> str:
     """A line for each accuracy."""
-    names = ["natural", *r.robust, "worst_case"]
+    accuracies = {"natural": r.natural, **r.robust, "worst_case": r.worst_case}
     rows = [
-        [name, r.n, f"{_accuracy(r, name):.6f}", *(f"{end:.6f}" for end in r.interval(name))]
-        for name in names
+        [name, r.n, f"{accuracy:.6f}", *(f"{end:.6f}" for end in r.interval(name))]
+        for name, accuracy in accuracies.items()
     ]
     return _csv([["attack", "n", "accuracy", "low", "high"], *rows])
 
@@ -157,13 +140,37 @@ def as_csv(r: Evaluation) -> str:
 def per_example(r: Evaluation) -> str:
     """A line for each example: what broke it first, and its loss under each attack."""
     head = ["index", "label", "prediction", "broken_by", *(f"loss_{name}" for name in r.records)]
-    columns = [record.loss for record in r.records.values()]
+    losses = [record.loss for record in r.records.values()]
     rows = [
         [i, int(r.labels[i]), int(r.predictions[i]), str(r.broken_by[i])]
-        + ["" if c[i] != c[i] else f"{c[i]:.6g}" for c in columns]
+        + ["" if loss[i] != loss[i] else f"{loss[i]:.6g}" for loss in losses]  # NaN: not attacked
         for i in range(r.n)
     ]
     return _csv([head, *rows])
+
+
+def _accuracies(r: Evaluation) -> dict[str, float]:
+    """Accuracies by name: the attacks in the paper's order, then others, then the worst case."""
+    names = list(r.robust)
+    if not r.skip_broken:  # else an accuracy counts the attacks before it, too: keep the order
+        names.sort(key=lambda name: PAPER.index(name) if name in PAPER else len(PAPER))
+    worst_case = {"worst_case": r.worst_case} if len(names) > 1 else {}
+    return {"natural": r.natural, **{name: r.robust[name] for name in names}, **worst_case}
+
+
+def _attack_row(r: Evaluation, name: str, norm: str) -> list[str]:
+    accuracies = {"natural": r.natural, **r.robust, "worst_case": r.worst_case}
+    accuracy, interval, broken, seconds, passes = "", "", "", "", ""
+    if name in accuracies:  # a part has none of its own
+        accuracy = f"{accuracies[name]:.2%}"
+        interval = " to ".join(f"{100 * end:.1f}" for end in r.interval(name))
+    if name != "worst_case":
+        first = [by for by in r.broken_by if by == name or by.startswith(f"{name}/")]
+        broken = str(len(first))
+    if (record := r.records.get(name)) is not None:
+        seconds = f"{record.seconds:.1f}"
+        passes = "" if record.passes is None else f"{record.passes:.1f}"
+    return [title(name, norm), accuracy, interval, broken, seconds, passes]
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What the tests of the lab share."""
+"""What the tests of the reports share."""
 
 from __future__ import annotations
 
@@ -18,3 +18,20 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", savefig)
     return figures
+
+
+@pytest.fixture(scope="session")
+def lines_of():
+    """The lines of a panel that the legend names, by label."""
+
+    def lines_of(axes):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        return {label: line for label, line in lines.items() if not label.startswith("_")}
+
+    return lines_of
+
+
+@pytest.fixture(scope="session")
+def legend_of():
+    """The texts of a panel's legend."""
+    return lambda axes: [text.get_text() for text in axes.get_legend().get_texts()]

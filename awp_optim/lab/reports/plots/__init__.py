@@ -1,6 +1,8 @@
-"""Pictures as in the paper's figures, drawn with matplotlib.
+"""The paper's figures as plots, and those of an evaluation, drawn with matplotlib.
 
-Every function writes a file; its suffix says in which format.
+Every function takes what it draws, usually by label, then the file to write, whose suffix sets the
+format, and a title. It raises ImportError if matplotlib is not installed, and ValueError if there
+are more labels than a reader can tell apart. Figures are numbered as in the paper.
 """
 
 from awp_optim.lab.reports.plots.evaluation import accuracy_by_radius, adversarial_images
@@ -14,16 +16,17 @@ from awp_optim.lab.reports.plots.landscape import (
     surfaces,
     weight_histograms,
 )
-from awp_optim.lab.reports.plots.parts import COLOURS
 from awp_optim.lab.reports.plots.runs import (
     ablations,
     curve_panels,
     learning_curves,
     perturbation_sizes,
 )
+from awp_optim.lab.reports.plots.style import MAX_LABELS, MAX_PAIRS
 
 __all__ = [
-    "COLOURS",
+    "MAX_LABELS",
+    "MAX_PAIRS",
     "ablations",
     "accuracy_by_radius",
     "adversarial_images",

@@ -1,14 +1,14 @@
-"""Pictures of an evaluation: accuracy by radius, adversarial images."""
+"""Plots of an evaluation: accuracy by radius, and adversarial images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from awp_optim.lab.reports.plots.parts import MARKERS, canvas, coloured, save, tidy
+from awp_optim.lab.reports.plots.style import MARKERS, MAX_PAIRS, colored, picture
 from awp_optim.lab.reports.tables import radius
 
 __all__ = ["accuracy_by_radius", "adversarial_images"]
@@ -22,67 +22,56 @@ def accuracy_by_radius(
     chance: float = 0.0,
     marked: float | None = None,
 ) -> None:
-    """Robust accuracy under attacks of growing radius: it must fall to zero.
+    """Robust accuracy in [0, 1] by attack (at most 4) and eps: it must fall to zero.
 
-    Args:
-        accuracies: for each attack, accuracy in [0, 1] by eps.
-        path: the picture to write.
-        title: put above it.
-        chance: accuracy of a guess, drawn as a line.
-        marked: the eps that the rest of the evaluation is about.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: there are more attacks than colours.
+    Lines mark ``chance``, the accuracy of guessing, and the eps of the rest of the evaluation.
     """
-    figure = canvas(6.4, 4.2)
-    axes = figure.subplots()
-    for (colour, (label, points)), marker in zip(coloured(accuracies), MARKERS, strict=False):
-        radii = sorted(points)
-        values = [100 * points[eps] for eps in radii]
-        axes.plot(radii, values, color=colour, label=label, marker=marker, markersize=4)
-    axes.axhline(100 * chance, color="grey", linestyle=":", label=f"chance, {chance:.0%}")
-    if marked is not None:
-        axes.axvline(marked, color="grey", linestyle="--", lw=1, label=f"eps {radius(marked)}")
-    axes.set_xlabel("eps, radius of the ball")
-    axes.set_ylabel("robust accuracy (%)")
-    axes.set_ylim(bottom=-2)
-    axes.legend(frameon=False)
-    tidy(axes)
-    save(figure, path, title)
+    with picture(path, title, 6.4, 4.2) as figure:
+        axes = figure.subplots()
+        for i, (color, (label, points)) in enumerate(colored(accuracies, MAX_PAIRS)):
+            radii = sorted(points)
+            percent = [100 * points[eps] for eps in radii]
+            axes.plot(radii, percent, color=color, label=label, marker=MARKERS[i])
+        axes.axhline(100 * chance, color="gray", linestyle=":", label=f"chance, {chance:.0%}")
+        if marked is not None:
+            axes.axvline(marked, color="gray", linestyle="--", lw=1, label=f"eps {radius(marked)}")
+        axes.set_xlabel("eps, radius of the ball")
+        axes.set_ylabel("robust accuracy (%)")
+        axes.set_ylim(bottom=-2)
+        axes.legend()
 
 
 def adversarial_images(
-    x: Any, x_adv: Any, names: list[tuple[str, str, str]], path: Path | str, title: str = ""
+    x: Any,
+    x_adv: Any,
+    names: Sequence[tuple[str, str, str]],
+    path: Path | str,
+    title: str = "",
 ) -> None:
-    """Images as they are, attacked, and the difference, magnified; a column each.
+    """Images, the same under attack, and the difference, magnified; a column each.
 
-    Args:
-        x, x_adv: arrays of shape (N, C, H, W) in [0, 1], one or three channels.
-        names: for each image its label and what the model says of the two.
-        path: the picture to write.
-        title: put above it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    The arrays have shape (N, C, H, W), with one or three channels and values in [0, 1]; ``names``
+    holds for each image its label, and what the model predicts for the two, orange if it is wrong.
     """
-    x, x_adv = (np.moveaxis(np.asarray(t, dtype=float), 1, -1) for t in (x, x_adv))
+    x, x_adv = (np.moveaxis(np.asarray(images, dtype=float), 1, -1) for images in (x, x_adv))
     largest = float(np.abs(x_adv - x).max())
     factor = max(1, round(0.5 / largest)) if largest > 0 else 1
-    figure = canvas(max(8.0, 0.9 + 1.5 * len(x)), 5.6)  # the title is long
-    grid = figure.subplots(3, len(x), squeeze=False)
-    titles = ("as it is", "attacked", f"difference x {factor}")
-    for i, (label, before, after) in enumerate(names):
-        pictures = (x[i], x_adv[i], 0.5 + factor * (x_adv[i] - x[i]))
-        captions = (f"{before}", f"{after}", "")
-        for row, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-            axes = grid[row, i]
-            picture = picture[..., 0] if picture.shape[-1] == 1 else picture
-            axes.imshow(picture.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
-            wrong = row < 2 and caption != label
-            axes.set_xlabel(caption, fontsize=9, color="#D55E00" if wrong else "black")
-    for axes, name in zip(grid[:, 0], titles, strict=True):
-        axes.set_ylabel(name, fontsize=10)
-    save(figure, path, title)
+    rows = {
+        "image": x,
+        "attacked": x_adv,
+        f"difference x {factor}": 0.5 + factor * (x_adv - x),
+    }
+    width = max(8.0, 0.9 + 1.5 * len(x))  # titles are long
+    with picture(path, title, width, 5.6) as figure:
+        grid = figure.subplots(len(rows), len(x), squeeze=False)
+        for axes, image in zip(grid.flat, np.concatenate(list(rows.values())), strict=True):
+            image = image.squeeze(-1) if image.shape[-1] == 1 else image
+            axes.imshow(image.clip(0, 1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(True)
+        for axes, name in zip(grid[:, 0], rows, strict=True):
+            axes.set_ylabel(name)
+        for column, (label, *predictions) in zip(grid.T, names, strict=True):
+            for axes, predicted in zip(column, predictions, strict=False):
+                color = "black" if predicted == label else "C1"
+                axes.set_xlabel(predicted, fontsize=9, color=color)
