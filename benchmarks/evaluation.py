@@ -23,7 +23,7 @@ from awp_optim._utils.io import atomic_write
 from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, AutoAttack
 from awp_optim.evaluation import evaluate
 from awp_optim.lab.data import load_cifar10
-from awp_optim.lab.summary import markdown
+from awp_optim.lab.reports.summary import markdown
 from benchmarks.harness import RESULTS, environment, interleaved, ratios, write_json
 
 EPS = 1 / 255

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from awp_optim._utils.io import atomic_write
 from awp_optim.attacks import PGD
 from awp_optim.lab.models import build_model
-from awp_optim.lab.summary import markdown
+from awp_optim.lab.reports.summary import markdown
 from awp_optim.landscape import filter_normalized_direction, loss_curve
 from benchmarks.harness import (
     RESULTS,

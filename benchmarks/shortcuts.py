@@ -28,7 +28,7 @@ from awp_optim import AWP, frozen_batch_norm
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
-from awp_optim.lab.summary import spread, summary
+from awp_optim.lab.reports.summary import spread, summary
 from awp_optim.lab.trainer import fit
 from awp_optim.objectives import at
 from benchmarks.harness import RESULTS, environment, write_json

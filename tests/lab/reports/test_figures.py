@@ -1,4 +1,4 @@
-"""The paper's figures of run folders: what is measured, and what there must be for one."""
+"""The paper's figures of run folders: what is measured, and what runs a figure needs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ pytest.importorskip("sklearn")
 from awp_optim.attacks import PGD
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
-from awp_optim.lab.figures import FIGURES
 from awp_optim.lab.loading import from_checkpoint
-from awp_optim.lab.measuring import Landscapes, Measuring, NotEnough
-from awp_optim.lab.runs import find_runs, grouped
+from awp_optim.lab.reports.figures import FIGURES
+from awp_optim.lab.reports.landscapes import Landscapes, Measuring
+from awp_optim.lab.reports.runs import NotEnough, find_runs, grouped
 from awp_optim.lab.trainer import fit
 from awp_optim.landscape import filter_normalized_direction, loss_curve
 
@@ -62,17 +62,18 @@ def groups_of(folder: Path, *names: str):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_measured_drawn_and_put_in_numbers(name, runs, landscapes, tmp_path):
-    drawings = FIGURES[name](groups_of(runs), landscapes)
+    groups = groups_of(runs)
+    drawings = FIGURES[name](groups, landscapes)
+    assert len(drawings) == (len(groups) if name == "epochs" else 1)
     for drawing in drawings:
         drawing.draw(tmp_path / f"{drawing.name}.png", drawing.title)
         assert (tmp_path / f"{drawing.name}.png").stat().st_size > 10_000
         assert drawing.caption
+        assert drawing.tables
         for title, cells in drawing.tables:
             assert title
             assert len({len(row) for row in cells}) == 1
         json.dumps(drawing.data)
-    assert len(drawings) == (len(groups_of(runs)) if name == "epochs" else 1)
-    assert drawings[0].tables
 
 
 def test_a_curve_is_that_of_the_checkpoint_and_of_the_runs_images(runs, landscapes):
@@ -95,7 +96,7 @@ def test_what_was_measured_is_not_measured_again(runs, landscapes, monkeypatch):
     monkeypatch.setattr(PGD, "__call__", lambda *_: pytest.fail("measured again"))
     assert np.array_equal(landscapes.curve(run).adv_losses, before.adv_losses)
     with pytest.raises(pytest.fail.Exception):
-        landscapes.curve(run, run.checkpoints()[2])  # another checkpoint is another file's
+        landscapes.curve(run, run.checkpoints()[2])
 
 
 def test_a_checkpoint_that_was_replaced_is_measured_anew(runs, tmp_path):
@@ -117,19 +118,28 @@ def test_the_numbers_are_the_curves(runs, landscapes):
     assert [row[0] for row in cells] == ["", "AT", "AT-AWP"]
     curves = {k: [landscapes.curve(run) for run in of] for k, of in groups.items()}
     rises = {k: np.array([c.sharpness(0.25).mean for c in of]) for k, of in curves.items()}
-    centre = np.mean([c.adv_center for c in curves["AT"]])
-    assert cells[1][1].startswith(f"{centre:.3f} ±")
+    unperturbed = np.mean([c.adv_center for c in curves["AT"]])
+    assert cells[1][1].startswith(f"{unperturbed:.3f} ±")
     assert cells[1][2] == f"{rises['AT'].mean():.3f} ± {rises['AT'].std(ddof=1):.3f}"
     difference = rises["AT-AWP"] - rises["AT"]
     assert less[1][0] == "AT-AWP less AT"
     assert less[1][2] == ", ".join(f"{d:+.3f}" for d in difference)
     assert less[1][3] == f"{rises['AT-AWP'].sum() / rises['AT'].sum():.2f}"
+    assert drawing.data["AT"][1] == curves["AT"][1].to_dict()
 
 
 def test_a_single_setting_is_shown_by_its_checkpoints(runs, landscapes):
     (drawing,) = FIGURES["surface"](groups_of(runs, "awp-0"), landscapes)
     assert list(drawing.data) == ["AT-AWP, epoch 2", "AT-AWP, epoch 4"]
     assert np.shape(drawing.data["AT-AWP, epoch 2"]["adv_loss"]) == (3, 3)
+
+
+def test_more_settings_than_one_picture_of_learning_curves_holds(runs, landscapes):
+    (group,) = groups_of(runs, "at-0").values()
+    first, second = FIGURES["learning"]({str(i): group for i in range(6)}, landscapes)
+    assert [list(first.data), list(second.data)] == [["0", "1", "2", "3"], ["4", "5"]]
+    assert [first.name, second.name] == ["learning-1", "learning-2"]
+    assert first.title != second.title
 
 
 def test_methods_leave_random_perturbation_to_its_own_figure(runs, landscapes):
@@ -142,7 +152,7 @@ def test_methods_leave_random_perturbation_to_its_own_figure(runs, landscapes):
 @pytest.mark.parametrize(
     ("name", "of", "why"),
     [
-        ("methods", ["at-0", "at-1"], "nothing to compare it with"),
+        ("methods", ["at-0", "at-1"], "nothing to compare"),
         ("gamma", ["at-0", "awp-0"], "three gammas"),
         ("sizes", ["at-0", "awp-0"], "three gammas"),
         ("rwp", ["at-0", "awp-0"], "--direction random"),
@@ -154,17 +164,17 @@ def test_not_enough(name, of, why, runs, landscapes):
 
 
 def test_too_many_settings_for_one_picture(runs, landscapes):
-    groups = groups_of(runs, "at-0")
-    with pytest.raises(NotEnough, match="at most 8 with --select, of 0; 1; 2"):
-        FIGURES["methods"]({str(i): next(iter(groups.values())) for i in range(9)}, landscapes)
+    (group,) = groups_of(runs, "at-0").values()
+    with pytest.raises(NotEnough, match="--select, of 0; 1; 2"):
+        FIGURES["methods"]({str(i): group for i in range(9)}, landscapes)
 
 
 def test_a_run_without_checkpoints(runs, landscapes, tmp_path):
-    bare = tmp_path / "bare"
-    bare.mkdir()
+    path = tmp_path / "run"
+    path.mkdir()
     for name in ("config.json", "metrics.csv"):
-        (bare / name).write_bytes((runs / "at-0" / name).read_bytes())
-    groups = grouped(find_runs([bare]))
+        shutil.copy(runs / "at-0" / name, path)
+    groups = grouped(find_runs([path]))
     FIGURES["learning"](groups, landscapes)
     for name in ("surface", "directions", "histogram", "perturbed", "on-the-fly"):
         with pytest.raises(NotEnough, match="holds no checkpoint"):
