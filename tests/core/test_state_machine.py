@@ -1,4 +1,4 @@
-"""Any sequence of calls leaves the weights at w + v inside the ball, or exactly at the centre."""
+"""Any sequence of calls leaves the weights at w + v inside the ball, or exactly at the start."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ class Interrupted(Exception):
 
 
 class AWPMachine(RuleBasedStateMachine):
-    """AWP beside a plain optimizer on its own copies of the weights: the expected centre."""
+    """AWP beside a plain optimizer on its own copies of the weights: the expected start."""
 
     @initialize(
         seed=st.integers(0, 1000),
