@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from awp_optim._utils.distributed import Ranks
@@ -88,11 +89,12 @@ class TrainingRanks(Ranks):
         if self.world == 1:
             return model
         device = next(model.parameters()).device
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         if device.type == "cpu":
             for module in model.modules():
-                if isinstance(module, nn.SyncBatchNorm):
+                if isinstance(module, _BatchNorm):
                     module.__class__ = _CPUSyncBatchNorm  # the same state, another forward pass
+        else:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         # All ranks have the same statistics, so DDP need not broadcast them at every pass.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -181,8 +183,11 @@ class _AllReduce(torch.autograd.Function):
         return grad
 
 
-class _CPUSyncBatchNorm(nn.SyncBatchNorm):
+class _CPUSyncBatchNorm(_BatchNorm):
     """SyncBatchNorm on a CPU, where torch has none."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass  # any number of dimensions, as SyncBatchNorm
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
