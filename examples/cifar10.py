@@ -44,10 +44,10 @@ from awp_optim.lab.data import load as load_dataset
 from awp_optim.lab.interrupt import StopRequest, graceful_stop
 from awp_optim.lab.job import Job, job
 from awp_optim.lab.models import ACTIVATIONS, MODELS
-from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
+from awp_optim.lab.reports.plots import learning_curves
 from awp_optim.lab.run_folder import Row, best, refuse_run
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.self_training import pseudo_label_rest
