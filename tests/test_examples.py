@@ -42,7 +42,7 @@ def test_cifar10_trains_and_explains_itself(tmp_path):
     assert "Stopped after 0 of 2 epochs; go on with --resume" in done.stdout
     again = run("cifar10.py", *args, cwd=tmp_path)
     assert again.returncode == 1
-    assert again.stderr.startswith("error: run already holds a run: go on with --resume")
+    assert again.stderr.startswith("error: run already holds a run: continue it with --resume")
     done = run("cifar10.py", *args, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Robust test accuracy (PGD-20)" in done.stdout
