@@ -54,8 +54,8 @@ from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.trainer import fit, is_over
 from awp_optim.lab.weights import load_weights
 
-DIRECTIONS = ("gradient", "random", "momentum")
-ASCENTS = ("exact", "attack", "momentum")
+DIRECTIONS = ("gradient", "random")
+ASCENTS = ("exact", "attack")
 DEFAULTS = defaults("cifar10")
 
 
@@ -107,7 +107,6 @@ def parse_args() -> argparse.Namespace:
     setting("--ascent-steps", "K2, ascents of the weights for each attack")
     setting("--alternations", "A, attacks and ascents in turn")
     setting("--ascent", "AWP's", choices=ASCENTS)
-    setting("--interval", "steps between ascents")
     setting(
         "--arch",
         f"{', '.join(sorted(MODELS))}, wide_resnetD_W or torchvision/NAME (preact_resnet18)",

@@ -56,7 +56,7 @@ class TrainingRanks(Ranks):
                 "fewer (--nproc-per-node), or change --batch-size or --epoch-images"
             )
 
-    def take(self, *batch: Tensor) -> tuple[Tensor, ...]:
+    def shard(self, *batch: Tensor) -> tuple[Tensor, ...]:
         """This rank's rows of a batch: neighbours, as many as on the other ranks or one less.
 
         A rank with none gets the first row, so that its attack draws what the others' draw, but
@@ -116,7 +116,7 @@ class TrainingRanks(Ranks):
 
     # ------------------------------------------------------------------ agreement
 
-    def together(
+    def sync_stop(
         self, stop: Callable[[], bool] | None, device: torch.device
     ) -> Callable[[], bool] | None:
         """A ``stop`` that is True on all ranks if it is on one.

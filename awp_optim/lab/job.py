@@ -19,7 +19,7 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from awp_optim._utils.distributed import Ranks
 from awp_optim.lab.distributed import TrainingRanks
 
-__all__ = ["Job", "RankLost", "job", "naming_the_lost"]
+__all__ = ["Job", "RankLost", "job", "naming_lost_ranks"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class RankLost(ConnectionError):
 
 
 @contextmanager
-def naming_the_lost(ranks: Ranks) -> Iterator[None]:
+def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
     """Inside, a collective that fails for want of another rank raises :class:`RankLost`."""
     try:
         yield
@@ -116,7 +116,7 @@ class Job(TrainingRanks):
                     raise each
         return answer  # type: ignore[no-any-return]
 
-    def tell(self, text: str, consequence: bool) -> None:
+    def report(self, text: str, consequence: bool) -> None:
         """Write why the program ends to the standard error, once for all ranks.
 
         The first rank does so; the others where it has something else to say, or nothing.
@@ -180,7 +180,7 @@ def job() -> Iterator[Job]:
                 yield ranks
     except SystemExit as error:
         if isinstance(error.code, str):
-            ranks.tell(f"{error.code}\n", isinstance(error.__context__, RankLost))
+            ranks.report(f"{error.code}\n", isinstance(error.__context__, RankLost))
             raise SystemExit(1) from None
         _wait_for_the_first(ranks)
         raise

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from awp_optim._utils.io import atomic_write
-from awp_optim.lab.config import Config
+from awp_optim.lab.config import REMOVED, Config
 
 __all__ = ["Row", "RunFolder", "best", "foreign", "read_metrics", "refuse_run"]
 
@@ -137,6 +137,11 @@ class RunFolder:
         older = {"unlabeled_images": 0, "data": self.about.get("data"), **asdict(Config())}
         before = {**older, **before}
         changed = [k for k, now in self.about.items() if before.get(k) != now]
+        if used := [k for k, default in REMOVED.items() if before.get(k, default) != default]:
+            raise ValueError(
+                f"the run in {self.path} cannot be resumed: it used {', '.join(used)}, which has "
+                "been removed"
+            )
         if changed:
             raise ValueError(
                 f"the run in {self.path} cannot be resumed with other settings: "

@@ -25,7 +25,7 @@ from awp_optim.lab.augment import cutout, mixup, random_crop_flip
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
-from awp_optim.lab.job import naming_the_lost
+from awp_optim.lab.job import naming_lost_ranks
 from awp_optim.lab.models import build_model
 from awp_optim.lab.order import epoch_order, steps_per_epoch
 from awp_optim.lab.pseudo import PseudoLabeled
@@ -88,11 +88,11 @@ def fit(
             settings and data do not go together.
     """
     ranks = TrainingRanks()
-    with naming_the_lost(ranks):
+    with naming_lost_ranks(ranks):
         training = _Training(config, data, unlabeled, init, ranks)
         folder = None if out is None else _open(training, Path(out), resume)
         try:
-            _train(training, folder, on_step, on_epoch, ranks.together(stop, training.device))
+            _train(training, folder, on_step, on_epoch, ranks.sync_stop(stop, training.device))
         finally:
             if folder:
                 folder.close()
@@ -299,7 +299,6 @@ class _Training:
             ranks.shared_objective(config.objective),
             alternations=config.alternations,
             ascent=config.ascent,
-            interval=config.interval,
             autocast=self.autocast,
         )
         self.average: AveragedModel | None = None
@@ -339,7 +338,7 @@ class _Training:
         if config.mixup:
             x, y = mixup(x, labels, self.num_classes, config.mixup, self.augmenter)
             labels = y.argmax(1)
-        x, y, labels = self.ranks.take(x, y, labels)
+        x, y, labels = self.ranks.shard(x, y, labels)
         result = self.adversarial_step(x, y)
         self.scheduler.step()
         if self.average:
@@ -425,7 +424,6 @@ class _Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "step": self.adversarial_step.state_dict(),
             "rows": self.rows,
             "random": _random_states(self.device, self.shuffler, self.augmenter),
             "device": self.device.type,
@@ -445,8 +443,6 @@ class _Training:
         self.scheduler.load_state_dict(saved["scheduler"])
         if self.average:
             self.average.load_state_dict(saved["ema"])
-        if "step" in saved:  # files of before have none
-            self.adversarial_step.load_state_dict(saved["step"])
         self.rows = saved["rows"]
         self.epoch = None
         if "epoch" in saved:
@@ -556,7 +552,7 @@ def measure(
     with in_mode(model, "eval"), precision:
         for xs, ys in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
             if ranks:
-                xs, ys = ranks.take(xs, ys)
+                xs, ys = ranks.shard(xs, ys)
             images = _to_float(xs)
             adversarial = attack(model, images, ys)
             if ranks and not ranks.own:

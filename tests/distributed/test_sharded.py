@@ -51,7 +51,7 @@ def test_an_ascent_of_parts(figures, processes, scenario):
 
 @pytest.mark.parametrize(
     "scenario",
-    ["second_forward", "scaled_and_clipped", "momentum_direction", "in_one_call", "half_precision"],
+    ["second_forward", "scaled_and_clipped", "closures", "in_one_call", "half_precision"],
 )
 def test_what_goes_on_around_an_ascent(figures, scenario):
     for what, difference in figures["2"][scenario].items():

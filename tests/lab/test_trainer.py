@@ -98,7 +98,7 @@ def test_checkpoints_of_epochs_are_kept(data, tmp_path):
     )
     for name, value in shorter.state_dict().items():
         assert torch.equal(two["model"][name], value)
-    with pytest.raises(ValueError, match="save_every must not be negative"):
+    with pytest.raises(ValueError, match="save_every must be at least 0"):
         replace(config, save_every=-1)
 
 
@@ -292,10 +292,8 @@ def test_the_seed_decides_everything(data):
 
 
 @pytest.mark.parametrize("broken_after", [1, 2])
-@pytest.mark.parametrize("interval", [1, 4])
-def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after, interval):
-    # Steps of an epoch are no multiple of 4: a direction is kept from one to the next.
-    config = Config(**{**vars(CONFIG), "interval": interval})
+def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after):
+    config = CONFIG
     model, rows = fit(config, data, tmp_path / "whole")
 
     def stop(row):
@@ -317,7 +315,7 @@ def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after, int
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 6, 7, 8, 12])
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path, stop_at):
     """Stopped before, after and between steps, and while evaluating."""
-    config = Config(**{**vars(CONFIG), "epochs": 2, "ema": 0.5, "interval": 2, "mixup": 1.4})
+    config = Config(**{**vars(CONFIG), "epochs": 2, "ema": 0.5, "mixup": 1.4})
     model, rows = fit(config, data, tmp_path / "whole")
     asked = []
 
@@ -348,7 +346,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(data, tmp_path):
     fit(CONFIG, data, tmp_path, on_epoch=done.append, stop=lambda: len(done) == 1)
     file = tmp_path / "config.json"
     about = json.loads(file.read_text())
-    for name in ("precision", "ascent", "interval", "mixup", "unlabeled_images", "init"):
+    for name in ("precision", "ascent", "mixup", "unlabeled_images", "init"):
         del about[name]
     file.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="precision was float32, is bfloat16"):
@@ -390,8 +388,8 @@ def test_the_step_and_the_evaluation_get_their_settings(data, monkeypatch):
 
     monkeypatch.setattr(trainer, "AdversarialStep", Step)
     monkeypatch.setattr(trainer, "Captured", Captured)
-    fit(Config(**{**vars(CONFIG), "ascent": "attack", "interval": 2, "epochs": 1}), data)
-    assert steps == [{"ascent": "attack", "alternations": 1, "interval": 2, "autocast": None}]
+    fit(Config(**{**vars(CONFIG), "ascent": "attack", "epochs": 1}), data)
+    assert steps == [{"ascent": "attack", "alternations": 1, "autocast": None}]
     assert captured == [20, 40]
 
 
@@ -1005,7 +1003,7 @@ def test_a_full_disk_loses_nothing(tmp_path, kind):
         ({"gamma": -1.0}, "gamma must be finite and >= 0"),
         ({"beta": -1.0}, "beta must be finite and >= 0"),
         ({"momentum": 2.0}, r"momentum must be in \[0, 1\)"),
-        ({"patience": -1}, "patience must not be negative"),
+        ({"patience": -1}, "patience must be at least 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
         ({"unlabeled_share": 1.0}, r"unlabeled_share must be in \(0, 1\)"),

@@ -201,8 +201,7 @@ def _read(path: Path) -> Run:
     try:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
         known = {f.name for f in fields(Config)}
-        # A folder may be older than a setting: it had what is now the default.
-        config = Config(**{k: v for k, v in about.items() if k in known})
+        config = Config.from_saved(about)
         _ = config.training_attack, config.test_attack  # they check the threat
         rows = read_metrics(path)
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -72,7 +72,7 @@ def test_repeated_ascents_follow_the_equations(dtype, norm, foreach, steps):
     for k in range(steps + 2):  # two more than gamma is spread over: the projection must hold them
         grads = layers(dtype, seed=k + 1)
         expected = [equation(p, g, w, 0.05, steps, norm) for p, g, w in zip(params, grads, centres)]
-        ascend(params, grads, centres, norm, foreach, gamma=0.05, steps=steps, at_centre=k == 0)
+        ascend(params, grads, centres, norm, foreach, gamma=0.05, steps=steps, is_first=k == 0)
         for p, e, w in zip(params, expected, centres):
             assert p.dtype == dtype
             bound = EPS[dtype] * w.double().abs().max().item()
@@ -89,16 +89,16 @@ def test_complex_layers_are_measured_by_their_moduli(dtype, norm, foreach):
     p = w.clone()
     for k in range(3):
         expected = equation(p, g, w, 0.05, 2, norm)
-        ascend([p], [g], [w], norm, foreach, gamma=0.05, steps=2, at_centre=k == 0)
+        ascend([p], [g], [w], norm, foreach, gamma=0.05, steps=2, is_first=k == 0)
         torch.testing.assert_close(p.to(expected.dtype), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("where_the_norms_are")
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("at_centre", [True, False])
+@pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [0.0, math.inf, -math.inf, math.nan])
-def test_a_direction_that_cannot_be_used_leaves_its_layer_alone(bad, dtype, foreach, at_centre):
+def test_a_direction_that_cannot_be_used_leaves_its_layer_alone(bad, dtype, foreach, is_first):
     centres = [torch.randn(4, 4).to(dtype) for _ in range(3)]
     params = [w.clone() for w in centres]
     grads = [torch.randn(4, 4).to(dtype) for _ in range(3)]
@@ -106,7 +106,7 @@ def test_a_direction_that_cannot_be_used_leaves_its_layer_alone(bad, dtype, fore
         grads[1].zero_()
     else:
         grads[1][2, 3] = bad
-    ascend(params, grads, centres, "l2", foreach, gamma=0.05, steps=1, at_centre=at_centre)
+    ascend(params, grads, centres, "l2", foreach, gamma=0.05, steps=1, is_first=is_first)
     assert torch.equal(params[1], centres[1])
     for i in (0, 2):
         assert params[i].isfinite().all()
@@ -115,11 +115,11 @@ def test_a_direction_that_cannot_be_used_leaves_its_layer_alone(bad, dtype, fore
 
 @pytest.mark.usefixtures("where_the_norms_are")
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.parametrize("at_centre", [True, False])
-def test_a_zero_weight_stays_zero(foreach, at_centre):
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_zero_weight_stays_zero(foreach, is_first):
     centre, param = torch.zeros(3, 3), torch.zeros(3, 3)
     grads = [torch.randn(3, 3)]
-    ascend([param], grads, [centre], "l2", foreach, gamma=0.1, steps=1, at_centre=at_centre)
+    ascend([param], grads, [centre], "l2", foreach, gamma=0.1, steps=1, is_first=is_first)
     assert torch.equal(param, centre)
 
 
@@ -138,7 +138,7 @@ def test_v_stays_in_the_ball_whatever_the_scale(seed, gamma, steps, calls, norm,
     params = [w.clone() for w in centres]
     for k in range(calls):
         grads = [g * 10**scale for g in layers(torch.float32, seed + 1 + k)]
-        ascend(params, grads, centres, norm, foreach, gamma=gamma, steps=steps, at_centre=k == 0)
+        ascend(params, grads, centres, norm, foreach, gamma=gamma, steps=steps, is_first=k == 0)
     for p, w in zip(params, centres):
         v, size = p.double() - w.double(), w.double().norm(ORDER[norm])
         assert v.norm(ORDER[norm]) <= gamma * size * (1 + 1e-5) + 1e-6 * size
@@ -151,7 +151,7 @@ def test_both_implementations_agree_to_rounding():
         params = [w.clone() for w in centres]
         for k in range(4):
             grads = layers(torch.float32, k + 1)
-            ascend(params, grads, centres, "l2", foreach, gamma=0.1, steps=2, at_centre=k == 0)
+            ascend(params, grads, centres, "l2", foreach, gamma=0.1, steps=2, is_first=k == 0)
         results.append(params)
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-7)
@@ -184,7 +184,7 @@ def test_a_tiny_half_precision_gradient_has_a_scale_beyond_its_dtype():
     g = torch.full((64, 64), 6e-8, dtype=torch.float16)
     for foreach in (True, False):
         p = w.clone()
-        ascend([p], [g], [w], "l2", foreach, gamma=0.05, steps=1, at_centre=True)
+        ascend([p], [g], [w], "l2", foreach, gamma=0.05, steps=1, is_first=True)
         torch.testing.assert_close(p, torch.full_like(p, 1.05))
 
 
@@ -192,8 +192,8 @@ def test_a_tiny_half_precision_gradient_has_a_scale_beyond_its_dtype():
 def test_gamma_may_be_a_tensor(foreach):
     w, g = torch.randn(3, 3), torch.randn(3, 3)
     by_number, by_tensor = w.clone(), w.clone()
-    ascend([by_number], [g], [w], "l2", foreach, gamma=0.1, steps=1, at_centre=True)
-    ascend([by_tensor], [g], [w], "l2", foreach, gamma=torch.tensor(0.1), steps=1, at_centre=True)
+    ascend([by_number], [g], [w], "l2", foreach, gamma=0.1, steps=1, is_first=True)
+    ascend([by_tensor], [g], [w], "l2", foreach, gamma=torch.tensor(0.1), steps=1, is_first=True)
     torch.testing.assert_close(by_number, by_tensor)
 
 
@@ -218,7 +218,7 @@ def test_the_masked_ascent_reads_and_writes_each_weight_once(monkeypatch):
             return out
 
     is_big = lambda t: isinstance(t, torch.Tensor) and t.numel() > 100  # noqa: E731
-    monkeypatch.setattr(perturbation, "_host_may_look", lambda t: False)
+    monkeypatch.setattr(perturbation, "_host_may_read", lambda t: False)
     monkeypatch.setattr(perturbation, "_FUSED", {"cpu"})
     p = torch.nn.Parameter(torch.randn(20, 30))
     opt = AWP([p], torch.optim.SGD, gamma=0.1, lr=0.1)
@@ -263,7 +263,7 @@ def test_gradients_of_another_layout_or_dtype(dtype, layout):
     (w,), (g,) = (layers(torch.float32, seed, shapes=[(4, 3, 5, 2)]) for seed in (0, 1))
     w, g = w.to(memory_format=torch.channels_last), g.to(dtype, memory_format=layout)
     p = w.clone()
-    ascend([p], [g], [w], "l2", True, gamma=0.1, steps=1, at_centre=True)
+    ascend([p], [g], [w], "l2", True, gamma=0.1, steps=1, is_first=True)
     truth = equation(w, g, w, 0.1, 1, "l2")
     torch.testing.assert_close(p.double(), truth, rtol=1e-5, atol=1e-6)
     assert p.is_contiguous(memory_format=torch.channels_last)
@@ -273,7 +273,7 @@ def test_gradients_of_another_layout_or_dtype(dtype, layout):
 def test_complex_weights():
     w, g = layers(torch.complex64, shapes=[(3, 4)]), layers(torch.complex64, 1, shapes=[(3, 4)])
     p = [t.clone() for t in w]
-    ascend(p, g, w, "l2", True, gamma=0.1, steps=1, at_centre=True)
+    ascend(p, g, w, "l2", True, gamma=0.1, steps=1, is_first=True)
     torch.testing.assert_close(p[0].to(torch.complex128), equation(w[0], g[0], w[0], 0.1, 1, "l2"))
 
 
@@ -290,7 +290,7 @@ def test_parts_of_layers_ascend_as_the_wholes(norm, foreach):
     both_here, powers = threading.Barrier(2), [None, None]
 
     def ascend_part(i):
-        def whole(norms):
+        def reduce_norms(norms):
             powers[i] = norms ** ORDER[norm]
             both_here.wait(10)
             total = sum(powers) ** (1 / ORDER[norm])
@@ -298,9 +298,9 @@ def test_parts_of_layers_ascend_as_the_wholes(norm, foreach):
             return total
 
         part = [[t[:1] if i == 0 else t[1:] for t in tensors] for tensors in (p, g, w)]
-        sizes = [whole(layer_norms(t, norm, foreach=foreach)) for t in (part[2], part[1])]
-        settings = {"gamma": 0.1, "steps": 2, "norm": norm, "foreach": foreach, "whole": whole}
-        ascend_(*part, *sizes, **settings)
+        sizes = [reduce_norms(layer_norms(t, norm, foreach=foreach)) for t in (part[2], part[1])]
+        settings = {"gamma": 0.1, "steps": 2, "norm": norm, "foreach": foreach}
+        ascend_(*part, *sizes, reduce_norms=reduce_norms, **settings)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(ascend_part, range(2)))

@@ -348,7 +348,7 @@ def test_foreach_is_passed_to_a_base_that_has_it(net, foreach):
         (
             {"direction": "up"},
             ValueError,
-            r"direction must be one of \('gradient', 'random', 'momentum'\)",
+            r"direction must be one of",
         ),
         ({"min_ndim": -1}, ValueError, "min_ndim must be an integer"),
         ({"ascent_steps": 0}, ValueError, "ascent_steps must be an integer >= 1"),
@@ -372,7 +372,7 @@ def test_bad_bases_are_told_what_to_do(net):
         AWP.wrap(SGD)
     with pytest.raises(TypeError, match="where it is built"):
         AWP.wrap(sgd, lr=0.3)
-    with pytest.raises(TypeError, match=r"must give a torch\.optim\.Optimizer"):
+    with pytest.raises(TypeError, match=r"must return a torch\.optim\.Optimizer"):
         AWP(net.parameters(), lambda groups: None)
     with pytest.raises(TypeError, match="closure several times"):
         AWP(net.parameters(), torch.optim.LBFGS)
@@ -390,7 +390,7 @@ def test_bad_bases_are_told_what_to_do(net):
             super().__init__(params, lr)
             self.defaults["gamma"] = 0.9
 
-    with pytest.raises(ValueError, match=r"WithGamma has settings named \['gamma'\]"):
+    with pytest.raises(ValueError, match=r"WithGamma has settings of its own named \['gamma'\]"):
         AWP(net.parameters(), WithGamma, lr=0.1)
 
 
@@ -762,10 +762,10 @@ def test_buffers_are_allocated_once(net):
     pointers = []
     for x, y in batches(3):
         train(net, opt, [(x, y)])
-        pointers.append([b.data_ptr() for b in opt._buffers.values()])
+        pointers.append([b.data_ptr() for b in opt.backup.buffers.values()])
     assert pointers[0] == pointers[1] == pointers[2]
     perturbed = sum(p.numel() for p in net.parameters() if p.ndim > 1)
-    assert sum(b.numel() for b in opt._buffers.values()) == perturbed
+    assert sum(b.numel() for b in opt.backup.buffers.values()) == perturbed
 
 
 # ---------------------------------------------------------------- odd gradients and parameters
@@ -949,8 +949,8 @@ def test_gradscaler_trains_as_without_it(net, fused, clip):
 
 @pytest.mark.parametrize("clip", [None, 0.1])
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("overflow", [(1,), (2,), (1, 2)])
-def test_an_overflow_in_any_pass_leaves_weights_and_state_untouched(net, overflow, fused, clip):
+@pytest.mark.parametrize("overflow", [(2,), (1, 2)])
+def test_an_overflow_at_the_perturbed_weights_skips_the_update(net, overflow, fused, clip):
     opt = AWP(net.parameters(), torch.optim.Adam, gamma=0.02, lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     data = batches(3)
@@ -966,24 +966,10 @@ def test_an_overflow_in_any_pass_leaves_weights_and_state_untouched(net, overflo
     for key, entries in state["state"].items():
         for name, value in entries.items():
             torch.testing.assert_close(after[key][name], value, rtol=0, atol=0)
-    if 2 in overflow:
-        assert scaler.get_scale() == 512.0
+    assert scaler.get_scale() == 512.0
     amp_step(net, opt, scaler, *data[2], clip=clip)  # and training goes on
     assert all(p.isfinite().all() for p in net.parameters())
     assert not torch.equal(net[0].weight, centre[0])
-
-
-def test_overflows_that_gradscaler_cannot_see_end_in_a_warning(net):
-    opt = AWP(net.parameters(), SGD, gamma=0.02, lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    (x, y), *_ = batches(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(4):
-            amp_step(net, opt, scaler, x, y, overflow=(1,))
-            opt.zero_grad()
-    with pytest.warns(UserWarning, match=r"5 updates in a row .* scaler\.update"):
-        amp_step(net, opt, scaler, x, y, overflow=(1,))
 
 
 @pytest.mark.parametrize("base", [SGD, torch.optim.Adam])
@@ -1172,7 +1158,7 @@ def test_a_model_may_change_its_dtype_between_steps(net):
     net.double()
     opt.zero_grad()
     train(net, opt, batches(1, torch.float64))
-    assert all(b.dtype == torch.float64 for b in opt._buffers.values())
+    assert all(b.dtype == torch.float64 for b in opt.backup.buffers.values())
 
 
 def test_a_plain_optimizers_checkpoint_loads_and_keeps_our_settings(net):
@@ -1198,129 +1184,6 @@ def test_an_optimizer_no_longer_used_is_freed(net):
 
 
 # ---------------------------------------------------------------- other directions
-
-
-def along_momentum(p, m, gamma):
-    """Eq. (10) with the momentum in place of the gradient."""
-    return gamma * p.detach().norm() * m / m.norm()
-
-
-@pytest.mark.parametrize(
-    ("base", "kwargs", "name"),
-    [
-        (SGD, {"momentum": 0.9, "weight_decay": 0.1}, "momentum_buffer"),
-        (SGD, {"momentum": 0.9, "maximize": True}, "momentum_buffer"),
-        (torch.optim.RMSprop, {"momentum": 0.9}, "momentum_buffer"),
-        (torch.optim.Adam, {}, "exp_avg"),
-        (torch.optim.AdamW, {"amsgrad": True}, "exp_avg"),
-        (torch.optim.NAdam, {}, "exp_avg"),
-    ],
-)
-def test_the_momentum_direction_is_the_base_optimizers_average(net, base, kwargs, name):
-    opt = AWP(net.parameters(), base, gamma=0.05, direction="momentum", lr=0.01, **kwargs)
-    twin = copy.deepcopy(net)
-    plain = base(twin.parameters(), lr=0.01, **kwargs)
-    (x, y), *rest = batches(3)
-    with opt.perturbed():
-        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), twin.parameters()))
-        backward(net, x, y)
-        opt.second_step(zero_grad=True)
-    backward(twin, x, y)
-    plain.step()
-    for p, q in zip(net.parameters(), twin.parameters()):
-        torch.testing.assert_close(p, q)  # nothing on the first step
-    for x, y in rest:
-        expected = {
-            p: along_momentum(p, opt.state[p][name], 0.05) for p in net.parameters() if p.ndim > 1
-        }
-        opt.first_step()
-        v = opt.perturbation()
-        assert v.keys() == expected.keys()
-        for p, v_p in v.items():
-            torch.testing.assert_close(v_p, expected[p], rtol=1e-4, atol=1e-6)
-        backward(net, x, y)
-        opt.second_step(zero_grad=True)
-    assert opt.perturbation() == {}
-
-
-def test_the_momentum_of_a_loaded_checkpoint_serves_at_once(net):
-    (x, y), *_ = batches(1)
-    plain = SGD(net.parameters(), lr=0.1, momentum=0.9)
-    backward(net, x, y)
-    plain.step()
-    opt = AWP(net.parameters(), SGD, direction="momentum", lr=0.1, momentum=0.9)
-    opt.load_state_dict(plain.state_dict())
-    opt.first_step()
-    assert len(opt.perturbation()) == 3
-
-
-def test_back_before_the_first_update_there_is_no_momentum_again(net):
-    opt = AWP(net.parameters(), SGD, direction="momentum", lr=0.1, momentum=0.9)
-    start = copy.deepcopy(opt.state_dict())
-    (x, y), *_ = batches(1)
-    for _ in range(2):
-        for _ in range(2):
-            backward(net, x, y)
-            opt.first_step()
-            opt.second_step(zero_grad=True)
-        opt.load_state_dict(copy.deepcopy(start))
-
-
-@pytest.mark.parametrize(
-    ("base", "kwargs", "steps"),
-    [(SGD, {}, 0), (torch.optim.Adagrad, {}, 1), (torch.optim.RMSprop, {}, 0)],
-)
-def test_a_base_without_momentum_is_named(net, base, kwargs, steps):
-    opt = AWP(net.parameters(), base, direction="momentum", lr=0.1, **kwargs)
-    (x, y), *_ = batches(1)
-    backward(net, x, y)
-    for _ in range(steps):
-        opt.first_step()
-        opt.second_step()
-    before = snapshot(net.parameters())
-    with pytest.raises(ValueError, match=f"{base.__name__} keeps none"):
-        opt.first_step()
-    assert not opt.is_perturbed
-    assert_same_bits(net.parameters(), before)
-
-
-def test_a_state_of_another_shape_is_no_momentum(net):
-    opt = AWP(net.parameters(), SGD, direction="momentum", lr=0.1, momentum=0.9)
-    for p in net.parameters():
-        opt.state[p]["exp_avg"] = p.detach().sum()  # kept for all of a tensor together, say
-    assert opt.momenta() == {}
-
-
-def test_directions_mix_by_group(net):
-    groups = [
-        {"params": net[0].parameters(), "direction": "momentum"},
-        {"params": net[3].parameters(), "direction": "gradient"},
-        {"params": net[5].parameters(), "direction": "random"},
-    ]
-    opt = AWP(groups, SGD, gamma=0.1, lr=0.1, momentum=0.9)
-    assert opt.directions == {"momentum", "gradient", "random"}
-    (x, y), *_ = batches(1)
-    for step in range(2):
-        backward(net, x, y)
-        opt.first_step(zero_grad=True)
-        assert len(opt.perturbation()) == 2 + step
-        backward(net, x, y)
-        opt.second_step(zero_grad=True)
-
-
-def test_a_closure_is_called_once_for_the_momentum_direction(net):
-    opt = AWP(net.parameters(), SGD, direction="momentum", lr=0.1, momentum=0.9)
-    calls = []
-    (x, y), *_ = batches(1)
-
-    def closure():
-        calls.append(opt.is_perturbed)
-        opt.zero_grad()
-        return backward(net, x, y)
-
-    opt.step(closure)
-    opt.step(closure)
-    assert calls == [True, True]
 
 
 @pytest.mark.parametrize("maximize", [False, True])
