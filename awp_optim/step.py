@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from awp_optim._core.settings import is_active
 from awp_optim._cuda_graphs.keys import as_key, object_key, parameters
-from awp_optim._cuda_graphs.scalars import is_zero
 from awp_optim._cuda_graphs.step import CapturedStep
 from awp_optim._utils.checks import check_choice, check_int, describe
 from awp_optim.attacks import Attack
-from awp_optim.attacks.ascent import BallAttack
 from awp_optim.attacks.captured import unwrap
+from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.batchnorm import frozen_batch_norm
 from awp_optim.objectives import AT, Objective
 from awp_optim.optimizer import AWP
@@ -198,7 +198,7 @@ class AdversarialStep:
         with self._autocast_context(x):
             if not weights:
                 return self.attack(self._attacked, x, y), None
-            assert isinstance(self.attack, BallAttack)  # _check_settings
+            assert isinstance(self.attack, GradientAscentAttack)  # _check_settings
             x_adv, gradients = self.attack.with_weight_gradients(self._attacked, x, y, weights)
         pairs = zip(weights, gradients, strict=True)
         return x_adv, {p: g for p, g in pairs if g is not None}
@@ -247,7 +247,7 @@ def _ascending_weights(optimizer: Optimizer) -> list[Tensor]:
     return [
         p
         for group in optimizer.param_groups
-        if group["direction"] == "gradient" and not is_zero(group["gamma"])
+        if group["direction"] == "gradient" and is_active(group)
         for p in group["params"]
         if p.requires_grad and p.ndim >= group["min_ndim"]
     ]
@@ -263,8 +263,8 @@ def _check_parts(optimizer: object, attack: object, objective: object) -> None:
         raise TypeError(f"optimizer must be an AWP or a torch optimizer, got {describe(optimizer)}")
     if isinstance(attack, type) or not callable(attack):
         raise TypeError(
-            "attack must be callable as attack(model, x, y): write attack=PGD() or pass a function, "
-            f"got {describe(attack)}"
+            "attack must be callable as attack(model, x, y): write attack=PGD() or pass a "
+            f"function, got {describe(attack)}"
         )
     is_called = callable(objective) and hasattr(objective, "needs_natural")
     if isinstance(objective, type) or not is_called:
@@ -305,8 +305,7 @@ def _check_settings(step: AdversarialStep) -> None:
 
 def _check_ascent_from_attack(step: AdversarialStep, ascents: int) -> None:
     attack = step.attack
-    takes_gradients = isinstance(attack, BallAttack) and attack.uses_gradients
-    if not takes_gradients or 0 in (getattr(attack, "eps", 1), getattr(attack, "steps", 1)):
+    if not isinstance(attack, GradientAscentAttack) or attack.eps * attack.gradient_passes == 0:
         raise ValueError(
             f"ascent='attack' needs an attack that takes gradients, such as PGD, got {attack!r:.80}"
         )

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["DeviceScalars", "is_on", "is_zero", "reads_lr_from_device"]
+from awp_optim._core.settings import is_active
+
+__all__ = ["DeviceScalars", "is_on", "reads_lr_from_device"]
 
 # The fused update of SGD reads float32; gamma in float64 is exact for weights of any dtype.
 _DTYPES = {"lr": torch.float32, "gamma": torch.float64}
@@ -57,7 +59,7 @@ class DeviceScalars:
     def _install(self, i: int, group: dict[str, Any], base: Optimizer | None) -> None:
         gamma, lr = self._tensors.get((i, "gamma")), self._tensors.get((i, "lr"))
         if gamma is not None and not is_on(gamma.device, group["gamma"]):
-            group["gamma"] = 0 if is_zero(group["gamma"]) else gamma  # 0 leaves the group out
+            group["gamma"] = gamma if is_active(group) else 0  # which leaves the group out
         if base is None or not reads_lr_from_device(base):
             return
         if lr is not None and not is_on(lr.device, group["lr"]):
@@ -69,11 +71,6 @@ class DeviceScalars:
 def reads_lr_from_device(base: Optimizer) -> bool:
     """Whether an optimizer's step can take a learning rate that only the device knows."""
     return type(base) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-
-
-def is_zero(gamma: float | Tensor) -> bool:
-    """Whether a group is not perturbed; a gamma in a tensor counts as not zero, unread."""
-    return not isinstance(gamma, Tensor) and gamma == 0
 
 
 def is_on(device: torch.device, value: Any) -> bool:

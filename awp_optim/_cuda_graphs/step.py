@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from awp_optim._core.backup import Snapshot
+from awp_optim._core.settings import check_group, is_active
 from awp_optim._cuda_graphs.capture import Tensors, renew_accumulators
 from awp_optim._cuda_graphs.graphs import Graphs, HostState
 from awp_optim._cuda_graphs.keys import memory_key, module_key, parameters
-from awp_optim._cuda_graphs.scalars import DeviceScalars, is_zero
+from awp_optim._cuda_graphs.scalars import DeviceScalars
 from awp_optim._cuda_graphs.update import UpdateKey
-from awp_optim.optimizer import AWP, HostState as Backup
+from awp_optim.optimizer import AWP
 
 __all__ = ["CapturedStep"]
 
@@ -64,7 +66,8 @@ class CapturedStep:
         """The outputs of the passes on a batch, after the update; ``settings`` are a key."""
         optimizer = self._optimizer
         if isinstance(optimizer, AWP):
-            optimizer._check_groups()
+            for group in optimizer.param_groups:
+                check_group(group)
         self._scalars.update(optimizer, x.device)
         weights_key = memory_key(parameters(optimizer))
         update_key = self._update_key(x.device, weights_key)
@@ -89,13 +92,15 @@ class CapturedStep:
 
 
 class _Saved(NamedTuple):
+    """What a step left on the host when it was captured, and memory that its graph writes to."""
+
     gradients: list[tuple[Tensor, Tensor | None]]
-    backup: Backup | None
-    memory: object
+    snapshot: Snapshot | None
+    buffers: list[Tensor]
 
 
 class _StepState(HostState):
-    """Which memory holds the gradients, and which weights are perturbed."""
+    """Which tensors are the gradients, and which weights are perturbed."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -107,22 +112,23 @@ class _StepState(HostState):
     def save(self) -> _Saved:
         gradients = [(p, p.grad) for p in parameters(self._optimizer)]
         if self._awp is None:
-            return _Saved(gradients, None, None)
-        return _Saved(gradients, self._awp._host_state(), dict(self._awp._buffers))
+            return _Saved(gradients, None, [])
+        backup = self._awp.backup
+        return _Saved(gradients, backup.snapshot(), list(backup.buffers.values()))
 
     def load(self, saved: _Saved) -> None:
         for p, grad in saved.gradients:
             if p.grad is not grad:
                 p.grad = grad
-            # Autograd does not see a replay write to weights that an older graph has saved.
+            # Autograd does not see a replay write to weights that an earlier graph of its own uses.
             torch.autograd.graph.increment_version(p)
-        if self._awp and saved.backup:
-            self._awp._set_host_state(saved.backup)
+        if self._awp is not None and saved.snapshot is not None:
+            self._awp.backup.reinstate(saved.snapshot)
 
     def reset(self) -> None:
         self._optimizer.zero_grad()
-        if self._awp:
-            self._awp._set_host_state(Backup(False, {}, [], []))
+        if self._awp is not None:
+            self._awp.backup.forget()
 
 
 def _possible_mode(mode: bool | str, model: nn.Module) -> bool | str:  # noqa: FBT001
@@ -148,8 +154,6 @@ def _is_distributed(module: nn.Module) -> bool:
 def _ascent_key(group: dict[str, Any]) -> Hashable:
     """What of a group decides how its ascent goes; a gamma that is not zero may change."""
     gamma = group.get("gamma", 0)
-    return (
-        len(group["params"]),
-        *map(group.get, _ASCENT_SETTINGS),
-        gamma.data_ptr() if isinstance(gamma, Tensor) else is_zero(gamma),
-    )
+    address = gamma.data_ptr() if isinstance(gamma, Tensor) else None
+    settings = map(group.get, _ASCENT_SETTINGS)
+    return len(group["params"]), *settings, address, "gamma" in group and is_active(group)
