@@ -31,7 +31,8 @@ class UpdateKey:
         self._optimizer, self._base = optimizer, base
         self._settings: Hashable = None
         self._settings_have_changed = False
-        self._last: tuple[Hashable, bool] = (None, False)
+        self._checked: Hashable = None
+        self._fits = False
 
     def __call__(self, device: torch.device, weights_key: Hashable) -> Hashable | None:
         """What a captured update depends on; None if the update must stay outside of the graph.
@@ -49,11 +50,12 @@ class UpdateKey:
             return None
         state = chain.from_iterable(map(dict.values, base.state.values()))
         addresses = tuple([v.data_ptr() for v in state if isinstance(v, Tensor)])
-        key = (settings, addresses, weights_key, device)
-        if self._last[0] != key:  # what follows looks at every tensor
-            fits = _fits_fused_sgd if type(base) is torch.optim.SGD else _is_capturable
-            self._last = key, fits(base, device)
-        return key if self._last[1] else None
+        key = (settings, addresses, device)
+        if self._checked != (key, weights_key):  # the check looks at every tensor
+            self._checked = key, weights_key
+            check = _fits_fused_sgd if type(base) is torch.optim.SGD else _is_capturable
+            self._fits = check(base, device)
+        return key if self._fits else None
 
 
 def _fixed_settings(base: Optimizer) -> Hashable:
