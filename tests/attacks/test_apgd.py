@@ -382,7 +382,9 @@ class TestContract:
 
     @pytest.mark.parametrize("order", [(torch.nan, 1.0), (1.0, torch.nan)])
     def test_the_best_point_is_never_one_of_a_loss_that_is_not_a_number(self, order):
-        s = _State.at(torch.zeros(1, 3), torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1, 3))
+        s = _State.at(
+            torch.zeros(1, 3), torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1, 3)
+        )
         for loss in order:
             s.x_adv = torch.full((1, 3), loss)
             s.update(torch.tensor([[1.0, 0.0]]), torch.tensor([loss]), s.x_adv)
