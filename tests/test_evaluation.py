@@ -518,7 +518,14 @@ class TestResume:
             lines.append(len(state.read_bytes().splitlines()))
             return x
 
-        run(network(), images(), {"fgsm": FGSM(0.04), "look": look}, batch_size=20, state=state)
+        run(
+            network(),
+            images(),
+            {"fgsm": FGSM(0.04), "look": look},
+            batch_size=20,
+            state=state,
+            key="look",
+        )
         assert lines == [3, 6, 9]  # a header, and three entries a batch
 
     def test_cut_at_any_byte(self, tmp_path):

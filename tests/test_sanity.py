@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -167,7 +168,7 @@ class Did:
     """An outcome on a hundred examples: the first and the last of those broken."""
 
     def __init__(self, lo: int, hi: int, attacked: int = 100) -> None:
-        at = torch.arange(100)
+        at = np.arange(100)
         self.attacked = at < attacked
         self.fooled = (at >= lo) & (at < hi)
 
