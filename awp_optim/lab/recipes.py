@@ -88,7 +88,7 @@ _WITH_DATA: dict[str, dict[str, Any]] = {
     "pretrain": {"epochs": 50, "lr": 0.001, "schedule": "cosine"},
 }
 _NEEDS = {
-    "rst": "--unlabeled FILE: 500K TinyImages with pseudo-labels",
+    "rst": "--unlabeled FILE: 500K TinyImages, converted by python -m awp_optim.lab.tinyimages",
     "pretrain": "--init FILE: weights trained against PGD on ImageNet at 32x32",
 }
 # Tables 4 and 5, PreAct ResNet-18 on CIFAR-10: robust and natural accuracy, best and last.
