@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
 
     add(
-        "--unlabeled", type=Path, help="images with pseudo-labels: 500K TinyImages, or an .npz file"
+        "--unlabeled", type=Path, help="images with pseudo-labels, an .npz file"
     )
     add("--labeled", type=int, help="keep the labels of this many training images alone")
     add(
