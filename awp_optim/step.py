@@ -25,7 +25,7 @@ from awp_optim._cuda_graphs.capturable import (
 )
 from awp_optim._cuda_graphs.graphs import Graphs, as_key, module_key
 from awp_optim.attacks import Attack
-from awp_optim.attacks.ascent import BallAttack
+from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.batchnorm import frozen_batch_norm
 from awp_optim.objectives import AT, Objective
 from awp_optim.optimizer import AWP
@@ -150,7 +150,7 @@ class AdversarialStep:
             )
         if ascent not in ASCENTS:
             raise ValueError(f"ascent must be one of {ASCENTS}, got {ascent!r}")
-        if ascent == "attack" and not (isinstance(attack, BallAttack) and attack.uses_gradients):
+        if ascent == "attack" and not isinstance(attack, GradientAscentAttack):
             raise ValueError(
                 "ascent='attack' needs an attack that takes gradients, such as PGD, got "
                 f"{attack!r:.80}"
@@ -307,7 +307,7 @@ class AdversarialStep:
         with self._autocast(x):
             if not weights:
                 return self.attack(self._attacked, x, y), None
-            assert isinstance(self.attack, BallAttack)  # __init__ saw to it
+            assert isinstance(self.attack, GradientAscentAttack)  # __init__ saw to it
             x_adv, gradients = self.attack.with_weight_gradients(self._attacked, x, y, weights)
         pairs = zip(weights, gradients, strict=True)
         return x_adv, {p: g for p, g in pairs if g is not None}

@@ -82,10 +82,10 @@ def test_a_compiled_function_with_both_steps(function, ascents, backend, compile
         assert not torch.equal(p, start[name])
 
 
-def test_an_error_in_a_compiled_step_leaves_the_centre():
+def test_an_error_in_a_compiled_step_leaves_the_weights_unperturbed():
     model = network()
     opt = AWP(model.parameters(), torch.optim.SGD, gamma=0.05, lr=0.1)
-    centre = copy.deepcopy(model.state_dict())
+    start = copy.deepcopy(model.state_dict())
     (x, y), *_ = batches(1)
     calls = 0
 
@@ -102,7 +102,7 @@ def test_an_error_in_a_compiled_step_leaves_the_centre():
     with pytest.raises(OSError, match="the disk is full"):
         torch.compile(opt.step, backend="eager")(failing)
     assert not opt.is_perturbed
-    assert all(torch.equal(p, centre[name]) for name, p in model.state_dict().items())
+    assert all(torch.equal(p, start[name]) for name, p in model.state_dict().items())
 
 
 def test_functional_call_sees_the_perturbation_through_the_parameters_alone():
@@ -112,7 +112,7 @@ def test_functional_call_sees_the_perturbation_through_the_parameters_alone():
     copies = {n: p.detach().clone() for n, p in model.named_parameters()}
     (x, y), *_ = batches(1)
     F.cross_entropy(model(x), y).backward()
-    at_centre = model(x)
+    unperturbed = model(x)
     with opt.perturbed():
         v = opt.perturbation()
         perturbed = model(x)
@@ -120,6 +120,6 @@ def test_functional_call_sees_the_perturbation_through_the_parameters_alone():
         torch.testing.assert_close(
             functional_call(model, dict(model.named_parameters()), x), perturbed
         )
-        torch.testing.assert_close(functional_call(model, copies, x), at_centre)
+        torch.testing.assert_close(functional_call(model, copies, x), unperturbed)
         torch.testing.assert_close(functional_call(model, added, x), perturbed)
-    assert not torch.allclose(at_centre, perturbed)
+    assert not torch.allclose(unperturbed, perturbed)

@@ -26,10 +26,10 @@ def network(seed=0):
 def batches(n):
     """Five clusters to tell apart."""
     generator = torch.Generator().manual_seed(1)
-    centres = torch.randn(5, 16, generator=generator)
+    weights = torch.randn(5, 16, generator=generator)
     for _ in range(n):
         y = torch.randint(5, (32,), generator=generator)
-        yield centres[y] + 0.5 * torch.randn(32, 16, generator=generator), y
+        yield weights[y] + 0.5 * torch.randn(32, 16, generator=generator), y
 
 
 def two_steps(model, opt, x, y, dtype):
@@ -121,7 +121,7 @@ def test_an_overflow_of_one_optimizer_is_none_of_the_others(place, unscale):
     opts.append(SGD(models[2].parameters(), lr=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     (x, y), *_ = batches(1)
-    centres = [copy.deepcopy(m.state_dict()) for m in models]
+    weights = [copy.deepcopy(m.state_dict()) for m in models]
 
     def backward(i, factor=1.0):
         scaler.scale(F.cross_entropy(models[i](x), y) * factor).backward()
@@ -138,8 +138,8 @@ def test_an_overflow_of_one_optimizer_is_none_of_the_others(place, unscale):
     scaler.update()
 
     moved = [
-        any(not torch.equal(p, centre[n]) for n, p in m.state_dict().items())
-        for m, centre in zip(models, centres)
+        any(not torch.equal(p, start[n]) for n, p in m.state_dict().items())
+        for m, start in zip(models, weights)
     ]
     # An overflow in the ascent means no perturbation; only one at w + v skips the update.
     assert moved == [place == "ascent", True, True]

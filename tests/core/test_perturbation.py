@@ -39,12 +39,12 @@ def layers(dtype, seed=0, shapes=SHAPES):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
 
 
-def ascend(params, grads, centres, norm, foreach, **kwargs):
+def ascend(params, grads, weights, norm, foreach, **kwargs):
     ascend_(
         params,
         grads,
-        centres,
-        layer_norms(centres, norm, foreach=foreach),
+        weights,
+        layer_norms(weights, norm, foreach=foreach),
         layer_norms(grads, norm, foreach=foreach),
         norm=norm,
         foreach=foreach,
@@ -67,13 +67,13 @@ def where_the_norms_are(request, monkeypatch):
 @pytest.mark.parametrize("dtype", list(EPS))
 @pytest.mark.parametrize("steps", [1, 3])
 def test_repeated_ascents_follow_the_equations(dtype, norm, foreach, steps):
-    centres = layers(dtype)
-    params = [w.clone() for w in centres]
+    weights = layers(dtype)
+    params = [w.clone() for w in weights]
     for k in range(steps + 2):  # two more than gamma is spread over: the projection must hold them
         grads = layers(dtype, seed=k + 1)
-        expected = [equation(p, g, w, 0.05, steps, norm) for p, g, w in zip(params, grads, centres)]
-        ascend(params, grads, centres, norm, foreach, gamma=0.05, steps=steps, is_first=k == 0)
-        for p, e, w in zip(params, expected, centres):
+        expected = [equation(p, g, w, 0.05, steps, norm) for p, g, w in zip(params, grads, weights)]
+        ascend(params, grads, weights, norm, foreach, gamma=0.05, steps=steps, is_first=k == 0)
+        for p, e, w in zip(params, expected, weights):
             assert p.dtype == dtype
             bound = EPS[dtype] * w.double().abs().max().item()
             torch.testing.assert_close(p.double(), e, rtol=0, atol=bound)
@@ -99,28 +99,28 @@ def test_complex_layers_are_measured_by_their_moduli(dtype, norm, foreach):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [0.0, math.inf, -math.inf, math.nan])
 def test_a_direction_that_cannot_be_used_leaves_its_layer_alone(bad, dtype, foreach, is_first):
-    centres = [torch.randn(4, 4).to(dtype) for _ in range(3)]
-    params = [w.clone() for w in centres]
+    weights = [torch.randn(4, 4).to(dtype) for _ in range(3)]
+    params = [w.clone() for w in weights]
     grads = [torch.randn(4, 4).to(dtype) for _ in range(3)]
     if bad == 0:
         grads[1].zero_()
     else:
         grads[1][2, 3] = bad
-    ascend(params, grads, centres, "l2", foreach, gamma=0.05, steps=1, is_first=is_first)
-    assert torch.equal(params[1], centres[1])
+    ascend(params, grads, weights, "l2", foreach, gamma=0.05, steps=1, is_first=is_first)
+    assert torch.equal(params[1], weights[1])
     for i in (0, 2):
         assert params[i].isfinite().all()
-        assert not torch.equal(params[i], centres[i])
+        assert not torch.equal(params[i], weights[i])
 
 
 @pytest.mark.usefixtures("where_the_norms_are")
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_zero_weight_stays_zero(foreach, is_first):
-    centre, param = torch.zeros(3, 3), torch.zeros(3, 3)
+    w, param = torch.zeros(3, 3), torch.zeros(3, 3)
     grads = [torch.randn(3, 3)]
-    ascend([param], grads, [centre], "l2", foreach, gamma=0.1, steps=1, is_first=is_first)
-    assert torch.equal(param, centre)
+    ascend([param], grads, [w], "l2", foreach, gamma=0.1, steps=1, is_first=is_first)
+    assert torch.equal(param, w)
 
 
 @given(
@@ -134,24 +134,24 @@ def test_a_zero_weight_stays_zero(foreach, is_first):
 )
 @settings(max_examples=60, deadline=None)
 def test_v_stays_in_the_ball_whatever_the_scale(seed, gamma, steps, calls, norm, scale, foreach):
-    centres = layers(torch.float32, seed)
-    params = [w.clone() for w in centres]
+    weights = layers(torch.float32, seed)
+    params = [w.clone() for w in weights]
     for k in range(calls):
         grads = [g * 10**scale for g in layers(torch.float32, seed + 1 + k)]
-        ascend(params, grads, centres, norm, foreach, gamma=gamma, steps=steps, is_first=k == 0)
-    for p, w in zip(params, centres):
+        ascend(params, grads, weights, norm, foreach, gamma=gamma, steps=steps, is_first=k == 0)
+    for p, w in zip(params, weights):
         v, size = p.double() - w.double(), w.double().norm(ORDER[norm])
         assert v.norm(ORDER[norm]) <= gamma * size * (1 + 1e-5) + 1e-6 * size
 
 
 def test_both_implementations_agree_to_rounding():
-    centres = layers(torch.float32)
+    weights = layers(torch.float32)
     results = []
     for foreach in (True, False):
-        params = [w.clone() for w in centres]
+        params = [w.clone() for w in weights]
         for k in range(4):
             grads = layers(torch.float32, k + 1)
-            ascend(params, grads, centres, "l2", foreach, gamma=0.1, steps=2, is_first=k == 0)
+            ascend(params, grads, weights, "l2", foreach, gamma=0.1, steps=2, is_first=k == 0)
         results.append(params)
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=3e-7, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Any sequence of calls leaves the weights at w + v inside the ball, or exactly at the centre."""
+"""Any sequence of calls leaves the weights at w + v inside the ball, or exactly at the start."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ class Interrupted(Exception):
 
 
 class AWPMachine(RuleBasedStateMachine):
-    """AWP beside a plain optimizer on its own copies of the weights: the expected centre."""
+    """AWP beside a plain optimizer on its own copies of the weights: the expected start."""
 
     @initialize(
         seed=st.integers(0, 1000),
@@ -62,13 +62,13 @@ class AWPMachine(RuleBasedStateMachine):
     def backpropagate(self, kind):
         for p in self.params:
             p.grad = torch.randn(p.shape).to(self.dtype)
-        oracle = self.params[0]
+        chosen = self.params[0]
         if kind == "none":
-            oracle.grad = None
+            chosen.grad = None
         elif kind == "zero":
-            oracle.grad.zero_()
+            chosen.grad.zero_()
         elif kind != "normal":
-            bad = oracle.grad.clone()
+            bad = chosen.grad.clone()
             bad[0, 0] = float(kind)
             self.ascend_along(bad)
 
@@ -145,7 +145,7 @@ class AWPMachine(RuleBasedStateMachine):
             self.opt.load_state_dict(copy.deepcopy(self.opt.state_dict()))
 
     @rule(bad=st.sampled_from([{"gamma": -1.0}, {"norm": "l3"}, {"direction": "down"}]))
-    def a_bad_setting_changes_nothing_but_may_send_the_weights_home(self, bad):
+    def a_bad_setting_changes_nothing_but_may_restore_the_weights(self, bad):
         group = self.opt.param_groups[0]
         good = {name: group[name] for name in bad}
         before = [p.detach().clone() for p in self.params]

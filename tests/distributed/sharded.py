@@ -315,7 +315,7 @@ def refusals(rank, world, directory):
 
 @scenario(2)
 def second_forward(rank, world, directory):
-    """It sees w + v; so does one without a backward pass, and the centre after it."""
+    """It sees w + v; so does one without a backward pass, and the start after it."""
     figures = {}
     ((x, y),) = batches(1)
     for name, kwargs in {"default": {}, "resharding": {"reshard_after_forward": True}}.items():
@@ -333,7 +333,7 @@ def second_forward(rank, world, directory):
         if name == "default":  # the root keeps the weights it gathered, and cannot know
             model.reshard()
         before = F.cross_entropy(mlp()(x), y).detach()
-        figures[f"centre, {name}"] = off(backward(model, x, y), before)
+        figures[f"start, {name}"] = off(backward(model, x, y), before)
         opt.zero_grad()
         backward(model, x, y)
         opt.first_step(zero_grad=True)

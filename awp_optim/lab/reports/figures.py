@@ -80,7 +80,8 @@ def learning(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
             Drawing(
                 name,
                 heading,
-                f"{_about(groups)}; robust accuracy under PGD by epoch (Figures 1, 7 to 11).",
+                f"{_about({label: groups[label] for label in page})}; robust accuracy under PGD by"
+                " epoch (Figures 1, 7 to 11).",
                 partial(plots.learning_curves, runs),
                 [("Accuracy in %", accuracies(runs))],
                 runs,

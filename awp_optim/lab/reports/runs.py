@@ -175,13 +175,13 @@ def comparable(runs: Sequence[Run]) -> Runs:
     """The rows of runs, with the evaluations that all of them have, up to the last of these.
 
     Raises:
-        ValueError: there is none.
+        NotEnough: there is none.
     """
     evaluated = [{row["epoch"] for row in run.rows if "test_robust_acc" in row} for run in runs]
     common = set.intersection(*evaluated)
     if not common:
         names = ", ".join(str(run.path) for run in runs)
-        raise ValueError(f"there is no epoch at which all of these were evaluated: {names}")
+        raise NotEnough(f"there is no epoch at which all of these were evaluated: {names}")
     last = max(common)
     return [
         [

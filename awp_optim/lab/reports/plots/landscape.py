@@ -316,7 +316,7 @@ def _accuracies_by_gamma(
         samples = [values_of(runs[gamma], name) for gamma in gammas]
         error_bars(axes, x, samples, color="0.4", linestyle=line, elinewidth=1, label=label)
         means = [np.mean(sample) for sample in samples]
-        axes.scatter(x, means, color=[colors[gamma] for gamma in gammas], zorder=3)
+        axes.scatter(x, means, 36, [colors[gamma] for gamma in gammas], zorder=3)
     axes.set_xticks(x, [f"{gamma:g}" for gamma in gammas])
     axes.set_xlabel(r"$\gamma$ in training")
     axes.set_ylabel("robust accuracy, last (%)")

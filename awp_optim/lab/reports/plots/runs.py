@@ -27,6 +27,7 @@ from awp_optim.lab.reports.summary import Runs, values_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["ablations", "curve_panels", "learning_curves", "perturbation_sizes", "robust_curves"]
 
@@ -36,7 +37,7 @@ Sizes = Mapping[str, Mapping[float, Runs]]
 
 def learning_curves(runs: Mapping[str, Runs], path: Path | str, title: str = "") -> None:
     """Robust accuracy and its generalization gap by epoch, for at most 4 labels (Figure 1)."""
-    with picture(path, title, 10, 4) as figure:
+    with picture(path, title, 10, 4 + 0.2 * len(runs)) as figure:
         robust, gap = figure.subplots(1, 2)
         for color, (label, seeds) in colored(runs, MAX_PAIRS):
             _train_and_test(robust, seeds, color, label)
@@ -47,7 +48,7 @@ def learning_curves(runs: Mapping[str, Runs], path: Path | str, title: str = "")
         gap.axhline(0, color="0.7", linewidth=0.8, zorder=0)
         for axes in (robust, gap):
             by_epoch(axes)
-            axes.legend()
+        _legend_below(figure, robust)
 
 
 def curve_panels(
@@ -76,8 +77,7 @@ def curve_panels(
             axes.remove()
         for axes in grid[:, 0]:
             axes.set_ylabel("robust accuracy (%)")
-        handles, names = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=2)
+        _legend_below(figure, grid[0, 0])
 
 
 def ablations(
@@ -132,6 +132,11 @@ def _train_and_test(axes: Axes, seeds: Runs, color: str, label: str) -> None:
     epochs, train, test = robust_curves(seeds)
     band(axes, epochs, train, color, f"{label}, training images", linestyle="--")
     band(axes, epochs, test, color, f"{label}, test images")
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """One legend for all panels."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def _cost_bars(axes: Axes, strategies: Mapping[str, Mapping[str, tuple[Runs, float]]]) -> None:
