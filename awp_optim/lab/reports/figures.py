@@ -314,7 +314,7 @@ def _most_checkpoints(runs: Sequence[Run]) -> Run:
 
 
 def _side_by_side(groups: Groups, most: int) -> dict[str, tuple[Run, Path]]:
-    """At most so many checkpoints: the last of each setting; for a single setting, of its epochs."""
+    """At most so many checkpoints: the last of each setting, or several of a single setting."""
     if len(groups) > 1:
         firsts = {label: runs[0] for label, runs in list(groups.items())[:most]}
         return {label: (run, run.last_checkpoint()) for label, run in firsts.items()}
