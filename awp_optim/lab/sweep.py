@@ -1,4 +1,4 @@
-"""Many runs, side by side on a machine's cores, kept in a file as they finish."""
+"""Many runs, on an executor of ``concurrent.futures``, kept in a file as they finish."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import json
 import multiprocessing
 import os
 import signal
-import statistics
+import threading
 import time
-import traceback
-from collections.abc import Callable, Generator, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from awp_optim._utils.io import atomic_write
 from awp_optim.lab.config import Config
-from awp_optim.lab.progress import step_bars
+from awp_optim.lab.progress import SweepBars, step_bars
 from awp_optim.lab.run_folder import Row
 
-__all__ = ["Train", "sweep"]
+__all__ = ["RunFailed", "Train", "sweep"]
 
-Train = Callable[[Config, Callable[[int, int], None]], list[Row]]
-"""A run: gets its settings and a function to tell the steps done and to do, returns its rows."""
+Report = Callable[[int, int], None]
+Train = Callable[[Config, Report], list[Row]]
+"""A run: gets its settings and a function to report the steps done and to do, returns its rows."""
 
-MANY = 8
-"""With more runs than these the bars of those that wait and those that are over are not shown."""
+Finish = Callable[[str, list[Row]], None]
+
+POLL = 0.05
+"""Seconds between two looks at the runs, and between two reports of a run."""
 
 
 def sweep(
@@ -40,32 +43,34 @@ def sweep(
     file: Path | str | None = None,
     about: Mapping[str, Any] | None = None,
     workers: int | None = None,
-    console: Any = None,
+    executor: Executor | None = None,
+    console: Console | None = None,
 ) -> dict[str, list[Row]]:
-    """Train all of them, as many at a time as there are cores. Equal ones are trained once.
+    """Train all of them, by default as many at a time as there are cores. Equal runs are one.
 
-    With a file, every finished run is written to it at once, and runs that it has with the same
-    settings are not trained again: a sweep that was broken off goes on. Runs with other settings
-    that are in the file stay there.
+    With a file, every finished run is written to it at once, and a run that it holds is not trained
+    again: an interrupted sweep continues. Runs with other settings in the file stay there.
 
     Args:
         configs: the runs, by a name such as "AT-AWP, seed 1".
-        train: trains one. With several workers it is sent to other processes: a function at the top
-            level of a module or script, or a ``functools.partial`` of one.
+        train: trains one. Unless it runs in this process it is pickled: a function at the top level
+            of a module or script, or a ``functools.partial`` of one.
         file: a JSON file, made if needed; None keeps nothing.
-        about: what else decides the runs (the data), to be kept with each and compared.
-        workers: processes, between which the cores are shared out as threads; None for one a core.
-            1 trains one after another in this process, with all of its threads, as suits a GPU.
-        console: the ``rich.console.Console`` to draw the progress on; None for one of its own.
+        about: what else decides the runs (the data), kept with each and compared.
+        workers: processes of this machine, which share its cores as threads; None for one a core.
+            1 trains one run after another in this process with all its threads, as suits a GPU.
+        executor: trains the runs instead, on whatever machines it has: dask's
+            ``Client(...).get_executor()``, ``mpi4py.futures``, submitit, loky. Its workers must do
+            one run at a time each (torch's random state belongs to a process). It is not shut down.
+        console: where to draw the progress; None for the standard output.
 
     Returns:
         The rows of each run by its name, in the order of ``configs``.
 
     Raises:
-        ImportError: rich is not installed.
         OSError: the file could not be read or written; what it held before is intact.
-        RuntimeError: a run failed; the text names it. Those still running are ended, those that had
-            finished are in the file.
+        RunFailed: a run failed; the text names it. Runs that had finished are in the file, those
+            that had not are ended, or cancelled on an executor of the caller.
         ValueError: the file is damaged or something else, or ``workers`` is below 1.
     """
     if workers is not None and workers < 1:
@@ -76,21 +81,23 @@ def sweep(
     for name, config in configs.items():
         if found[config] is None and config not in todo.values():
             todo[name] = config
-    # Of all runs, not of those to do: one that goes on rounds as one without a break.
-    cores = _cores()
-    workers = min(workers or cores, max(1, len(configs)))
-    if todo:
-        with step_bars(console) as progress:
-            bars = _Bars(progress, list(todo), len(found))
-            if workers == 1:
-                runs = _one_by_one(todo, train, bars.update)
-            else:
-                runs = _side_by_side(todo, train, workers, max(1, cores // workers), bars.update)
-            with closing(runs):
-                for name, rows in runs:
-                    found[todo[name]] = rows
-                    results.add(name, todo[name], rows)
-                    bars.finish(name)
+    # By the number of all runs: one that is resumed with fewer rounds alike.
+    workers = min(workers or _cores(), max(1, len(configs)))
+    with step_bars(console) as progress:
+        bars = SweepBars(progress, todo, len(found))
+
+        def finish(name: str, rows: list[Row]) -> None:
+            found[todo[name]] = rows
+            results.add(name, todo[name], rows)
+            bars.finish(name)
+
+        if executor is not None:
+            _submit(executor, todo, train, finish)
+        elif workers == 1:
+            for name, config in todo.items():
+                finish(name, _run(train, name, config, partial(bars.update, name)))
+        elif todo:
+            _submit_to_processes(workers, todo, train, finish, bars)
     return {name: found[config] or [] for name, config in configs.items()}
 
 
@@ -101,141 +108,111 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-# --- Running ----------------------------------------------------------------------------------
-
-OnStep = Callable[[str, int, int], None]
-Finished = Generator[tuple[str, list[Row]], None, None]
+class RunFailed(RuntimeError):
+    """A run failed; the text names it. It can be sent from one process to another."""
 
 
-def _one_by_one(todo: Mapping[str, Config], train: Train, on_step: OnStep) -> Finished:
-    for name, config in todo.items():
-        try:
-            rows = train(config, partial(on_step, name))
-        except Exception as error:
-            raise _failed(name, error) from error
-        yield name, rows
+def _run(train: Train, name: str, config: Config, report: Report | None = None) -> list[Row]:
+    """One run, in any process."""
+    report = report or partial(_report, name)
+    report(0, 0)  # it has begun
+    try:
+        return train(config, report)
+    except Exception as error:
+        raise RunFailed(f"{name!r} failed: {type(error).__name__}: {error}") from error
 
 
-def _side_by_side(
-    todo: Mapping[str, Config], train: Train, workers: int, threads: int, on_step: OnStep
-) -> Finished:
-    """The runs as they finish. Leaving it, also by an exception, ends the processes."""
+def _submit(
+    executor: Executor,
+    todo: Mapping[str, Config],
+    train: Train,
+    finish: Finish,
+    between: Callable[[], None] = lambda: None,
+) -> None:
+    """Train on an executor. Leaving it by an exception cancels what has not begun."""
+    futures = {name: executor.submit(_run, train, name, todo[name]) for name in todo}
+    try:
+        while futures:
+            time.sleep(POLL)  # not concurrent.futures.wait, which does not know submitit's jobs
+            between()
+            for name in [name for name, future in futures.items() if future.done()]:
+                try:
+                    rows = futures[name].result()
+                except (RunFailed, BrokenExecutor):
+                    raise
+                except Exception as error:  # the executor's own
+                    raise RunFailed(f"{name!r} failed: {type(error).__name__}: {error}") from error
+                finish(name, rows)
+                del futures[name]
+    finally:
+        for future in futures.values():
+            future.cancel()
+
+
+# --- Processes of this machine ----------------------------------------------------------------
+
+_reports: Any = None
+"""In a worker process: the queue of (name, steps done, steps to do)."""
+_reported = 0.0
+
+
+def _submit_to_processes(
+    workers: int, todo: Mapping[str, Config], train: Train, finish: Finish, bars: SweepBars
+) -> None:
+    """Train on processes of this machine, which end with an exception here."""
     context = multiprocessing.get_context("spawn")  # neither CUDA nor threads survive a fork
-    waiting = iter(todo.items())
-    running: dict[Any, str] = {}  # by the pipe to its process
-    processes: dict[Any, Any] = {}
+    reports = context.SimpleQueue()
+    others = multiprocessing.active_children()
+    threads = max(1, _cores() // workers)
+    pool = ProcessPoolExecutor(workers, context, _begin, (threads, reports))
 
-    def start_next(pipe: Any) -> None:
-        running.pop(pipe, None)
-        for name, config in waiting:
-            running[pipe] = name
-            with suppress(OSError):  # of a process that is dead; to be found when it is heard
-                pipe.send(config)
-            return
+    def show() -> None:
+        while not reports.empty():
+            bars.update(*reports.get())
 
     try:
-        for _ in range(min(workers, len(todo))):
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, train, threads), daemon=True)
-            process.start()
-            theirs.close()  # or the end of the process would not end the pipe
-            processes[pipe] = process
-            start_next(pipe)
-        while running:
-            heard: list[Any] = wait(list(running))
-            for pipe in heard:
-                name = running[pipe]
-                try:
-                    kind, content = pipe.recv()
-                except (EOFError, OSError) as error:
-                    processes[pipe].join()
-                    raise RuntimeError(
-                        f"{name!r} failed: its process ended with exit code "
-                        f"{processes[pipe].exitcode}. If that is -9, try fewer workers: the memory "
-                        "may not suffice"
-                    ) from error
-                if kind == "step":
-                    on_step(name, *content)
-                elif kind == "rows":
-                    yield name, content
-                    start_next(pipe)
-                else:
-                    text, trace = content
-                    raise RuntimeError(f"{name!r} failed: {text}") from Exception(f"\n{trace}")
+        _submit(pool, todo, train, finish, show)
+    except BaseException as error:
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        if isinstance(error, BrokenExecutor):
+            raise RunFailed(
+                f"the process of one of these runs ended: {', '.join(map(repr, bars.running))}. If "
+                "the memory does not suffice, try fewer workers"
+            ) from error
+        raise
     finally:
-        for process in processes.values():
-            process.terminate()
-        for process in processes.values():
-            process.join()
+        pool.shutdown(cancel_futures=True)
 
 
-def _work(pipe: Any, train: Train, threads: int) -> None:
-    """What a process does: one run after another, until the pipe ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+def _begin(threads: int, reports: Any) -> None:
+    """Set up a worker process."""
+    global _reports
+    _reports = reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
     torch.set_num_threads(threads)
-    last = 0.0
-
-    def report(done: int, steps: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if done == steps or now - last > 0.1:
-            last = now
-            pipe.send(("step", (done, steps)))
-
-    with suppress(EOFError, OSError):  # the parent is gone
-        while True:
-            config = pipe.recv()
-            try:
-                message: Any = "rows", train(config, report)
-            except Exception as error:
-                message = "error", (_text(error), traceback.format_exc())
-            pipe.send(message)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _failed(name: str, error: Exception) -> RuntimeError:
-    return RuntimeError(f"{name!r} failed: {_text(error)}")
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _report(name: str, done: int, steps: int) -> None:
+    """Report to the parent, if this is a worker of its; others have nobody who listens."""
+    global _reported
+    if _reports is None or (done < steps and time.monotonic() < _reported + POLL):
+        return
+    _reported = time.monotonic()
+    with suppress(OSError):
+        _reports.put((name, done, steps))
 
 
-class _Bars:
-    """A bar for each run; and, with many, one for all, and those of the runs that run."""
-
-    def __init__(self, progress: Any, names: list[str], runs: int) -> None:
-        self.progress = progress
-        self.runs = runs  # with those that there are already
-        self.many = len(names) > MANY
-        self.all = progress.add_task("", total=None, visible=self.many)
-        self.bars = {name: progress.add_task(name, visible=not self.many) for name in names}
-        self.steps: dict[str, tuple[int, int]] = {}  # done and to do, of those that have begun
-        self.finished = runs - len(names)
-        self._update_all()
-
-    def update(self, name: str, done: int, steps: int) -> None:
-        self.steps[name] = done, steps
-        self.progress.update(self.bars[name], completed=done, total=steps, visible=True)
-        self._update_all()
-
-    def finish(self, name: str) -> None:
-        self.finished += 1
-        self.progress.update(self.bars[name], visible=not self.many)
-        self._update_all()
-
-    def _update_all(self) -> None:
-        steps = self.steps.values()
-        # Those that have not begun count as the others on average.
-        each = statistics.mean(total for _, total in steps) if steps else 0
-        self.progress.update(
-            self.all,
-            description=f"{self.finished} of {self.runs} runs",
-            completed=sum(done for done, _ in steps),
-            total=each * len(self.bars) or None,
-        )
-
-
-# --- Keeping ----------------------------------------------------------------------------------
+# --- The file ---------------------------------------------------------------------------------
 
 
 class _Results:
@@ -255,8 +232,9 @@ class _Results:
                     dict(run["config"]), [dict(row) for row in run["rows"]]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.file} is damaged, or no file of a sweep ({_text(error)}): put a copy "
-                    "of it back, or remove it to begin again"
+                    f"{self.file} is damaged, or not the file of a sweep "
+                    f"({type(error).__name__}: {error}): put a copy of it back, or remove it to "
+                    "begin again"
                 ) from error
 
     def find(self, config: Config) -> list[Row] | None:
@@ -269,24 +247,21 @@ class _Results:
         return None
 
     def add(self, name: str, config: Config, rows: list[Row]) -> None:
-        """Write the file with one run more, as a whole or not at all."""
+        """Write the file with one run more, completely or not at all."""
         if self.file is None:
             return
         self.runs.append({"name": name, "config": self._settings(config), "rows": rows})
+        # A line for each run, which a diff can tell apart.
+        text = '{"runs": [\n' + ",\n".join(map(json.dumps, self.runs)) + "\n]}\n"
         try:
             with atomic_write(self.file) as file:
-                file.write(_lines(self.runs).encode())
+                file.write(text.encode())
         except OSError as error:
             raise OSError(
-                f"{self.file} could not be written ({error.strerror}). It is as it was, without "
+                f"{self.file} could not be written ({error.strerror}). It is unchanged, without "
                 f"{name!r}: make room, and start the sweep again"
             ) from error
 
     def _settings(self, config: Config) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(json.dumps({**asdict(config), **self.about}))
         return settings
-
-
-def _lines(runs: list[dict[str, Any]]) -> str:
-    """JSON with a line for each run, which a diff can tell apart."""
-    return '{"runs": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]}\n"
