@@ -8,7 +8,16 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "awp_optim" / "__init__.py").read_text())[1]
 
-LAB = ["torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "rich", "tyro>=0.9"]
+LAB = [
+    "torchvision",
+    "numpy",
+    "scikit-learn",
+    "pillow",
+    "matplotlib",
+    "jinja2",
+    "rich",
+    "tyro>=0.9",
+]
 EVAL = ["pyautoattack"]
 BENCH = [
     *LAB,
@@ -52,7 +61,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["awp_optim", "awp_optim.*"]),
-    package_data={"awp_optim": ["py.typed"]},
+    package_data={"awp_optim": ["py.typed", "lab/reports/*/*.html", "lab/reports/*/*.mplstyle"]},
     install_requires=["torch>=2.6"],
     entry_points={"console_scripts": ["awp = awp_optim.cli:main"]},
     extras_require={

@@ -31,10 +31,10 @@ from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.job import Job
 from awp_optim.lab.models import build_model
-from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
+from awp_optim.lab.reports.plots import learning_curves
+from awp_optim.lab.reports.summary import Runs, spread, summary
 from awp_optim.lab.run_folder import Row
-from awp_optim.lab.summary import Runs, spread, summary
 from awp_optim.lab.sweep import sweep
 from awp_optim.lab.trainer import fit
 
@@ -110,9 +110,9 @@ def table(runs: dict[str, Runs], gamma: float) -> Table:
     at, awp = ([figures(rows) for rows in of_method] for of_method in runs.values())
     for name in at[0]:
         digits = 2 if name.startswith("seconds") else 1
-        columns = [run[name] for run in at], [run[name] for run in awp]
-        difference = [b - a for a, b in zip(*columns, strict=True)]
-        result.add_row(name, *(spread(values, digits) for values in (*columns, difference)))
+        pairs = [(a[name], b[name]) for a, b in zip(at, awp, strict=True)]
+        columns = [*zip(*pairs, strict=True), [b - a for a, b in pairs]]
+        result.add_row(name, *(spread(column, digits) for column in columns))
     result.add_row("time of a step, in turn", "x 1", f"x {overhead(gamma):.2f}", "")
     return result
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from awp_optim._utils.io import atomic_write
+from awp_optim.lab.models import CIFAR10_MEAN, CIFAR10_STD
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 """``x_train``, ``x_test``: uint8 (N, C, H, W). ``y_train``, ``y_test``: uint8 (N,)."""
@@ -221,8 +222,6 @@ CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
 CIFAR10_SHAPES: dict[str, tuple[int, ...]] = {
     "x_train": (50_000, 3, 32, 32),

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from awp_optim.lab.data import CIFAR10_MEAN, CIFAR10_STD
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
 Activation = Callable[[Tensor], Tensor]
 _CIFAR10 = {"mean": CIFAR10_MEAN, "std": CIFAR10_STD}

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from awp_optim.lab.config import Config
-from awp_optim.lab.plots import ablations, curve_panels, perturbation_sizes
 from awp_optim.lab.recipes import RECIPES
-from awp_optim.lab.summary import Runs
+from awp_optim.lab.reports.plots import ablations, curve_panels, perturbation_sizes
+from awp_optim.lab.reports.summary import Runs
 
 __all__ = ["STUDIES", "Study", "passes"]
 
@@ -49,17 +49,21 @@ class Study:
     note: str
 
 
-def methods(base: Config, digits: bool) -> Study:
+def methods(base: Config, *, digits: bool) -> Study:
     """Each method with and without AWP."""
-    plain = {name: replace(base, method=name.lower()) for name in ("AT", "TRADES", "MART")}
+    plain = {
+        "AT": base,
+        "TRADES": replace(base, method="trades"),
+        "MART": replace(base, method="mart"),
+    }
     note = f"gamma {AT_GAMMA:g} with AT, as in the published runs, and {GAMMA:g} with the others."
     if digits:
         plain["RST"] = replace(base, method="rst")
         plain["Pre-training"] = replace(base, method="pretrain", **FINE_TUNING)
         note += (
-            " RST: the other training images, with the labels that a classifier trained naturally on"
-            " the labeled ones gives them. Pre-training: adversarial, without AWP, on the other"
-            f" images as odd or even; then a cosine schedule from {FINE_TUNING['lr']:g}."
+            " RST: the other training images, with the labels of a classifier trained naturally on"
+            " the labeled ones. Pre-training: adversarial, without AWP, on the other images as odd"
+            f" or even; then a cosine schedule from {FINE_TUNING['lr']:g}."
         )
     else:
         rst, pretrain = (RECIPES[f"{m}/cifar10-linf-wrn28-10"].needs for m in ("rst", "pretrain"))
@@ -78,7 +82,7 @@ def methods(base: Config, digits: bool) -> Study:
     )
 
 
-def figure2(base: Config, digits: bool) -> Study:
+def figure2(base: Config, *, digits: bool) -> Study:
     """How often the weights are perturbed, how far, and in which norm."""
     configs = {"AT": base, "TRADES": replace(base, method="trades")}
     changed = {"AT-AWP": base, "TRADES-AWP": configs["TRADES"]}
@@ -105,7 +109,7 @@ def figure2(base: Config, digits: bool) -> Study:
     return Study("The perturbation's steps, size and norm", configs, compared_with, draw, note)
 
 
-def regularizers(base: Config, digits: bool) -> Study:
+def regularizers(base: Config, *, digits: bool) -> Study:
     """AWP, other regularization of weights, and data augmentation."""
     changes: dict[str, dict[str, Any]] = {
         "AT-AWP": {"gamma": AT_GAMMA},
@@ -129,13 +133,13 @@ def regularizers(base: Config, digits: bool) -> Study:
     return Study("AWP and other regularization", configs, dict.fromkeys(changes, "AT"), draw, note)
 
 
-def rwp(base: Config, digits: bool) -> Study:
+def rwp(base: Config, *, digits: bool) -> Study:
     """Adversarial and random perturbation of every size."""
-    both = {"AWP": ("gradient", GAMMAS), "RWP": ("random", RWP_GAMMAS)}
+    kinds = {"AWP": (base, GAMMAS), "RWP": (replace(base, direction="random"), RWP_GAMMAS)}
     configs, sizes = {"AT": base}, {}
-    for name, (direction, gammas) in both.items():
+    for name, (config, gammas) in kinds.items():
         labels = {gamma: f"{name}, gamma {gamma:g}" for gamma in gammas}
-        configs |= {k: replace(base, gamma=g, direction=direction) for g, k in labels.items()}
+        configs |= {label: replace(config, gamma=g) for g, label in labels.items()}
         sizes[name] = {0.0: "AT", **labels}
 
     def draw(runs: Mapping[str, Runs], file: Path, title: str) -> None:
@@ -146,11 +150,11 @@ def rwp(base: Config, digits: bool) -> Study:
     return Study("Adversarial and random weight perturbation", configs, compared_with, draw, note)
 
 
-STUDIES: dict[str, Callable[[Config, bool], Study]] = {
+STUDIES: dict[str, Callable[..., Study]] = {
     study.__name__: study for study in (methods, figure2, regularizers, rwp)
 }
-"""By name: a function of the settings of plain adversarial training, and of whether they are the
-quickstart's, on digits."""
+"""By name: a function of the settings of plain adversarial training, and of whether these are the
+quickstart's (``digits``)."""
 
 
 def _by_gamma(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from awp_optim._utils.io import atomic_write
+from awp_optim._utils.checks import check_int
 from awp_optim.lab.config import Config
 from awp_optim.lab.progress import SweepBars, step_bars
+from awp_optim.lab.results_file import ResultsFile
 from awp_optim.lab.run_folder import Row
 
 __all__ = ["RunFailed", "Train", "sweep"]
@@ -29,11 +28,15 @@ __all__ = ["RunFailed", "Train", "sweep"]
 Report = Callable[[int, int], None]
 Train = Callable[[Config, Report], list[Row]]
 """A run: gets its settings and a function to report the steps done and to do, returns its rows."""
-
-Finish = Callable[[str, list[Row]], None]
+Finished = Generator[tuple[str, list[Row]], None, None]
+"""Runs as they finish. Closing it ends or cancels the others."""
 
 POLL = 0.05
-"""Seconds between two looks at the runs, and between two reports of a run."""
+"""Seconds from one look at the runs to the next, and from one report of a run to the next."""
+
+
+class RunFailed(RuntimeError):
+    """A run failed; the text names it."""
 
 
 def sweep(
@@ -46,7 +49,7 @@ def sweep(
     executor: Executor | None = None,
     console: Console | None = None,
 ) -> dict[str, list[Row]]:
-    """Train all of them, by default as many at a time as there are cores. Equal runs are one.
+    """Train all of them, by default as many at a time as there are cores; equal ones once.
 
     With a file, every finished run is written to it at once, and a run that it holds is not trained
     again: an interrupted sweep continues. Runs with other settings in the file stay there.
@@ -60,8 +63,9 @@ def sweep(
         workers: processes of this machine, which share its cores as threads; None for one a core.
             1 trains one run after another in this process with all its threads, as suits a GPU.
         executor: trains the runs instead, on whatever machines it has: dask's
-            ``Client(...).get_executor()``, ``mpi4py.futures``, submitit, loky. Its workers must do
-            one run at a time each (torch's random state belongs to a process). It is not shut down.
+            ``Client(...).get_executor()``, ``mpi4py.futures``, submitit, loky. A worker must train
+            one run at a time, for torch's random state belongs to the process. The executor is not
+            shut down.
         console: where to draw the progress; None for the standard output.
 
     Returns:
@@ -69,36 +73,40 @@ def sweep(
 
     Raises:
         OSError: the file could not be read or written; what it held before is intact.
-        RunFailed: a run failed; the text names it. Runs that had finished are in the file, those
-            that had not are ended, or cancelled on an executor of the caller.
+        RunFailed: a run failed. Those that had finished are in the file; others are ended, or, on
+            an executor of the caller, cancelled if they have not begun.
         ValueError: the file is damaged or something else, or ``workers`` is below 1.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    results = _Results(file, about or {})
+    if workers is not None:
+        check_int("workers", workers, least=1)
+    results = ResultsFile(file, about or {})
     found = {config: results.find(config) for config in configs.values()}
+    todo = _todo(configs, found)
+    # By the number of all runs: a sweep that is continued gives each as many threads as before.
+    workers = min(workers or _cores(), max(1, len(configs)))
+    with step_bars(console) as progress:
+        bars = SweepBars(progress, todo, len(found))
+        if executor is not None:
+            runs = _on_executor(executor, todo, train)
+        elif workers == 1:
+            runs = _in_turn(todo, train, bars)
+        else:
+            runs = _on_processes(workers, todo, train, bars)
+        with closing(runs):
+            for name, rows in runs:
+                found[todo[name]] = rows
+                results.add(name, todo[name], rows)
+                bars.finish(name)
+    return {name: found[config] or [] for name, config in configs.items()}
+
+
+def _todo(configs: Mapping[str, Config], found: Mapping[Config, object]) -> dict[str, Config]:
+    """The runs to do, each setting under the first of its names."""
     todo: dict[str, Config] = {}
     for name, config in configs.items():
         if found[config] is None and config not in todo.values():
             todo[name] = config
-    # By the number of all runs: one that is resumed with fewer rounds alike.
-    workers = min(workers or _cores(), max(1, len(configs)))
-    with step_bars(console) as progress:
-        bars = SweepBars(progress, todo, len(found))
-
-        def finish(name: str, rows: list[Row]) -> None:
-            found[todo[name]] = rows
-            results.add(name, todo[name], rows)
-            bars.finish(name)
-
-        if executor is not None:
-            _submit(executor, todo, train, finish)
-        elif workers == 1:
-            for name, config in todo.items():
-                finish(name, _run(train, name, config, partial(bars.update, name)))
-        elif todo:
-            _submit_to_processes(workers, todo, train, finish, bars)
-    return {name: found[config] or [] for name, config in configs.items()}
+    return todo
 
 
 def _cores() -> int:
@@ -108,42 +116,42 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-class RunFailed(RuntimeError):
-    """A run failed; the text names it. It can be sent from one process to another."""
-
-
-def _run(train: Train, name: str, config: Config, report: Report | None = None) -> list[Row]:
+def _run(train: Train, name: str, config: Config, report: Report) -> list[Row]:
     """One run, in any process."""
-    report = report or partial(_report, name)
     report(0, 0)  # it has begun
     try:
         return train(config, report)
-    except Exception as error:
+    except Exception as error:  # of whatever type: not all can be sent to another process
         raise RunFailed(f"{name!r} failed: {type(error).__name__}: {error}") from error
 
 
-def _submit(
+def _in_turn(todo: Mapping[str, Config], train: Train, bars: SweepBars) -> Finished:
+    for name, config in todo.items():
+        yield name, _run(train, name, config, partial(bars.update, name))
+
+
+def _on_executor(
     executor: Executor,
     todo: Mapping[str, Config],
     train: Train,
-    finish: Finish,
-    between: Callable[[], None] = lambda: None,
-) -> None:
-    """Train on an executor. Leaving it by an exception cancels what has not begun."""
-    futures = {name: executor.submit(_run, train, name, todo[name]) for name in todo}
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Finished:
+    futures = {
+        name: executor.submit(_run, train, name, config, partial(_report, name))
+        for name, config in todo.items()
+    }
     try:
         while futures:
             time.sleep(POLL)  # not concurrent.futures.wait, which does not know submitit's jobs
-            between()
+            meanwhile()
             for name in [name for name, future in futures.items() if future.done()]:
                 try:
-                    rows = futures[name].result()
+                    rows = futures.pop(name).result()
                 except (RunFailed, BrokenExecutor):
                     raise
                 except Exception as error:  # the executor's own
                     raise RunFailed(f"{name!r} failed: {type(error).__name__}: {error}") from error
-                finish(name, rows)
-                del futures[name]
+                yield name, rows
     finally:
         for future in futures.values():
             future.cancel()
@@ -151,43 +159,42 @@ def _submit(
 
 # --- Processes of this machine ----------------------------------------------------------------
 
-_reports: Any = None
-"""In a worker process: the queue of (name, steps done, steps to do)."""
-_reported = 0.0
 
-
-def _submit_to_processes(
-    workers: int, todo: Mapping[str, Config], train: Train, finish: Finish, bars: SweepBars
-) -> None:
-    """Train on processes of this machine, which end with an exception here."""
+def _on_processes(
+    workers: int, todo: Mapping[str, Config], train: Train, bars: SweepBars
+) -> Finished:
     context = multiprocessing.get_context("spawn")  # neither CUDA nor threads survive a fork
     reports = context.SimpleQueue()
-    others = multiprocessing.active_children()
     threads = max(1, _cores() // workers)
-    pool = ProcessPoolExecutor(workers, context, _begin, (threads, reports))
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(workers, context, _begin, (reports, threads))
 
     def show() -> None:
         while not reports.empty():
             bars.update(*reports.get())
 
     try:
-        _submit(pool, todo, train, finish, show)
-    except BaseException as error:
+        yield from _on_executor(pool, todo, train, show)
+    except BrokenExecutor as error:
+        raise RunFailed(
+            f"one of {', '.join(map(repr, bars.running))} failed: its process ended. If the memory "
+            "does not suffice, try fewer workers"
+        ) from error
+    finally:
+        # What still runs is not waited for.
         for process in multiprocessing.active_children():
             if process not in others:
                 process.terminate()
-        if isinstance(error, BrokenExecutor):
-            raise RunFailed(
-                f"the process of one of these runs ended: {', '.join(map(repr, bars.running))}. If "
-                "the memory does not suffice, try fewer workers"
-            ) from error
-        raise
-    finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(threads: int, reports: Any) -> None:
-    """Set up a worker process."""
+_reports: Any = None
+"""In a worker: the queue of (name, steps done, steps to do)."""
+_last_report = 0.0
+
+
+def _begin(reports: Any, threads: int) -> None:
+    """Set up a worker."""
     global _reports
     _reports = reports
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
@@ -203,65 +210,10 @@ def _end_with_parent() -> None:
 
 
 def _report(name: str, done: int, steps: int) -> None:
-    """Report to the parent, if this is a worker of its; others have nobody who listens."""
-    global _reported
-    if _reports is None or (done < steps and time.monotonic() < _reported + POLL):
-        return
-    _reported = time.monotonic()
-    with suppress(OSError):
-        _reports.put((name, done, steps))
-
-
-# --- The file ---------------------------------------------------------------------------------
-
-
-class _Results:
-    """The runs in a file: ``{"runs": [{"name": ..., "config": {...}, "rows": [...]}, ...]}``."""
-
-    def __init__(self, file: Path | str | None, about: Mapping[str, Any]) -> None:
-        self.file = None if file is None else Path(file)
-        self.about = about
-        self.runs: list[dict[str, Any]] = []
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)  # an error now, not after an hour
-        if self.file.exists():
-            try:
-                self.runs = list(json.loads(self.file.read_text(encoding="utf-8"))["runs"])
-                for run in self.runs:
-                    dict(run["config"]), [dict(row) for row in run["rows"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.file} is damaged, or not the file of a sweep "
-                    f"({type(error).__name__}: {error}): put a copy of it back, or remove it to "
-                    "begin again"
-                ) from error
-
-    def find(self, config: Config) -> list[Row] | None:
-        """The rows of the run with these settings, if there is one."""
-        wanted = self._settings(config)
-        for run in self.runs:
-            # A file may be older than a setting: it had what is now the default.
-            if {**asdict(Config()), **run["config"]} == wanted:
-                return [dict(row) for row in run["rows"]]
-        return None
-
-    def add(self, name: str, config: Config, rows: list[Row]) -> None:
-        """Write the file with one run more, completely or not at all."""
-        if self.file is None:
-            return
-        self.runs.append({"name": name, "config": self._settings(config), "rows": rows})
-        # A line for each run, which a diff can tell apart.
-        text = '{"runs": [\n' + ",\n".join(map(json.dumps, self.runs)) + "\n]}\n"
-        try:
-            with atomic_write(self.file) as file:
-                file.write(text.encode())
-        except OSError as error:
-            raise OSError(
-                f"{self.file} could not be written ({error.strerror}). It is unchanged, without "
-                f"{name!r}: make room, and start the sweep again"
-            ) from error
-
-    def _settings(self, config: Config) -> dict[str, Any]:
-        settings: dict[str, Any] = json.loads(json.dumps({**asdict(config), **self.about}))
-        return settings
+    """Report to the parent, in a worker; on an executor of the caller there is nobody to hear."""
+    global _last_report
+    now = time.monotonic()
+    if _reports is not None and (done in (0, steps) or now > _last_report + POLL):
+        _last_report = now
+        with suppress(OSError):  # the parent has ended
+            _reports.put((name, done, steps))

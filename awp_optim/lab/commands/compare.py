@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,10 +20,10 @@ from awp_optim.lab.config import Config
 from awp_optim.lab.data import ImageData, load
 from awp_optim.lab.job import Job
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES, RECIPES
+from awp_optim.lab.reports.summary import Runs, accuracies, differences, markdown
 from awp_optim.lab.run_folder import Row
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.studies import STUDIES, Study
-from awp_optim.lab.summary import Runs, accuracies, differences, markdown
 from awp_optim.lab.sweep import sweep
 from awp_optim.lab.trainer import fit
 
@@ -117,10 +117,15 @@ def train(task: Task, config: Config, report: Callable[[int, int], None]) -> lis
     if unlabeled is None and labeled < len(data.x_train):
         data = data.limit(labeled)
     folder = task.folder(config)
-    more_options = {"unlabeled": unlabeled, "init": init, "resume": folder is not None}
-    *rows, end = fit(config, data, folder, on_step=partial(on_step, stage=stages), **more_options)[
-        1
-    ]
+    _, (*rows, end) = fit(
+        config,
+        data,
+        folder,
+        unlabeled=unlabeled,
+        init=init,
+        resume=folder is not None,
+        on_step=partial(on_step, stage=stages),
+    )
     return [*rows, {**end, **more}]
 
 
@@ -149,7 +154,7 @@ def compare(options: Options, *, executor: Executor | None = None, command: str 
         command: how to repeat it, for the file of tables.
     """
     task, data, labeled = _task(options)
-    study = STUDIES[options.study](task.base, options.recipe is None)
+    study = STUDIES[options.study](task.base, digits=options.recipe is None)
     seeds = range(options.seeds)
     rows = sweep(
         {f"{k}, seed {s}": replace(c, seed=s) for s in seeds for k, c in study.configs.items()},
@@ -177,7 +182,9 @@ def _task(options: Options) -> tuple[Task, ImageData, int]:
     return task, data, labeled
 
 
-def _about(base: Config, study: Study, runs: dict[str, Runs], data: ImageData, labeled: int) -> str:
+def _about(
+    base: Config, study: Study, runs: Mapping[str, Runs], data: ImageData, labeled: int
+) -> str:
     """What a reader must know of the figures."""
     seeds = len(next(iter(runs.values())))
     about = (
@@ -192,7 +199,9 @@ def _about(base: Config, study: Study, runs: dict[str, Runs], data: ImageData, l
     return about
 
 
-def _write(options: Options, study: Study, runs: dict[str, Runs], about: str, machine: str) -> None:
+def _write(
+    options: Options, study: Study, runs: Mapping[str, Runs], about: str, machine: str
+) -> None:
     """The tables, in a file and on the terminal, and the picture."""
     console = terminal()
     text = [f"# {study.title}", about]

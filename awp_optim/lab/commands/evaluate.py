@@ -33,7 +33,6 @@ from awp_optim.lab.commands.options import (
     Flag,
     Number,
     Positive,
-    check_radius,
     default_device,
     number,
     one_of,
@@ -51,8 +50,8 @@ from awp_optim.lab.loading import (
     normalized,
     settings_of,
 )
-from awp_optim.lab.plots import accuracy_by_radius, adversarial_images
-from awp_optim.lab.tables import (
+from awp_optim.lab.reports.plots import accuracy_by_radius, adversarial_images
+from awp_optim.lab.reports.tables import (
     as_csv,
     as_json,
     as_report,
@@ -149,8 +148,6 @@ class Options:
     """Which images are used; else the test images of the run, or of cifar10."""
 
     def __post_init__(self) -> None:
-        if self.eps is not None:
-            check_radius(self.norm or "linf", self.eps)
         if self.checkpoint is None and (self.arch or self.num_classes or self.ema):
             raise ValueError("--arch, --num-classes and --ema go with --checkpoint")
         if self.robustbench is not None and (self.mean or self.std):
@@ -208,7 +205,7 @@ def _complete(options: Options) -> _Task:
     dataset = options.data.dataset or run.get("dataset", "cifar10")
     try:
         check_choice("norm", norm, NORMS)
-        check_radius(norm, check_real("eps", eps))
+        check_real("eps", eps)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{options.checkpoint}: {error}" if run else str(error)) from error
     if dataset not in DATASETS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -30,11 +29,11 @@ from awp_optim.lab.commands.options import (
     write,
     writing,
 )
-from awp_optim.lab.figures import FIGURES, Drawing
-from awp_optim.lab.gallery import Picture, write_gallery
 from awp_optim.lab.job import Job
-from awp_optim.lab.measuring import Landscapes, Measuring, NotEnough
-from awp_optim.lab.runs import Run, find_runs, grouped
+from awp_optim.lab.reports.figures import FIGURES, Drawing
+from awp_optim.lab.reports.gallery import Picture, write_gallery
+from awp_optim.lab.reports.landscapes import Landscapes, Measuring
+from awp_optim.lab.reports.runs import NotEnough, Run, find_runs, grouped, select
 
 __all__ = ["Options", "main"]
 
@@ -111,10 +110,6 @@ class Options:
             raise ValueError(f"--at must be above 0 and within --reach, not {self.alpha:g}")
         if not self.gammas or not all(0 < gamma < math.inf for gamma in self.gammas):
             raise ValueError("--gammas must be above 0")
-        try:
-            re.compile(self.select or "")
-        except re.error as error:
-            raise ValueError(f"--select {self.select} is no regular expression: {error}") from error
 
     @property
     def alpha(self) -> float:
@@ -127,9 +122,29 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     options = parse(Options, arguments, "awp landscape", HELP)
     start = time.perf_counter()
     console = terminal()
-    groups = _select(grouped(find_runs(options.runs)), options.select)
+    groups = grouped(find_runs(options.runs))
+    if options.select is not None:
+        groups = select(groups, options.select)
     for label, runs in groups.items():
         console.out(f"{label}: {len(runs)} run{'s' * (len(runs) > 1)}")
+    names = list(FIGURES if options.gallery else dict.fromkeys(options.figure))
+    pictures, left_out = _draw(names, groups, options, ranks, console)
+    if left_out and not options.gallery:
+        raise NotEnough("; ".join(f"--figure {name}: {why}" for name, why in left_out.items()))
+    if options.gallery and ranks.rank == 0:
+        command = shlex.join(["awp", "landscape", *arguments])
+        _write_gallery(options, groups, command, pictures, left_out, console)
+    console.out(f"{time.perf_counter() - start:.0f} s in all")
+
+
+def _draw(
+    names: Sequence[str],
+    groups: dict[str, list[Run]],
+    options: Options,
+    ranks: Job,
+    console: Console,
+) -> tuple[list[Picture], dict[str, str]]:
+    """The figures that the runs allow, each written as soon as it is measured; why not others."""
     landscapes = Landscapes(
         _measuring(options, ranks),
         options.out / "points",
@@ -137,29 +152,15 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     )
     pictures: list[Picture] = []
     left_out: dict[str, str] = {}
-    for name in FIGURES if options.gallery else dict.fromkeys(options.figure):
+    for name in names:
         try:
             drawings = FIGURES[name](groups, landscapes)
         except NotEnough as error:
-            if not options.gallery:
-                raise NotEnough(f"--figure {name}: {error}") from error
             left_out[name] = str(error)
             continue
         if ranks.rank == 0:
-            pictures += [_draw(drawing, options.out, console) for drawing in drawings]
-    if ranks.rank == 0 and options.gallery:
-        command = shlex.join(["awp", "landscape", *arguments])
-        _write_gallery(options, groups, command, pictures, left_out, console)
-    console.out(f"{time.perf_counter() - start:.0f} s in all")
-
-
-def _select(groups: dict[str, list[Run]], pattern: str | None) -> dict[str, list[Run]]:
-    if pattern is None:
-        return groups
-    found = {label: runs for label, runs in groups.items() if re.search(pattern, label)}
-    if not found:
-        raise ValueError(f"--select {pattern} matches none of {'; '.join(groups)}")
-    return found
+            pictures += [_write(drawing, options.out, console) for drawing in drawings]
+    return pictures, left_out
 
 
 def _measuring(options: Options, ranks: Job) -> Measuring:
@@ -182,12 +183,16 @@ def _measuring(options: Options, ranks: Job) -> Measuring:
     )
 
 
-def _draw(drawing: Drawing, out: Path, console: Console) -> Picture:
+def _write(drawing: Drawing, out: Path, console: Console) -> Picture:
     """The picture, and its numbers beside it; the tables also on the terminal."""
     with writing(out / f"{drawing.name}.png") as file:
         drawing.draw(file, drawing.title)
-    content = {"title": drawing.title, "caption": drawing.caption}
-    content |= {"tables": list(drawing.tables), "data": drawing.data}
+    content = {
+        "title": drawing.title,
+        "caption": drawing.caption,
+        "tables": list(drawing.tables),
+        "data": drawing.data,
+    }
     write(file.with_suffix(".json"), json.dumps(content, indent=1))
     for title, (head, *rows) in drawing.tables:
         console.out(f"{drawing.title}. {title}.")

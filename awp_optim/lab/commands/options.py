@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,11 +29,11 @@ __all__ = [
     "Number",
     "Positive",
     "check_picture",
-    "check_radius",
     "default_device",
     "number",
     "one_of",
     "parse",
+    "peek",
     "terminal",
     "write",
     "writing",
@@ -131,20 +130,40 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def parse(
-    options: Callable[..., T], arguments: Sequence[str], prog: str, help: str, **more: Any
+    options: Callable[..., T],
+    arguments: Sequence[str],
+    prog: str,
+    help: str,
+    default: T | None = None,
 ) -> T:
     """Read a command line; a mistake in it ends the program with exit status 2.
 
     Args:
-        options: a dataclass, or a function, whose arguments are the options.
+        options: a dataclass, whose fields are the options.
         arguments: the words of the command line.
         prog: what stands before them.
         help: what ``--help`` says above the options.
-        more: further arguments of ``tyro.cli``.
+        default: the options that are not given; None for the defaults of the fields.
     """
-    return tyro.cli(
-        options, args=arguments, prog=prog, description=help, registry=_registry, **more
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    read: T = tyro.cli(
+        options, args=arguments, prog=prog, description=help, registry=_registry, **defaults
     )
+    return read
+
+
+def peek(function: Callable[..., T], arguments: Sequence[str], prog: str) -> T:
+    """Call a function with those options that it takes; others are left to be parsed later."""
+    result: T
+    result, _ = tyro.cli(
+        function,
+        args=arguments,
+        prog=prog,
+        registry=_registry,
+        add_help=False,
+        return_unknown_args=True,
+    )
+    return result
 
 
 def default_device() -> str:
@@ -180,17 +199,6 @@ def write(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
     with writing(path), atomic_write(path) as file:
         file.write(text.encode())
-
-
-def check_radius(norm: str, eps: float) -> None:
-    """Raise ValueError for a radius that no pair of images in [0, 1] is apart."""
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps:g}")
-    if norm == "linf" and eps > 1:
-        raise ValueError(
-            f"eps {eps:g} is wider than the range of the images, [0, 1]: for {eps:g} of 255 levels "
-            f"give --eps {eps:g}/255"
-        )
 
 
 @dataclass(frozen=True)

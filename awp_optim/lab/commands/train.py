@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from awp_optim.attacks import PGD
 from awp_optim.lab.commands import recipes
 from awp_optim.lab.commands.options import (
     DataOptions,
@@ -23,20 +24,20 @@ from awp_optim.lab.commands.options import (
     Flag,
     Number,
     Positive,
-    check_radius,
     default_device,
     one_of,
     parse,
+    peek,
     terminal,
 )
-from awp_optim.lab.config import METHODS, THREATS, Config
+from awp_optim.lab.config import THREATS, Config, Method
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.interrupt import StopRequest, graceful_stop
 from awp_optim.lab.job import Job
-from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
+from awp_optim.lab.reports.plots import learning_curves
 from awp_optim.lab.run_folder import Row, best, refuse_run
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.trainer import fit, is_over
@@ -87,7 +88,8 @@ class Options:
     """The settings of the run, as config.json keeps them."""
 
     def __post_init__(self) -> None:
-        check_radius(self.settings.norm, self.settings.eps)
+        config = self.settings
+        PGD(config.eps, config.step_size, norm=config.norm)  # checks them before images are loaded
         if self.unlabeled is not None and self.labeled is not None:
             raise ValueError("--unlabeled and --labeled: give one of the two")
 
@@ -96,7 +98,7 @@ def starting_point(
     recipe: Recipe | None = None,
     dataset: Dataset | None = None,
     threat: Threat | None = None,
-    method: Annotated[str, one_of(METHODS)] = "at",
+    method: Method = "at",
 ) -> tuple[str, Config]:
     """The data set, and the settings before any option changes them."""
     if recipe is None:
@@ -114,9 +116,7 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
         recipes.main([], ranks)
         return
     # The options that decide the defaults of the others come first.
-    (dataset, config), _ = parse(
-        starting_point, arguments, "awp train", "", return_unknown_args=True, add_help=False
-    )
+    dataset, config = peek(starting_point, arguments, "awp train")
     default = Options(out=tyro.MISSING, data=DataOptions(dataset), settings=config)
     options = parse(Options, arguments, "awp train", HELP, default=default)
     given = {word.partition("=")[0].replace("_", "-") for word in arguments}
@@ -149,12 +149,9 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
         run.stop = lambda: request() or time.monotonic() >= deadline
         rows = run.train(data, unlabeled)
     status = max(ranks.gather(request.exit_status))
-    over = is_over(config, rows)
-    if not over:
-        console.out(f"Stopped after {len(rows)} of {config.epochs} epochs; continue with --resume.")
-    if ranks.rank == 0 and any("test_robust_acc" in row for row in rows):
+    if ranks.rank == 0:
         _summarize(options, config, data.name, rows, console)
-    if not over and status:
+    if status and not is_over(config, rows):
         raise SystemExit(status)
 
 
@@ -247,13 +244,17 @@ def _signals(ranks: Job) -> AbstractContextManager[StopRequest]:
 def _summarize(
     options: Options, config: Config, dataset: str, rows: list[Row], console: Console
 ) -> None:
-    """Draw the learning curves and print the result."""
+    """Draw the learning curves and print the result, as far as the run has come."""
+    if not is_over(config, rows):
+        console.out(f"Stopped after {len(rows)} of {config.epochs} epochs; continue with --resume.")
+    evaluated = [row for row in rows if "test_robust_acc" in row]
+    if not evaluated:
+        return
     label = config.method.upper()
     if config.gamma:
         label += f"-AWP, gamma {config.gamma:g}"
     learning_curves({label: [rows]}, options.out / "curves.png", f"{dataset}, {config.arch}")
-    top = best(rows)
-    last = [row for row in rows if "test_robust_acc" in row][-1]
+    top, last = best(rows), evaluated[-1]
     console.out(
         f"Robust test accuracy (PGD-{config.test_steps}): best {top['test_robust_acc']:.2%} after "
         f"epoch {top['epoch'] + 1:.0f}, last {last['test_robust_acc']:.2%}; natural "
