@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from awp_optim._core.backup import Snapshot
+from awp_optim._core.settings import check_group
 from awp_optim._cuda_graphs.capturable import (
     DeviceScalars,
     frozen_settings,
@@ -23,10 +25,10 @@ from awp_optim._cuda_graphs.capturable import (
 )
 from awp_optim._cuda_graphs.graphs import Graphs, as_key, module_key
 from awp_optim.attacks import Attack
-from awp_optim.attacks.ascent import BallAttack
+from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.batchnorm import frozen_batch_norm
 from awp_optim.objectives import AT, Objective
-from awp_optim.optimizer import AWP, HostState
+from awp_optim.optimizer import AWP
 
 __all__ = ["AdversarialStep", "StepOutput"]
 
@@ -148,7 +150,7 @@ class AdversarialStep:
             )
         if ascent not in ASCENTS:
             raise ValueError(f"ascent must be one of {ASCENTS}, got {ascent!r}")
-        if ascent == "attack" and not (isinstance(attack, BallAttack) and attack.uses_gradients):
+        if ascent == "attack" and not isinstance(attack, GradientAscentAttack):
             raise ValueError(
                 "ascent='attack' needs an attack that takes gradients, such as PGD, got "
                 f"{attack!r:.80}"
@@ -292,7 +294,7 @@ class AdversarialStep:
             del gradients  # they have the size of the weights
         if awp and self.interval > 1 and not again:
             # In place, for a graph goes on reading from where it lies.
-            self._kept = awp.perturbation(self._kept)
+            self._kept = awp.perturbation()
         loss, logits = self._descend(x_adv, x, y)
         return loss, logits, x_adv
 
@@ -305,7 +307,7 @@ class AdversarialStep:
         with self._autocast(x):
             if not weights:
                 return self.attack(self._attacked, x, y), None
-            assert isinstance(self.attack, BallAttack)  # __init__ saw to it
+            assert isinstance(self.attack, GradientAscentAttack)  # __init__ saw to it
             x_adv, gradients = self.attack.with_weight_gradients(self._attacked, x, y, weights)
         pairs = zip(weights, gradients, strict=True)
         return x_adv, {p: g for p, g in pairs if g is not None}
@@ -314,8 +316,6 @@ class AdversarialStep:
         self, awp: AWP, x_adv: Tensor, x: Tensor, y: Tensor, along: dict[Tensor, Tensor] | None
     ) -> None:
         """The ascents after an attack; with a kept direction, all there are."""
-        if self.ascent == "momentum":
-            along = awp.momenta()
         alternations = 1 if along is self._kept else self.alternations
         for _ in range(awp.ascent_steps // alternations):
             if along is None and "gradient" in awp.directions:
@@ -357,7 +357,8 @@ class AdversarialStep:
         awp = optimizer if isinstance(optimizer, AWP) else None
         base = awp.base_optimizer if awp else optimizer
         if awp:
-            awp._check_groups()
+            for group in awp.param_groups:
+                check_group(group)
         settings = frozen_settings(base)
         if self._settings not in (None, settings):
             self._may_capture_update = False  # else every change would take a new graph
@@ -375,9 +376,9 @@ class AdversarialStep:
         def keep() -> _Kept:
             return _Kept(
                 [(p, p.grad) for p in _parameters(optimizer)],
-                awp._host_state() if awp else None,
+                awp.backup.snapshot() if awp else None,
                 dict(self._kept),
-                (awp and dict(awp._buffers), self.attack, self.objective),
+                (awp and dict(awp.backup.buffers), self.attack, self.objective),
             )
 
         def before_replay(kept: _Kept) -> None:
@@ -385,12 +386,12 @@ class AdversarialStep:
                 p.grad = grad
             self._kept = dict(kept.kept)
             if awp and kept.awp:
-                awp._set_host_state(kept.awp)
+                awp.backup.reinstate(kept.awp)
 
         def discard() -> None:
             optimizer.zero_grad()
             if awp:
-                awp._set_host_state(_AT_CENTRE)
+                awp.backup.forget()
 
         kept_at = tuple((id(p), v.data_ptr()) for p, v in self._kept.items())
         key = (again and kept_at, settings if inside else None, self._key())
@@ -425,12 +426,11 @@ class _Kept(NamedTuple):
     """What the host knew after a capture, and what must live as long as the graph."""
 
     gradients: list[tuple[Tensor, Tensor | None]]
-    awp: HostState | None
+    awp: Snapshot | None
     kept: dict[Tensor, Tensor]
     memory: Any
 
 
-_AT_CENTRE = HostState(False, {}, [], [])
 _DISTRIBUTED = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 

@@ -100,7 +100,7 @@ def cpu_graphs(monkeypatch):
         pass
 
     monkeypatch.setitem(graphs.RECORDERS, "cpu", Counting)
-    monkeypatch.setattr(perturbation, "_host_may_look", lambda t: False)
+    monkeypatch.setattr(perturbation, "_host_may_read", lambda t: False)
     return Counting
 
 

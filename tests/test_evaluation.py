@@ -310,7 +310,7 @@ class TestForeignAttacks:
     @pytest.mark.parametrize("far", [0.2, float("nan")])
     def test_what_leaves_the_ball_or_is_not_finite_does_not_count(self, far):
         class Cheat(FGSM):
-            def _perturb(self, oracle, x, y):
+            def run(self, oracle, x, y):
                 return (x + far).clamp(0, 1)
 
         model, data = network(), images()
@@ -338,7 +338,7 @@ class TestForeignAttacks:
             def parts(self):
                 return {"weak": FGSM(eps=0.02), "strong": PGD(0.06, 0.02, 5)}
 
-            def _perturb(self, oracle, x, y):
+            def run(self, oracle, x, y):
                 raise AssertionError("its parts are run")
 
         model, data = network(), images()
@@ -518,7 +518,14 @@ class TestResume:
             lines.append(len(state.read_bytes().splitlines()))
             return x
 
-        run(network(), images(), {"fgsm": FGSM(0.04), "look": look}, batch_size=20, state=state)
+        run(
+            network(),
+            images(),
+            {"fgsm": FGSM(0.04), "look": look},
+            batch_size=20,
+            state=state,
+            key="look",
+        )
         assert lines == [3, 6, 9]  # a header, and three entries a batch
 
     def test_cut_at_any_byte(self, tmp_path):

@@ -131,7 +131,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(runs, start, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("awp_optim.lab.measuring.loss_curve", interrupted)
+    monkeypatch.setattr("awp_optim.lab.reports.landscapes.loss_curve", interrupted)
     status, _, complaint = start(runs, "--figure", "methods", *SMALL)
     assert status == 130
     assert "the same command goes on" in complaint

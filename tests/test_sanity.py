@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ class Blind(Attack):
     uses_gradients = False
     clip, model_mode, eps, norm = (0, 1), "eval", 0.1, "linf"
 
-    def _perturb(self, oracle, x, y):
+    def run(self, oracle, x, y):
         raise NotImplementedError
 
 
@@ -167,7 +168,7 @@ class Did:
     """An outcome on a hundred examples: the first and the last of those broken."""
 
     def __init__(self, lo: int, hi: int, attacked: int = 100) -> None:
-        at = torch.arange(100)
+        at = np.arange(100)
         self.attacked = at < attacked
         self.fooled = (at >= lo) & (at < hi)
 

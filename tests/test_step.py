@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import FGSM, PGD, SPSA
-from awp_optim.attacks.base import _compiler_sees_requires_grad
+from awp_optim.attacks.base import COMPILER_SEES_REQUIRES_GRAD
 from awp_optim.objectives import AT, MART, TRADES
 
 SGD = torch.optim.SGD
@@ -307,7 +307,7 @@ def test_a_compiled_attack_computes_no_weight_gradients_either(net, in_place, as
         pytest.skip("this torch does not compile such a module in place")
     needed = {"exact": [False] * 10 + [True] * 2, "attack": [False] * 9 + [True] * 2}[ascent]
     # A torch that would not notice gets all of them, so that those wanted are there.
-    assert masks == (needed if _compiler_sees_requires_grad() else [True] * len(needed))
+    assert masks == (needed if COMPILER_SEES_REQUIRES_GRAD else [True] * len(needed))
     assert all(p.requires_grad for p in model.parameters())
 
 

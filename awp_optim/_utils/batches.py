@@ -1,4 +1,4 @@
-"""Data as it comes: batches, or one pair of tensors; where the model is; a seed for each batch."""
+"""Data as users hold it, turned into checked batches; their device, and a seed for each of them."""
 
 from __future__ import annotations
 
@@ -6,56 +6,60 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from awp_optim._utils.checks import DTYPES, describe, is_integer
+from awp_optim._utils.checks import DTYPES, check_int, describe, is_integer
 
-__all__ = ["NO_DATA", "Data", "batches", "count", "device_of", "seeded"]
+__all__ = ["NO_DATA", "Data", "batches", "count_batches", "device_of", "seeded"]
 
-Data = Iterable[tuple[Tensor, Tensor]] | tuple[Tensor, Tensor]
-"""Batches (x, y), as a DataLoader gives them; or one pair of tensors."""
+Data = Iterable[tuple[Any, Any]] | tuple[Any, Any] | Dataset[Any]
+"""Batches (x, y), as a DataLoader gives them; one pair (x, y); or a torch Dataset of examples. The
+arrays are tensors, or numpy's."""
 NO_DATA = "there is no data: not one batch with an example in it"
-
-
-def device_of(
-    model: Callable[[Tensor], Tensor], device: torch.device | str | None
-) -> torch.device | None:
-    """Where to run: ``device``, or where the model is; None for where the data are.
-
-    Raises:
-        ValueError: the model is somewhere else.
-    """
-    at_home = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if device is None:
-        return None if at_home is None else at_home.device
-    device = torch.device(device)
-    if at_home is not None and at_home.device.type != device.type:
-        raise ValueError(
-            f"device is {device}, but the model is on {at_home.device}: move it, model.to({device})"
-        )
-    return device
+DEFAULT_BATCH_SIZE = 128
 
 
 def batches(data: Data, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the size asked for, checked, none of them empty."""
-    if is_pair(data):
-        data, batch_size = [data], batch_size or 128  # type: ignore[list-item]
-    kept: list[tuple[Tensor, Tensor]] = []
-    for batch in data:
-        x, y = _checked(batch)
-        if batch_size is None:
-            if len(x):
-                yield x, y
-            continue
-        kept.append((x, y))
-        while (n := sum(len(y) for _, y in kept)) >= batch_size:
-            x, y = _joined(kept)
-            kept = [(x[batch_size:], y[batch_size:])] if n > batch_size else []
-            yield x[:batch_size], y[:batch_size]
-    if any(len(y) for _, y in kept):
-        yield _joined(kept)
+    """Checked batches of tensors (x, y), none of them empty.
+
+    Args:
+        data: see :data:`Data`.
+        batch_size: the size of all batches but the last; None leaves batches as they are, and cuts
+            a pair or a Dataset into batches of 128.
+
+    Raises:
+        TypeError: x does not hold floating-point numbers, or y integers.
+        ValueError: y does not hold one label for each example, or a negative one.
+    """
+    if batch_size is not None:
+        check_int("batch_size", batch_size, least=1)
+    if isinstance(data, Dataset):
+        size = batch_size or DEFAULT_BATCH_SIZE
+        data = DataLoader(data, size, generator=torch.Generator())  # leaves torch's own alone
+    elif _is_pair(data):
+        data, batch_size = [data], batch_size or DEFAULT_BATCH_SIZE  # type: ignore[list-item]
+    checked = (_checked(batch) for batch in data)
+    nonempty = ((x, y) for x, y in checked if len(y))
+    return nonempty if batch_size is None else _resized(nonempty, batch_size)
+
+
+def _resized(
+    batches: Iterable[tuple[Tensor, Tensor]], size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same examples in batches of ``size``; at most one batch more than that is in memory."""
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        waiting.append(batch)
+        while (n := sum(len(y) for _, y in waiting)) >= size:
+            x, y = _joined(waiting)
+            waiting = [(x[size:], y[size:])] if n > size else []
+            yield x[:size], y[:size]
+    if waiting:
+        yield _joined(waiting)
 
 
 def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -64,18 +68,23 @@ def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
-def is_pair(data: object) -> bool:
+def _is_pair(data: object) -> bool:
     return (
         isinstance(data, (tuple, list))
         and len(data) == 2
-        and all(isinstance(t, Tensor) for t in data)
+        and all(isinstance(_as_tensor(values), Tensor) for values in data)
     )
+
+
+def _as_tensor(values: Any) -> Any:
+    """A numpy array as a tensor that shares its memory; anything else as it is."""
+    return torch.as_tensor(values) if type(values).__module__ == "numpy" else values
 
 
 def _checked(batch: object) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TypeError(f"data must give batches (x, y), got {describe(batch)}")
-    x, y = batch[0], batch[1]
+    x, y = _as_tensor(batch[0]), _as_tensor(batch[1])
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         raise TypeError(
             f"x must be a tensor of floating point, got {describe(x)}; convert images with "
@@ -88,24 +97,50 @@ def _checked(batch: object) -> tuple[Tensor, Tensor]:
             f"y must hold one class index for each example: x is of shape {tuple(x.shape)}, y of "
             f"{tuple(y.shape)}"
         )
+    lowest = int(y.min()) if len(y) else 0
+    if lowest < 0:
+        raise ValueError(f"labels must be class indices from 0, got {lowest}: drop such examples")
     return x.detach(), y.detach()
 
 
-def count(data: object, batch_size: int | None) -> int | None:
+def count_batches(data: Data, batch_size: int | None) -> int | None:
     """How many batches there will be, as far as that is known."""
-    if is_pair(data):
-        return math.ceil(len(data[1]) / (batch_size or 128))  # type: ignore[index]
-    if batch_size is not None:
-        try:
-            return math.ceil(len(data.dataset) / batch_size)  # type: ignore[attr-defined]
-        except (AttributeError, TypeError):
-            return None
-    return len(data) if hasattr(data, "__len__") else None
+    size = batch_size or DEFAULT_BATCH_SIZE
+    try:
+        if _is_pair(data):
+            return math.ceil(len(data[1]) / size)  # type: ignore[index]
+        if isinstance(data, Dataset):
+            return math.ceil(len(data) / size)  # type: ignore[arg-type]
+        if batch_size is not None:
+            return math.ceil(len(data.dataset) / size)  # type: ignore[union-attr]
+        return len(data)  # type: ignore[arg-type]
+    except (AttributeError, TypeError):
+        return None
+
+
+def device_of(
+    model: Callable[[Tensor], Tensor], device: torch.device | str | None
+) -> torch.device | None:
+    """The device to compute on: ``device``, or the model's; None leaves data where they are.
+
+    Raises:
+        ValueError: the model is on a device of another type.
+    """
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if device is None:
+        return None if parameter is None else parameter.device
+    device = torch.device(device)
+    if parameter is not None and parameter.device.type != device.type:
+        raise ValueError(
+            f"device is {device}, but the model is on {parameter.device}: move it, "
+            f"model.to({device})"
+        )
+    return device
 
 
 @contextmanager
 def seeded(device: torch.device, seed: int | None, batch: int, name: str) -> Iterator[None]:
-    """Inside, torch's generators start from a seed of this batch and name; None: as they are."""
+    """Seed torch's generators for this batch and name, and restore them; None leaves them alone."""
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""The processes that share a work, as torchrun starts them; one, where there are no others."""
+"""The processes of torch.distributed, as torchrun starts them; one where it is not used."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ __all__ = ["Ranks"]
 
 
 class Ranks:
-    """The processes of torch.distributed's default group; one, unless it is initialised.
+    """The processes of torch.distributed's default group; one if that is not initialized.
 
     Attributes:
-        rank, world: which of them this is, and how many there are.
+        rank: the number of this process.
+        world: how many processes there are.
     """
 
     def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        initialized = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
 
-    def agree(self, value: Any) -> Any:
-        """The first's value."""
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value, on every rank."""
         if self.world == 1:
             return value
         values = [value]
@@ -29,7 +30,7 @@ class Ranks:
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's values, the first's first."""
+        """The values of all ranks in their order, on every rank."""
         if self.world == 1:
             return [value]
         values = [None] * self.world

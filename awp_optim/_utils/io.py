@@ -1,4 +1,4 @@
-"""Files that are either as they were or whole."""
+"""Atomic files: a reader finds the previous content or the new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "naming"]
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to beside ``path``, moved there when it is whole and on the disk.
+    """Open a temporary file for writing, and move it to ``path`` once its content is on the disk.
 
-    It is a hidden one, ``.NAME.HOST.PID.part``, so that writers do not meet; after an exception it
-    is gone.
+    The temporary file is a hidden one beside ``path``, ``.NAME.HOST.PID.part``, so that processes
+    do not share one. It is removed after an exception.
 
     Raises:
-        OSError: it cannot be written or moved; what was there before is intact.
+        OSError: the file cannot be written or moved, which leaves ``path`` as it was. The error
+            names ``path``, not the temporary file.
     """
     part = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.part"
     try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with naming(path, instead_of=part):
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Let an OSError that names no file, or ``instead_of``, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None or str(error.filename) == str(instead_of)
+        if error.errno is None or not unnamed:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -10,17 +10,17 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar(
-    show: bool, description: str, total: int | None
+    description: str, total: int | None, *, show: bool = True
 ) -> Iterator[Callable[[str], None]]:
-    """A bar on the standard error; nothing where that is no terminal, or without rich.
+    """Show a progress bar on standard error if that is a terminal and rich is installed.
 
     Args:
-        show: whether to show it at all.
-        description: what stands before the bar.
-        total: steps to do, or None if nobody knows.
+        description: text in front of the bar.
+        total: number of steps, or None if it is unknown.
+        show: False shows nothing.
 
     Yields:
-        A function that moves the bar on by a step and changes its description.
+        A function that advances the bar by one step and replaces its description.
     """
     try:
         from rich.console import Console
@@ -36,10 +36,7 @@ def progress_bar(
     if not show or not (console := Console(stderr=True)).is_terminal:
         yield lambda text: None
         return
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), console=console,
-    )  # fmt: skip
-    with progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(description, total=total)
         yield lambda text: progress.update(task, advance=1, description=text)

@@ -50,7 +50,7 @@ class Captured:
             ValueError: as there; or ``cuda_graph=True`` where there can be no graph.
             CaptureError: ``cuda_graph=True`` and the attack cannot be captured.
         """
-        self.attack._check(x, y)
+        self.attack.check_inputs(x, y)
         if x.numel() == 0 or not self._graphs.applies_to(x.device):
             return self.attack(model, x, y)
         if not isinstance(model, nn.Module):  # nobody sees what a function works with

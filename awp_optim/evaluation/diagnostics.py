@@ -2,317 +2,291 @@
 
 Athalye, Carlini & Wagner, "Obfuscated Gradients Give a False Sense of Security" (ICML 2018,
 https://arxiv.org/abs/1802.00420), section 3.1; Carlini et al., "On Evaluating Adversarial
-Robustness", 2019 (https://arxiv.org/abs/1902.06705), section 4. :func:`probe` asks the model,
-:func:`compare` looks at what attacks did to it.
+Robustness", 2019 (https://arxiv.org/abs/1902.06705), section 4. :func:`probe` examines the model,
+:func:`compare` what attacks did to it, :func:`remarks` what attacks returned and warned of.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from awp_optim.attacks import FGSM, PGD, Attack
 from awp_optim.attacks.base import Model, ModelOracle, in_mode
 from awp_optim.attacks.captured import unwrap
 from awp_optim.attacks.losses import ce
+from awp_optim.evaluation.journal import Outcome
+from awp_optim.evaluation.results import NATURAL, Finding, Record
 
-__all__ = ["Finding", "Outcome", "compare", "probe"]
+__all__ = ["compare", "mode_findings", "probe", "remarks"]
 
 SHARE = 0.05
-"""Of the examples probed, how many may be odd before it is said."""
+"""The share of the probed examples that may be odd before a check reports it."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something that makes an evaluation doubtful.
-
-    Attributes:
-        check: its name, one of those that :func:`probe` and :func:`compare` list.
-        message: what was seen, what it may mean and what to do.
-    """
-
-    check: str
-    message: str
-
-
-class Outcome(Protocol):
-    """What an attack did, each a bool tensor of shape (N,)."""
-
-    @property
-    def attacked(self) -> Tensor:
-        """Which examples it was run on."""
-
-    @property
-    def fooled(self) -> Tensor:
-        """Which of them it made the model misclassify."""
+def mode_findings(model: object) -> list[Finding]:
+    """Whether the caller left the model in train mode: the check ``train_mode``."""
+    if not isinstance(model, nn.Module) or not model.training:
+        return []
+    return [
+        Finding(
+            "train_mode",
+            "the model was in train mode, in which BatchNorm and dropout make accuracies depend on "
+            "the batch: it was evaluated in eval mode. Call model.eval() before",
+        )
+    ]
 
 
 def probe(
     model: Model, x: Tensor, y: Tensor, clip: tuple[float, float] = (0.0, 1.0)
 ) -> list[Finding]:
-    """Ask the model itself, at a few examples, for 60 forward and backward passes at most.
+    """Examine the model at a few examples, in at most 60 forward and backward passes.
 
     The checks: ``random`` (two passes disagree), ``one_class``, ``probabilities`` (softmax inside
     the model), ``not_finite`` (logits or gradients), ``no_gradient`` (cut off), ``vanishing`` (the
-    margin's gradient is exactly zero), ``saturated`` (the cross-entropy's alone is),
+    margin's gradient is exactly zero), ``saturated`` (only the cross-entropy's gradient is),
     ``random_gradient``, ``unbounded`` (an attack that may turn an image into any other fails).
 
     Args:
-        model: maps inputs in ``clip`` to logits (N, C); a module is put in eval mode meanwhile.
+        model: maps inputs in ``clip`` to logits (N, C); a module is examined in eval mode.
         x: inputs, shape (N, ...).
-        y: class indices, shape (N,). The last check needs some that the model gets right.
+        y: class indices, shape (N,). The last check needs examples that the model gets right.
         clip: the box of valid inputs.
     """
-    with in_mode(model, "eval"), torch.no_grad(), torch.inference_mode(False):
+    with in_mode(model, "eval"), torch.no_grad(), torch.inference_mode(mode=False):
         x, y = x.detach().clone(), y.detach().clone()
-        found, logits = _probe_outputs(model, x, y)
+        oracle = ModelOracle(model, x, y)
+        logits, again = oracle.logits(x).float(), oracle.logits(x).float()
+        found = list(_examine_outputs(logits, again))
         if not bool(logits.isfinite().all()) or logits.shape[1] < 2:
             return found  # nothing to climb
-        right = logits.argmax(1) == y
-        gradients = _probe_gradients(ModelOracle(model, x, y), x, y)
+        gradients = list(_examine_gradients(oracle, x, y))
         found += gradients
-        if not any(f.check == "no_gradient" for f in gradients) and bool(right.any()):
-            found += _probe_unbounded(model, x[right], y[right], clip)
+        right = logits.argmax(1) == y
+        if bool(right.any()) and not any(f.check == "no_gradient" for f in gradients):
+            found += _examine_unbounded(model, x[right], y[right], clip)
         return found
 
 
-def _probe_outputs(model: Model, x: Tensor, y: Tensor) -> tuple[list[Finding], Tensor]:
-    oracle = ModelOracle(model, x, y)
-    logits, again = oracle.logits(x).float(), oracle.logits(x).float()
-    found = []
-    if bool(logits.isnan().any()) or bool(logits.isinf().any()):
-        odd = int((~logits.isfinite()).any(1).sum())
-        found.append(
-            Finding(
-                "not_finite",
-                f"the model's logits are not finite for {odd} of {len(x)} images as they are: "
-                "attacks cannot climb there. An image whose logits hold NaN counts as wrong; look "
-                "for an overflow (half precision?) or a division by zero in the model",
-            )
+def _examine_outputs(logits: Tensor, again: Tensor) -> Iterator[Finding]:
+    """What the logits of two passes over the same examples give away."""
+    n = len(logits)
+    if odd := int((~logits.isfinite()).any(1).sum()):
+        yield Finding(
+            "not_finite",
+            f"the model's logits are not finite for {odd} of {n} images without an attack: attacks "
+            "cannot climb there. An image whose logits hold NaN counts as wrong; look for an "
+            "overflow (half precision?) or a division by zero in the model",
         )
-        return found, logits
+        return
     # Sums in another order differ by rounding.
-    apart = (logits - again).abs().amax(1) > 1e-3 * logits.abs().amax(1).clamp_min(1e-6)
-    if bool(apart.any()):
-        found.append(
-            Finding(
-                "random",
-                f"two passes over the same image gave different logits for {int(apart.sum())} of "
-                f"{len(x)} images: a randomised defence, or dropout left on. Gradients must be "
-                "averaged over passes, so use AutoAttack(version='rand'), or switch the "
-                "randomness off",
-            )
+    differ = (logits - again).abs().amax(1) > 1e-3 * logits.abs().amax(1).clamp_min(1e-6)
+    if count := int(differ.sum()):
+        yield Finding(
+            "random",
+            f"two passes over the same image gave different logits for {count} of {n} images: a "
+            "randomized defense, or dropout left on. Gradients must be averaged over passes, so "
+            "use AutoAttack(version='rand'), or switch the randomness off",
         )
     if logits.shape[1] == 1:
-        found.append(
-            Finding(
-                "one_class",
-                "the model has a single class, so no attack can change its answer: evaluate a "
-                "model with an output for every class, also if there are two",
-            )
+        yield Finding(
+            "one_class",
+            "the model has a single class, so no attack can change its answer: evaluate a model "
+            "with an output for every class, also if there are two",
         )
-    sums_to_one = bool(((logits.sum(1) - 1).abs() < 1e-3).all())
-    if logits.shape[1] > 1 and sums_to_one and bool((logits >= 0).all()):
-        found.append(
-            Finding(
-                "probabilities",
-                "the model returns probabilities, not logits: losses take a softmax of their own, "
-                "and gradients fade. Evaluate the model without its last softmax",
-            )
+    elif bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+        yield Finding(
+            "probabilities",
+            "the model returns probabilities, not logits: losses apply a softmax themselves, and "
+            "gradients fade. Evaluate the model without its last softmax",
         )
-    return found, logits
 
 
-def _probe_gradients(oracle: ModelOracle, x: Tensor, y: Tensor) -> list[Finding]:
+def _examine_gradients(oracle: ModelOracle, x: Tensor, y: Tensor) -> Iterator[Finding]:
     try:
-        of_margin = oracle.gradient(x, _smooth_margin, y)
-        again = oracle.gradient(x, _smooth_margin, y)
-        of_ce = oracle.gradient(x, ce, y)
+        of_margin = oracle.gradient(x, _smooth_margin, y).flatten(1)
+        again = oracle.gradient(x, _smooth_margin, y).flatten(1)
+        of_ce = oracle.gradient(x, ce, y).flatten(1)
     except (RuntimeError, ValueError) as error:
-        return [
-            Finding(
-                "no_gradient",
-                f"the model gives no gradient ({error}): gradient attacks cannot work, and say "
-                "nothing of its robustness. Attack a differentiable stand-in for what cuts the "
-                "gradient off (BPDA), and without gradients (SPSA, Square)",
-            )
-        ]
+        yield Finding(
+            "no_gradient",
+            f"the model gives no gradient ({error}): gradient attacks cannot work, and say nothing "
+            "about its robustness. Attack a differentiable stand-in for what cuts the gradient off "
+            "(BPDA), and without gradients (SPSA, Square)",
+        )
+        return
     n = len(x)
-    found = []
-    odd = int((~(of_margin.isfinite() & of_ce.isfinite())).flatten(1).any(1).sum())
-    if odd:
-        found.append(
-            Finding(
-                "not_finite",
-                f"gradients are not finite for {odd} of {n} images, where gradient attacks stand "
-                "still: look for a root, a logarithm or a division at zero in the model, or attack "
-                "in float32",
-            )
+    if odd := int((~(of_margin.isfinite() & of_ce.isfinite())).any(1).sum()):
+        yield Finding(
+            "not_finite",
+            f"gradients are not finite for {odd} of {n} images, where gradient attacks stand "
+            "still: look for a root, a logarithm or a division at zero in the model, or attack in "
+            "float32",
         )
-    vanished = ~of_margin.flatten(1).any(1)
-    if int(vanished.sum()) > SHARE * n:
-        found.append(
-            Finding(
-                "vanishing",
-                f"the gradient of the logits' margin is exactly zero for {int(vanished.sum())} of "
-                f"{n} images: something masks it (rounding, thresholds, saturated activations), "
-                "and gradient attacks only look as if they failed. Attack a differentiable "
-                "stand-in for it (BPDA), and without gradients (SPSA, Square)",
-            )
+    vanished = ~of_margin.any(1)
+    if (count := int(vanished.sum())) > SHARE * n:
+        yield Finding(
+            "vanishing",
+            f"the gradient of the logits' margin is exactly zero for {count} of {n} images: "
+            "something masks it (rounding, thresholds, saturated activations), and gradient "
+            "attacks only seem to fail. Attack a differentiable stand-in for it (BPDA), and "
+            "without gradients (SPSA, Square)",
         )
-    saturated = ~of_ce.flatten(1).any(1) & ~vanished
-    if int(saturated.sum()) > SHARE * n:
-        found.append(
-            Finding(
-                "saturated",
-                f"the cross-entropy's gradient is exactly zero for {int(saturated.sum())} of {n} "
-                "images, though the logits' is not: logits are so large that the softmax is "
-                "saturated. Use losses that no scaling changes: APGD(loss='dlr'), CW, AutoAttack",
-            )
+    if (count := int((~of_ce.any(1) & ~vanished).sum())) > SHARE * n:
+        yield Finding(
+            "saturated",
+            f"the cross-entropy's gradient is exactly zero for {count} of {n} images, though the "
+            "logits' is not: logits are so large that the softmax is saturated. Use losses that no "
+            "scaling changes: APGD(loss='dlr'), CW, AutoAttack",
         )
-    length = of_margin.flatten(1).norm(dim=1)
-    # Where the logits themselves are random, that was said.
-    if bool(((of_margin - again).flatten(1).norm(dim=1) > 1e-3 * length).any()):
-        found.append(
-            Finding(
-                "random_gradient",
-                "two backward passes at the same image gave different gradients: average them over "
-                "passes, AutoAttack(version='rand'), or switch the randomness off",
-            )
+    if bool(((of_margin - again).norm(dim=1) > 1e-3 * of_margin.norm(dim=1)).any()):
+        yield Finding(
+            "random_gradient",
+            "two backward passes at the same image gave different gradients: average them over "
+            "passes, AutoAttack(version='rand'), or switch the randomness off",
         )
-    return found
 
 
 def _smooth_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The other classes' mean logit over that of the label: it depends on every logit."""
+    """The mean logit of the other classes minus the label's: it depends on every logit."""
     z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     own = z.gather(1, y.unsqueeze(1)).squeeze(1)
     return (z.sum(1) - own) / (z.shape[1] - 1) - own
 
 
-def _probe_unbounded(
+def _examine_unbounded(
     model: Model, x: Tensor, y: Tensor, clip: tuple[float, float]
-) -> list[Finding]:
+) -> Iterator[Finding]:
     lo, hi = clip
     if not (bool((x >= lo).all()) and bool((x <= hi).all())):
-        return []  # attacks refuse it with a message of their own
+        return  # attacks refuse such inputs with a message of their own
     width = hi - lo  # enough to turn any image into one of another class
     attack = PGD(width, width / 20, 50, loss="cw", random_start=False, clip=clip)
     x_adv = attack(model, x, y)
     stood = int((ModelOracle(model, x, y).logits(x_adv).argmax(1) == y).sum())
-    if stood <= max(2, SHARE * len(x)):
-        return []
-    return [
-        Finding(
+    if stood > max(2, SHARE * len(x)):
+        yield Finding(
             "unbounded",
             f"{stood} of {len(x)} images are still classified right after PGD-50 that may turn "
             "them into any other image: the attack fails, so gradients must be masked, unless the "
-            "model says the same of every image. Attack without gradients (SPSA, Square), from "
-            "other models (transfer), or a differentiable stand-in",
+            "model's output does not depend on the image. Attack without gradients (SPSA, Square), "
+            "from other models (transfer), or a differentiable stand-in",
         )
-    ]
 
 
-def compare(attacks: Mapping[str, object], outcomes: Mapping[str, Outcome]) -> list[Finding]:
+def compare(attacks: Mapping[str, object], records: Mapping[str, Record]) -> list[Finding]:
     """Look for attacks that did better than stronger ones, at the same examples and radius.
 
     The checks: ``one_step`` (FGSM breaks what no iterated attack does), ``black_box`` (an attack
     without gradients breaks what none with gradients does), ``steps`` and ``restarts`` (more of
-    them still help a lot). Three examples and one in a hundred must be affected.
+    them still help a lot). More than two examples and one in a hundred must be affected.
 
     Args:
-        attacks: by name; those that are none of this package's are passed over.
-        outcomes: under the same names.
+        attacks: by name; those that are not of this package are ignored.
+        records: what each of them did, under the same names.
     """
-    known: dict[str, Attack] = {}
-    for name, attack in attacks.items():
-        inner = unwrap(attack)
-        if isinstance(inner, Attack) and name in outcomes:
-            known[name] = inner
-    found = []
+    known = {k: a for k, a in ((k, unwrap(a)) for k, a in attacks.items()) if isinstance(a, Attack)}
+    found: list[Finding] = []
     for name, attack in known.items():
-        rivals = {k: a for k, a in known.items() if a.uses_gradients and not _one_step(a)}
-        rivals = {k: a for k, a in rivals.items() if k != name and _ball(a) == _ball(attack)}
-        if not rivals or not (_one_step(attack) or not attack.uses_gradients):
-            continue
-        n, alone = _alone(outcomes[name], [outcomes[rival] for rival in rivals])
-        if not _notable(alone, n):
-            continue
-        others = ", ".join(rivals)
-        if _one_step(attack):
-            found.append(
-                Finding(
-                    "one_step",
-                    f"{name}, a single step, breaks {alone} of {n} images that {others} did not: "
-                    "iterating should only help, so the loss is too rough to climb or gradients "
-                    "are masked. Try smaller steps, more of them, restarts, and attacks without "
-                    "gradients (SPSA, Square)",
-                )
-            )
-        else:
-            found.append(
-                Finding(
-                    "black_box",
-                    f"{name}, which sees no gradients, breaks {alone} of {n} images that {others} "
-                    "did not: gradients are masked, or the other attacks are too weak. Trust the "
-                    "worst case alone, run AutoAttack, and look for what hides the gradient",
-                )
-            )
+        if _one_step(attack) or not attack.uses_gradients:
+            found += _beats_iterated(name, known, records)
     for setting in ("steps", "restarts"):
-        found += _more_helps(setting, known, outcomes)
+        found += _more_helps(setting, known, records)
     return found
+
+
+def _beats_iterated(
+    name: str, attacks: Mapping[str, Attack], records: Mapping[str, Record]
+) -> Iterator[Finding]:
+    """Whether a weak attack breaks examples at which all iterated attacks with gradients failed."""
+    attack, record = attacks[name], records[name]
+    rivals = [k for k, a in attacks.items() if k != name and _is_stronger(a, attack)]
+    alone = record.fooled.copy()
+    for rival in rivals:
+        alone &= records[rival].attacked & ~records[rival].fooled
+    count, n = int(alone.sum()), int(record.attacked.sum())
+    if not rivals or count <= max(2, 0.01 * n):
+        return
+    others = ", ".join(rivals)
+    if _one_step(attack):
+        yield Finding(
+            "one_step",
+            f"{name}, a single step, breaks {count} of {n} images that {others} did not: iterating "
+            "should only help, so the loss is too rough to climb or gradients are masked. Try "
+            "smaller steps, more of them, restarts, and attacks without gradients (SPSA, Square)",
+        )
+    else:
+        yield Finding(
+            "black_box",
+            f"{name}, which sees no gradients, breaks {count} of {n} images that {others} did not: "
+            "gradients are masked, or the other attacks are too weak. Trust only the worst case, "
+            "run AutoAttack, and look for what hides the gradient",
+        )
 
 
 def _more_helps(
-    setting: str, attacks: Mapping[str, Attack], outcomes: Mapping[str, Outcome]
-) -> list[Finding]:
-    """Pairs of attacks that differ in one setting only."""
-    found = []
-    for a, less in attacks.items():
-        for b, more in attacks.items():
-            few, many = getattr(less, setting, None), getattr(more, setting, None)
-            if few is None or many is None or not few < many or type(less) is not type(more):
-                continue
-            if dataclasses.replace(less, **{setting: many}) != more:  # type: ignore[type-var]
-                continue
-            if setting == "steps" and _one_step(less):
-                continue  # of course a second step helps
-            one, other = outcomes[a], outcomes[b]
-            both = one.attacked & other.attacked
-            gain = int((other.fooled & both).sum()) - int((one.fooled & both).sum())
-            n = int(both.sum())
-            if gain >= 3 and gain > 0.02 * n:
-                found.append(
-                    Finding(
-                        setting,
-                        f"{b}, with {many} {setting}, breaks {gain} of {n} images more than {a} "
-                        f"with {few}: neither may be at the end. Add {setting} until it no longer "
-                        "helps, or use APGD, which shortens its steps by itself",
-                    )
-                )
-    return found
+    setting: str, attacks: Mapping[str, Attack], records: Mapping[str, Record]
+) -> Iterator[Finding]:
+    """Whether of two attacks that differ in one setting only, that with more does much better."""
+    for (a, less), (b, more) in itertools.permutations(attacks.items(), 2):
+        few, many = getattr(less, setting, None), getattr(more, setting, None)
+        if few is None or many is None or not few < many or type(less) is not type(more):
+            continue
+        raised = dataclasses.replace(less, **{setting: many})  # type: ignore[type-var]
+        if raised != more or (setting == "steps" and few == 1):  # a second step always helps
+            continue
+        both = records[a].attacked & records[b].attacked
+        n = int(both.sum())
+        gain = int((records[b].fooled & both).sum()) - int((records[a].fooled & both).sum())
+        if gain > max(2, 0.02 * n):
+            yield Finding(
+                setting,
+                f"{b}, with {many} {setting}, breaks {gain} of {n} images more than {a} with "
+                f"{few}: neither may have converged. Add {setting} until it no longer helps, or "
+                "use APGD, which shortens its steps by itself",
+            )
 
 
-def _alone(outcome: Outcome, rivals: list[Outcome]) -> tuple[int, int]:
-    """How many examples an attack was run on, and how many it broke that all rivals failed at."""
-    alone = outcome.fooled.clone()
-    for rival in rivals:
-        alone &= rival.attacked & ~rival.fooled
-    return int(outcome.attacked.sum()), int(alone.sum())
+def _is_stronger(attack: Attack, weak: Attack) -> bool:
+    """Whether an attack iterates with gradients, in the ball of a weak one."""
 
+    def ball(attack: Attack) -> tuple[object, object]:
+        return getattr(attack, "norm", None), getattr(attack, "eps", None)
 
-def _notable(count: int, n: int) -> bool:
-    return count >= 3 and count > 0.01 * n
+    return attack.uses_gradients and not _one_step(attack) and ball(attack) == ball(weak)
 
 
 def _one_step(attack: Attack) -> bool:
     return isinstance(attack, FGSM) or getattr(attack, "steps", None) == 1
 
 
-def _ball(attack: Attack) -> tuple[object, object]:
-    return getattr(attack, "norm", None), getattr(attack, "eps", None)
+def remarks(batches: Sequence[Mapping[str, Outcome]]) -> Iterator[Finding]:
+    """What attacks warned of, and results of theirs that did not count.
+
+    The checks: ``outside`` (an attack left its ball or box), ``not_finite`` (logits hold NaN), and
+    an attack's name for its own warnings.
+
+    Args:
+        batches: the outcomes of each batch by attack.
+    """
+    for name in batches[0]:
+        outcomes = [batch[name] for batch in batches]
+        if outside := sum(outcome.outside for outcome in outcomes):
+            yield Finding(
+                "outside",
+                f"{name} returned {outside} examples outside its ball or box, or not finite: they "
+                "do not count as broken. That is a fault of the attack",
+            )
+        if nan := sum(outcome.nan for outcome in outcomes):
+            without = "without an attack" if name == NATURAL else f"under {name}"
+            yield Finding(
+                "not_finite",
+                f"logits hold NaN for {nan} images {without}, which count as wrong: accuracies are "
+                "not those of a working model. Look for an overflow",
+            )
+        notes = itertools.chain.from_iterable(outcome.notes for outcome in outcomes)
+        yield from (Finding(name, note) for note in dict.fromkeys(notes))

@@ -29,7 +29,6 @@ def natural(config: Config) -> Config:
         method="at",
         gamma=0.0,
         ascent="exact",
-        interval=1,
         eps=0.0,
         epoch_images=0,
         ema=0.0,

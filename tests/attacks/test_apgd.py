@@ -49,7 +49,7 @@ class TestSchedule:
 def state(**fields) -> _State:
     """Of four examples of three elements, at 0.5; the best point is at 0.6 in one element."""
     x = torch.full((4, 3), 0.5)
-    s = _State.at(x, torch.zeros(4).long(), None, x + 0.3)
+    s = _State.at(x, torch.zeros(4).long(), torch.zeros(4).long(), x + 0.3)
     s.best = x + torch.tensor([0.1, 0, 0])
     for name, value in fields.items():
         setattr(s, name, torch.tensor(value))
@@ -62,24 +62,24 @@ class TestStep:
         s = state(
             step=[1.0] * 4,
             rises=[12.0, 13.0, 16.0, 16.0],
-            spared=[False, True, True, False],
-            checked_loss=[1.0, 1.0, 2.0, 2.0],
+            not_halved=[False, True, True, False],
+            checkpoint_loss=[1.0, 1.0, 2.0, 2.0],
             best_loss=[2.0] * 4,
         )
         rule = _Halving(BALLS["linf"], 0.1, 100, 0.75)
         rule.check(s, 57)  # 41 was the checkpoint before
         assert s.step.tolist() == [0.5, 1.0, 0.5, 1.0]
-        assert s.spared.tolist() == [False, True, False, True]
-        assert s.checked_loss.tolist() == [2.0] * 4
+        assert s.not_halved.tolist() == [False, True, False, True]
+        assert s.checkpoint_loss.tolist() == [2.0] * 4
         assert s.rises.tolist() == [0.0] * 4
         back = (s.x_adv == s.best).all(1)
         assert back.tolist() == [True, False, True, False]
 
     def test_in_l1_starts_again_where_the_best_point_got_sparser(self):
-        s = state(step=[1.0, 0.9, 1.0, 0.1], moved=[3.0, 2.0, 1.0, 1.0])
+        s = state(step=[1.0, 0.9, 1.0, 0.1], changed=[3.0, 2.0, 1.0, 1.0])
         _Sparse(1.0, 100).check(s, 4)
         torch.testing.assert_close(s.step, torch.tensor([1.0, 1.0, 1 / 1.5, 0.1]))
-        assert s.moved.tolist() == [1.0] * 4
+        assert s.changed.tolist() == [1.0] * 4
         torch.testing.assert_close(s.sparsity, torch.full((4,), 1 / 3 / 1.5))
         back = (s.x_adv == s.best).all(1)
         assert back.tolist() == [True, True, False, False]
@@ -132,7 +132,7 @@ def test_equals_the_authors(norm, loss, solid, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
 def test_equals_the_authors_in_l1(loss, solid):
-    """The same images are fooled. Points differ, as they count what rounding moved as moved."""
+    """The same images are fooled. Points differ, as they count what rounding changed as changed."""
     model, x, y = solid()
     right = ~wrong(model, x, y)
     x, y = x[right], y[right]
@@ -317,25 +317,6 @@ class TestContract:
             assert (size(x_adv - x, "linf") <= 0.03 * (1 + 1e-6)).all()
         assert (cpu_graphs.captures, cpu_graphs.replays) == (1, 3)
 
-    def test_weight_gradients(self, solid):
-        model, x, y = solid(6)
-        weights = list(model.parameters())
-        _, gradients = APGD(0.03, 5).with_weight_gradients(model, x, y, weights)
-        assert all(g.isfinite().all() and g.any() for g in gradients)
-
-    @pytest.mark.parametrize("norm", EPS)
-    @pytest.mark.parametrize("steps", [3, 6])
-    def test_weight_gradients_are_those_before_the_last_step(self, norm, steps, solid):
-        model, x, y = solid(6)
-        weights, shown = list(model.parameters()), []
-        model.register_forward_pre_hook(lambda m, inputs: shown.append(inputs[0].detach()))
-        attack = APGD(EPS[norm], steps, norm, restarts=2)
-        _, gradients = attack.with_weight_gradients(model, x, y, weights)
-        with torch.enable_grad():
-            loss = LOSSES["ce"](model(shown[-2]), y).sum()  # of [..., before the last, the last]
-        expected = torch.autograd.grad(loss, weights)
-        torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=1e-4)
-
     @pytest.mark.parametrize("norm", EPS)
     @pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
     def test_costs_what_it_says(self, norm, loss, solid):
@@ -401,10 +382,10 @@ class TestContract:
 
     @pytest.mark.parametrize("order", [(torch.nan, 1.0), (1.0, torch.nan)])
     def test_the_best_point_is_never_one_of_a_loss_that_is_not_a_number(self, order):
-        s = _State.at(torch.zeros(1, 3), torch.zeros(1).long(), None, torch.zeros(1, 3))
+        s = _State.at(torch.zeros(1, 3), torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1, 3))
         for loss in order:
             s.x_adv = torch.full((1, 3), loss)
-            s.see(torch.tensor([[1.0, 0.0]]), torch.tensor([loss]), s.x_adv)
+            s.update(torch.tensor([[1.0, 0.0]]), torch.tensor([loss]), s.x_adv)
         for found in (s.best, s.best_g, s.best_loss):
             assert (found == 1).all()
 

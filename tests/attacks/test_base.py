@@ -389,12 +389,12 @@ BAD_PGD = [
     ({"step_size": -1}, ValueError, r"step_size must be above 0, got -1.0"),
     ({"step_size": float("nan")}, ValueError, r"step_size must be finite, got nan"),
     ({"steps": -1}, ValueError, r"steps must be at least 0, got -1"),
-    ({"steps": 2.0}, TypeError, r"steps must be a whole number, got float 2.0"),
-    ({"steps": True}, TypeError, r"steps must be a whole number, got bool True"),
+    ({"steps": 2.0}, TypeError, r"steps must be an integer, got float 2.0"),
+    ({"steps": True}, TypeError, r"steps must be an integer, got bool True"),
     ({"restarts": 0}, ValueError, r"restarts must be at least 1, got 0"),
     ({"random_start": 1}, TypeError, r"random_start must be True or False, got 1"),
     ({"random_start": False, "restarts": 2}, ValueError, r"2 restarts from the same point"),
-    ({"random_start": False, "loss": "kl"}, ValueError, r"zero gradient at the clean input"),
+    ({"random_start": False, "loss": "kl"}, ValueError, r"zero gradient at the clean"),
 ]
 
 

@@ -13,7 +13,6 @@ from torch import nn
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import CW, PGD
-from awp_optim.attacks.ascent import BallAttack
 from awp_optim.attacks.losses import cw
 
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -34,8 +33,7 @@ def test_the_contract():
     assert {k: p.default for k, p in parameters.items()} == expected
     assert list(parameters) == list(expected)
     assert CW().loss == "cw"
-    assert CW.uses_gradients
-    assert isinstance(CW(), BallAttack)
+    assert CW().uses_gradients
 
 
 def test_is_a_value():
@@ -100,7 +98,7 @@ def test_eps_zero_returns_the_input(norm, cnn, batch):
     [
         ({"step_size": 0}, ValueError, "step_size must be above 0"),
         ({"step_size": "1"}, TypeError, "step_size must be a number"),
-        ({"steps": 1.5}, TypeError, "steps must be a whole number"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer"),
         ({"restarts": 0}, ValueError, "restarts must be at least 1"),
         ({"random_start": False, "restarts": 2}, ValueError, "restarts from the same point"),
         ({"random_start": 1}, TypeError, "random_start must be True or False"),

@@ -18,9 +18,7 @@ NORMS = list(BALLS)
 MAX = torch.finfo(torch.float32).max
 
 dtypes = st.sampled_from(DTYPES)
-radii = st.one_of(
-    st.floats(1e-8, 3.0), st.sampled_from([1 / 255, 8 / 255, 128 / 255, 0.3, 1.0])
-)
+radii = st.one_of(st.floats(1e-8, 3.0), st.sampled_from([1 / 255, 8 / 255, 128 / 255, 0.3, 1.0]))
 shapes = st.sampled_from([(0, 3), (1,), (4,), (3, 5), (2, 3, 4, 4), (2, 3, 3, 2, 2)])
 seeds = st.integers(0, 2**31)
 

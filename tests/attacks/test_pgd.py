@@ -195,6 +195,8 @@ def test_the_result_is_in_the_ball_and_the_box(norm, loss, dtype, eps, rate, ste
     g = torch.Generator().manual_seed(seed)
     x = torch.rand(3, 2, 5, generator=g).mul(1.4).sub(0.2).clamp(0, 0.69).to(dtype)
     w = torch.randn(10, 4, generator=g).to(dtype)
+    if norm == "linf" and clip:
+        eps = min(eps, clip[1] - clip[0])
     attack = PGD(eps, eps * rate, steps, norm, loss, clip=clip)
     x_adv = attack(lambda x: torch.sin(x.flatten(1) * 3) @ w, x, torch.tensor([0, 1, 3]))
     delta = (x_adv.double() - x.double()).flatten(1)

@@ -18,15 +18,16 @@ from torch.nn import functional as F
 
 from awp_optim import AWP
 from awp_optim.attacks import PGD
-from awp_optim.lab import run_folder, trainer
+from awp_optim.lab import evaluator, tensorboard, trainer
 from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.data import load_digits
+from awp_optim.lab.evaluator import measure
 from awp_optim.lab.models import build_model
 from awp_optim.lab.pseudo import PseudoLabeled
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
 from awp_optim.lab.run_folder import best, read_metrics
 from awp_optim.lab.schedules import SCHEDULES
-from awp_optim.lab.trainer import fit, measure
+from awp_optim.lab.trainer import fit
 from awp_optim.objectives import AT, MART, TRADES
 
 CONFIG = Config(
@@ -98,7 +99,7 @@ def test_checkpoints_of_epochs_are_kept(data, tmp_path):
     )
     for name, value in shorter.state_dict().items():
         assert torch.equal(two["model"][name], value)
-    with pytest.raises(ValueError, match="save_every must not be negative"):
+    with pytest.raises(ValueError, match="save_every must be at least 0"):
         replace(config, save_every=-1)
 
 
@@ -292,10 +293,8 @@ def test_the_seed_decides_everything(data):
 
 
 @pytest.mark.parametrize("broken_after", [1, 2])
-@pytest.mark.parametrize("interval", [1, 4])
-def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after, interval):
-    # Steps of an epoch are no multiple of 4: a direction is kept from one to the next.
-    config = Config(**{**vars(CONFIG), "interval": interval})
+def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after):
+    config = CONFIG
     model, rows = fit(config, data, tmp_path / "whole")
 
     def stop(row):
@@ -317,7 +316,7 @@ def test_a_resumed_run_equals_one_that_went_on(data, tmp_path, broken_after, int
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 6, 7, 8, 12])
 def test_a_stopped_run_goes_on_as_if_it_had_not(data, tmp_path, stop_at):
     """Stopped before, after and between steps, and while evaluating."""
-    config = Config(**{**vars(CONFIG), "epochs": 2, "ema": 0.5, "interval": 2, "mixup": 1.4})
+    config = Config(**{**vars(CONFIG), "epochs": 2, "ema": 0.5, "mixup": 1.4})
     model, rows = fit(config, data, tmp_path / "whole")
     asked = []
 
@@ -348,7 +347,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(data, tmp_path):
     fit(CONFIG, data, tmp_path, on_epoch=done.append, stop=lambda: len(done) == 1)
     file = tmp_path / "config.json"
     about = json.loads(file.read_text())
-    for name in ("precision", "ascent", "interval", "mixup", "unlabeled_images", "init"):
+    for name in ("precision", "ascent", "mixup", "unlabeled_images", "init"):
         del about[name]
     file.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="precision was float32, is bfloat16"):
@@ -383,15 +382,15 @@ def test_the_step_and_the_evaluation_get_their_settings(data, monkeypatch):
             steps.append(kwargs)
             super().__init__(*args, **kwargs)
 
-    class Captured(trainer.Captured):
+    class Captured(evaluator.Captured):
         def __call__(self, model, x, y):
             captured.append(len(y))
             return super().__call__(model, x, y)
 
     monkeypatch.setattr(trainer, "AdversarialStep", Step)
-    monkeypatch.setattr(trainer, "Captured", Captured)
-    fit(Config(**{**vars(CONFIG), "ascent": "attack", "interval": 2, "epochs": 1}), data)
-    assert steps == [{"ascent": "attack", "alternations": 1, "interval": 2, "autocast": None}]
+    monkeypatch.setattr(evaluator, "Captured", Captured)
+    fit(Config(**{**vars(CONFIG), "ascent": "attack", "epochs": 1}), data)
+    assert steps == [{"ascent": "attack", "alternations": 1, "autocast": None}]
     assert captured == [20, 40]
 
 
@@ -552,7 +551,7 @@ def test_a_run_without_its_config_is_not_overwritten(data, tmp_path, there):
     (tmp_path / there).write_bytes(b"a run's")
     with pytest.raises(FileExistsError, match="--resume"):
         fit(CONFIG, data, tmp_path)
-    with pytest.raises(ValueError, match=r"config\.json is not there"):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         fit(CONFIG, data, tmp_path, resume=True)
     assert [file.name for file in tmp_path.iterdir()] == [there]
 
@@ -585,7 +584,7 @@ def test_a_run_does_not_change_its_device(data, tmp_path):
     fit(replace(CONFIG, epochs=1), data, tmp_path)
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     torch.save({**saved, "device": "cuda"}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="the run was on cuda, and cannot go on on cpu"):
+    with pytest.raises(ValueError, match="the run was on cuda"):
         fit(replace(CONFIG, epochs=1), data, tmp_path, resume=True)
 
 
@@ -648,13 +647,13 @@ def test_tensorboard_is_told_what_the_metrics_say(data, tmp_path):
 
 
 def test_logs_that_cannot_be_written_do_not_stop_a_run(data, tmp_path, monkeypatch):
-    class Full(run_folder._Silent):
-        def flush(self):
+    class Full:
+        def add_scalar(self, *args):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        close = flush
+        close = add_scalar
 
-    monkeypatch.setattr(run_folder, "_summary_writer", lambda: Full)
+    monkeypatch.setattr(tensorboard, "_open_writer", lambda *args: Full())
     with pytest.warns(RuntimeWarning, match="no more logs for TensorBoard.*No space") as warned:
         _, rows = fit(CONFIG, data, tmp_path)
     assert len(rows) == 3
@@ -886,7 +885,7 @@ def test_early_stopping_waits_for_a_new_best(data, tmp_path, monkeypatch):
             row["test_robust_acc"] = next(accuracies)
         return row
 
-    monkeypatch.setattr(trainer, "measure", measured)
+    monkeypatch.setattr(evaluator, "measure", measured)
     config = Config(**{**vars(CONFIG), "epochs": 9, "patience": 3})
     _, rows = fit(config, data, tmp_path)
     assert len(rows) == 8  # the best was the fifth, and three have brought none
@@ -931,7 +930,7 @@ def test_ascents_and_alternations_are_those_of_the_paper(data, monkeypatch):
     )
     monkeypatch.setattr(AWP, "first_step", counted)
     monkeypatch.setattr(PGD, "__call__", attacked)
-    monkeypatch.setattr(trainer, "measure", lambda *args, **kwargs: {})
+    monkeypatch.setattr(evaluator, "measure", lambda *args, **kwargs: {})
     fit(config, data)
     assert ascents == ["l1"] * (3 * 2 * 3)  # K2, A, steps
     assert len(attacks) == 2 * 3
@@ -1005,7 +1004,7 @@ def test_a_full_disk_loses_nothing(tmp_path, kind):
         ({"gamma": -1.0}, "gamma must be finite and >= 0"),
         ({"beta": -1.0}, "beta must be finite and >= 0"),
         ({"momentum": 2.0}, r"momentum must be in \[0, 1\)"),
-        ({"patience": -1}, "patience must not be negative"),
+        ({"patience": -1}, "patience must be at least 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\)"),
         ({"unlabeled_share": 1.0}, r"unlabeled_share must be in \(0, 1\)"),

@@ -1,0 +1,42 @@
+"""How evaluations and landscapes call an attack: any function ``(model, x, y) -> x_adv``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from awp_optim._utils.checks import describe
+
+__all__ = ["check_attack", "perturb"]
+
+
+def check_attack(name: str, attack: object) -> None:
+    """Raise TypeError for something that cannot be called as an attack."""
+    if isinstance(attack, type):
+        raise TypeError(
+            f"{name} is the class {attack.__name__}: give an instance, {attack.__name__}(...)"
+        )
+    if not callable(attack):
+        raise TypeError(f"{name} must be callable, got {describe(attack)}")
+
+
+def perturb(
+    name: str,
+    attack: Callable[..., Tensor],
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+) -> Tensor:
+    """The attack's adversarial examples. It gets copies of x and y, which it may write to.
+
+    Raises:
+        TypeError: it returns something else than a tensor shaped as x.
+    """
+    x_adv: Any = attack(model, x.clone(), y.clone())
+    if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
+        raise TypeError(
+            f"{name} must return a tensor of shape {tuple(x.shape)}, got {describe(x_adv)}"
+        )
+    return x_adv.detach()

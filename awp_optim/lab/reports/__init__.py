@@ -1,0 +1,1 @@
+"""Reports of finished runs and evaluations: tables, figures, and a page of them."""
