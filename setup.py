@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "awp_optim" / "__init__.py").read_text())[1]
 
-EXAMPLES = ["torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "rich"]
+EXAMPLES = ["torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "jinja2", "rich"]
 EVAL = ["pyautoattack"]
 BENCH = [
     *EXAMPLES,
@@ -50,7 +50,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["awp_optim", "awp_optim.*"]),
-    package_data={"awp_optim": ["py.typed"]},
+    package_data={"awp_optim": ["py.typed", "lab/reports/*/*.html", "lab/reports/*/*.mplstyle"]},
     install_requires=["torch>=2.6"],
     extras_require={
         "examples": EXAMPLES,

@@ -1,4 +1,4 @@
-"""Options of the suites, the fixture that hands measured times to pytest-benchmark, the tables.
+"""The command line of the suites, and the fixtures through which they report.
 
 ``pytest benchmarks --benchmark-only --benchmark-json=FILE`` runs everything.
 """
@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.harness import environment
+from benchmarks.comparison import AddRow, Comparison, Setting
+from benchmarks.environment import environment
 from benchmarks.report import markdown
-from benchmarks.suites import Comparison, Record, Setting
 
 SETTING = pytest.StashKey[Setting]()
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.getoption("--device")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: there is no CUDA device here")
-    config.option.benchmark_quiet = True  # our tables are shown in place of its own, unless -v
+    config.option.benchmark_quiet = True  # our tables are shown instead of its own
     config.stash[ROWS] = []
     config.stash[SETTING] = Setting(
         arch=config.getoption("--arch"),
@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Clock:
-    """A clock that stands still until it is put forward."""
+    """A clock that advances only when it is told to."""
 
     now = 0.0
 
@@ -59,10 +59,10 @@ CLOCK = Clock()
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "replay" in getattr(item, "fixturenames", ()):
+        if "add_times" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
         if config.pluginmanager.hasplugin("timeout"):
-            item.add_marker(pytest.mark.timeout(0))  # measuring takes what it takes
+            item.add_marker(pytest.mark.timeout(0))  # a measurement takes as long as it takes
 
 
 @pytest.fixture(scope="session")
@@ -71,34 +71,35 @@ def setting(request: pytest.FixtureRequest) -> Setting:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, benchmark: Any) -> Record:
-    """Keep a row of results: in pytest-benchmark's JSON as ``extra_info``, and for the tables."""
+def add_row(request: pytest.FixtureRequest, benchmark: Any) -> AddRow:
+    """Record a row of results: in pytest-benchmark's JSON as ``extra_info``, and for the tables."""
 
-    def keep(row: dict[str, Any]) -> None:
+    def add(row: dict[str, Any]) -> None:
         benchmark.extra_info.update(row)
         request.config.stash[ROWS].append(row)
 
-    return keep
+    return add
 
 
 @pytest.fixture
-def replay(benchmark: Any, record: Record) -> Record:
-    """Hand the times that one contestant took to pytest-benchmark, and keep its row.
+def add_times(benchmark: Any, add_row: AddRow) -> AddRow:
+    """Give the times of one contestant to pytest-benchmark, and record its row.
 
-    pytest-benchmark times one function after another, which on a machine that drifts compares
-    nothing. The contestants were timed in turn before; here their times pass once more, on a clock
-    that is put forward by each.
+    pytest-benchmark times one function after another, which compares nothing on a machine that
+    drifts. The contestants were timed in turn; here each measured time passes on a clock that
+    pytest-benchmark reads.
     """
 
-    def play(comparison: Comparison, name: str, **extra: Any) -> None:
-        CLOCK.now = 0.0  # a large number would swallow the digits of a short time
+    def add(comparison: Comparison, name: str, **extra: Any) -> None:
+        CLOCK.now = 0.0  # a large number would lose the digits of a short time
         seconds = iter(comparison.seconds[name])
-        rounds = len(comparison.seconds[name])
         benchmark.group = comparison.title
-        benchmark.pedantic(lambda: CLOCK.advance(next(seconds)), rounds=rounds)
-        record(comparison.row(name, **extra))
+        benchmark.pedantic(
+            lambda: CLOCK.advance(next(seconds)), rounds=len(comparison.seconds[name])
+        )
+        add_row(comparison.row(name, **extra))
 
-    return play
+    return add
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -109,7 +110,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    """Where and with what the figures were taken, in place of the machine's name and make."""
+    """What the figures were measured with, instead of the machine's name and make."""
     args = [a for a in config.invocation_params.args if not a.startswith("--benchmark-json")]
     about = environment(config.stash[SETTING].device)
     return {**about, "command": shlex.join(["pytest", *map(str, args)])}

@@ -1,10 +1,10 @@
-"""What a step costs in several processes, beside one process with the batch of one.
+"""What a step costs in several processes, compared with one process that has one's batch.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.distributed --out distributed.json
 
-Every process has a batch of its own, so that perfect scaling is a time ratio of 1. Contestants take
-turns, and the times are of rank 0. On one machine's CPU the processes share its cores and memory:
-there the ratios between the contestants of several processes say more than those to one.
+Every process has its own batch, so that perfect scaling is a time ratio of 1. Contestants are timed
+in turn by rank 0. On one machine's CPU the processes share its cores and memory: there, compare the
+contestants of several processes with one another.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from awp_optim import AWP, frozen_batch_norm
 from awp_optim.attacks import PGD
 from awp_optim.lab.models import build_model
-from benchmarks.harness import environment, interleaved, median_ratio, write_json
+from benchmarks.environment import environment, write_json
+from benchmarks.timing import interleaved, median_ratio
 
 
 def train_step(
@@ -34,9 +35,10 @@ def train_step(
     attack: PGD,
     x: Tensor,
     y: Tensor,
+    *,
     no_sync: bool = False,
 ) -> None:
-    """Adversarial training, or AT-AWP with the ascent synchronised or not."""
+    """Adversarial training, or AT-AWP with the ascent synchronized or not."""
     x_adv = attack(model, x, y)
     opt.zero_grad()
     if isinstance(opt, AWP):
@@ -49,7 +51,7 @@ def train_step(
 
 
 def contestants(arch: str, attack: PGD, x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
-    """What is timed, by name; those of one process run in rank 0 while the others wait."""
+    """What is timed, by name. Steps of one process run on rank 0 while the others wait."""
     rank, device = dist.get_rank(), x.device
     sgd = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
     entries: dict[str, Callable[[], None]] = {}
@@ -58,9 +60,9 @@ def contestants(arch: str, attack: PGD, x: Tensor, y: Tensor) -> dict[str, Calla
         torch.manual_seed(0)
         return build_model(arch, num_classes=10, in_channels=3).to(device)
 
-    def add(name: str, net: nn.Module, awp: bool, no_sync: bool = False) -> None:
+    def add(name: str, net: nn.Module, *, awp: bool, no_sync: bool = False) -> None:
         opt = AWP(net.parameters(), sgd, gamma=5e-3) if awp else sgd(net.parameters())
-        entries[name] = partial(train_step, net, opt, attack, x, y, no_sync)
+        entries[name] = partial(train_step, net, opt, attack, x, y, no_sync=no_sync)
 
     def alone(step: Callable[[], None]) -> None:
         if rank == 0:
@@ -69,17 +71,17 @@ def contestants(arch: str, attack: PGD, x: Tensor, y: Tensor) -> dict[str, Calla
 
     for awp in (False, True):
         name = "AT-AWP" if awp else "AT"
-        add(f"{name}, one process", model(), awp)
+        add(f"{name}, one process", model(), awp=awp)
         entries[f"{name}, one process"] = partial(alone, entries[f"{name}, one process"])
-        add(f"{name}, DDP", DistributedDataParallel(model()), awp)
+        add(f"{name}, DDP", DistributedDataParallel(model()), awp=awp)
         if awp:
-            add(f"{name}, DDP, no_sync", DistributedDataParallel(model()), awp, no_sync=True)
+            add(f"{name}, DDP, no_sync", DistributedDataParallel(model()), awp=awp, no_sync=True)
         sharded = model()
         for child in sharded.children():
             if sum(p.numel() for p in child.parameters()) > 0:
                 fully_shard(child)
         fully_shard(sharded)
-        add(f"{name}, FSDP2", sharded, awp)
+        add(f"{name}, FSDP2", sharded, awp=awp)
     return entries
 
 

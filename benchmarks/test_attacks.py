@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from awp_optim.attacks import FGSM, PGD, Captured
 from awp_optim.lab.data import load_digits
-from benchmarks.suites import Comparison, Record, Setting, measure
+from benchmarks.comparison import AddRow, Comparison, Setting
 
 EPS, STEP_SIZE, STEPS = 8 / 255, 2 / 255, 20
 OURS, CAPTURED, TORCHATTACKS, ART = "awp_optim", "awp_optim, captured", "torchattacks", "ART"
@@ -23,18 +23,18 @@ TRAINING_STEPS = 40
 Run = Callable[[], Any]  # returns the images, as a tensor or as ART's array
 
 
-class ModelOracle(NamedTuple):
+class Target(NamedTuple):
     model: nn.Module
     x: Tensor
     y: Tensor
 
 
 @pytest.fixture(scope="module")
-def oracle(setting: Setting) -> ModelOracle:
-    """A network that knows its classes: on another, every attack has the same success.
+def target(setting: Setting) -> Target:
+    """A network that has learned its classes, and a batch of test images to attack.
 
-    It is trained for a moment, without an attack, on scikit-learn's digits, enlarged and in three
-    channels; a batch of test images is what is attacked.
+    On an untrained network every attack has the same success. It is trained for a moment, without
+    an attack, on scikit-learn's digits, enlarged and in three channels.
     """
     pytest.importorskip("sklearn")
     data = load_digits()
@@ -49,7 +49,7 @@ def oracle(setting: Setting) -> ModelOracle:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     x, y = data.x_test[: setting.batch], data.y_test[: setting.batch]
-    return ModelOracle(model.eval(), images(x, setting.device), y.to(setting.device))
+    return Target(model.eval(), images(x, setting.device), y.to(setting.device))
 
 
 def images(x: Tensor, device: str) -> Tensor:
@@ -58,51 +58,51 @@ def images(x: Tensor, device: str) -> Tensor:
     return x.to(device).contiguous(memory_format=torch.channels_last)
 
 
-def ours(kind: str, oracle: ModelOracle, setting: Setting) -> Run:
+def ours(kind: str, target: Target, setting: Setting) -> Run:
     attack = {
         "PGD-20": PGD(eps=EPS, step_size=STEP_SIZE, steps=STEPS, random_start=False),
         "FGSM": FGSM(eps=EPS),
     }[kind]
-    return partial(attack, *oracle)
+    return partial(attack, *target)
 
 
-def captured(kind: str, oracle: ModelOracle, setting: Setting) -> Run:
-    if not setting.device.startswith("cuda"):
-        pytest.skip("graphs are captured on CUDA alone")
-    attack = ours(kind, oracle, setting).func  # type: ignore[attr-defined]
-    return partial(Captured(attack), *oracle)
+def captured(kind: str, target: Target, setting: Setting) -> Run:
+    if not setting.on_gpu:
+        pytest.skip("CUDA graphs need a GPU")
+    attack = ours(kind, target, setting).func  # type: ignore[attr-defined]
+    return partial(Captured(attack), *target)
 
 
-def torchattacks(kind: str, oracle: ModelOracle, setting: Setting) -> Run:
+def torchattacks(kind: str, target: Target, setting: Setting) -> Run:
     module = pytest.importorskip("torchattacks")
     attack = {
         "PGD-20": partial(module.PGD, alpha=STEP_SIZE, steps=STEPS, random_start=False),
         "FGSM": module.FGSM,
-    }[kind](oracle.model, eps=EPS)
-    return partial(attack, oracle.x, oracle.y)
+    }[kind](target.model, eps=EPS)
+    return partial(attack, target.x, target.y)
 
 
-def art(kind: str, oracle: ModelOracle, setting: Setting) -> Run:
+def art(kind: str, target: Target, setting: Setting) -> Run:
     pytest.importorskip("art")
     from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
     classifier = PyTorchClassifier(
-        oracle.model,
+        target.model,
         loss=nn.CrossEntropyLoss(),
-        input_shape=tuple(oracle.x.shape[1:]),
+        input_shape=tuple(target.x.shape[1:]),
         nb_classes=10,
         clip_values=(0.0, 1.0),
-        device_type="gpu" if setting.device.startswith("cuda") else "cpu",
+        device_type="gpu" if setting.on_gpu else "cpu",
     )
-    n = len(oracle.x)
+    n = len(target.x)
     attack = {
         "PGD-20": partial(
             ProjectedGradientDescentPyTorch, eps_step=STEP_SIZE, max_iter=STEPS, verbose=False
         ),
         "FGSM": FastGradientMethod,
     }[kind](classifier, eps=EPS, batch_size=n)
-    return partial(attack.generate, oracle.x.cpu().numpy(), oracle.y.cpu().numpy())
+    return partial(attack.generate, target.x.cpu().numpy(), target.y.cpu().numpy())
 
 
 CONTESTANTS = {OURS: ours, CAPTURED: captured, TORCHATTACKS: torchattacks, ART: art}
@@ -115,37 +115,34 @@ class Measured(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def measured(request: pytest.FixtureRequest, oracle: ModelOracle, setting: Setting) -> Measured:
+def measured(request: pytest.FixtureRequest, target: Target, setting: Setting) -> Measured:
     runs, skipped = {}, {}
     for name, build in CONTESTANTS.items():
         try:
-            runs[name] = build(request.param, oracle, setting)
-        except pytest.skip.Exception as reason:
+            runs[name] = build(request.param, target, setting)
+        except pytest.skip.Exception as reason:  # noqa: PERF203
             skipped[name] = str(reason)
-    made = {name: torch.as_tensor(run(), device=oracle.x.device) for name, run in runs.items()}
-    seconds = measure(runs, setting, warmup=5 if CAPTURED in runs else 1)
+    made = {name: torch.as_tensor(run(), device=target.x.device) for name, run in runs.items()}
+    title = f"{request.param} without random start: {setting}"
+    comparison = setting.measure(title, OURS, runs)
     about = {
         name: {
-            "natural_accuracy": accuracy(oracle, oracle.x),
-            "robust_accuracy": accuracy(oracle, x_adv),
+            "natural_accuracy": accuracy(target, target.x),
+            "robust_accuracy": accuracy(target, x_adv),
             "pixels_as_ours": ((x_adv - made[OURS]).abs() < 1e-5).double().mean().item(),
         }
         for name, x_adv in made.items()
     }
-    return Measured(
-        Comparison(f"{request.param} without random start: {setting}", OURS, seconds),
-        about,
-        skipped,
-    )
+    return Measured(comparison, about, skipped)
 
 
 @torch.no_grad()
-def accuracy(oracle: ModelOracle, x: Tensor) -> float:
-    return float((oracle.model(x).argmax(1) == oracle.y).double().mean())
+def accuracy(target: Target, x: Tensor) -> float:
+    return float((target.model(x).argmax(1) == target.y).double().mean())
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)
-def test_attacks(name: str, measured: Measured, replay: Record) -> None:
+def test_attacks(name: str, measured: Measured, add_times: AddRow) -> None:
     if name in measured.skipped:
         pytest.skip(measured.skipped[name])
-    replay(measured.comparison, name, suite="attacks", **measured.about[name])
+    add_times(measured.comparison, name, suite="attacks", **measured.about[name])

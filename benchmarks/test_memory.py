@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.suites import AT, REFERENCE_AT, STEPS, Record, Setting, training_step
+from benchmarks.comparison import AddRow, Setting
+from benchmarks.steps import AT, METHODS, REFERENCE_AT, training_step
 
-CALLS = 4  # the momentum is there from the second on, interval 2 has been round twice
-ATTACK_STEPS = 2  # each step of the attack takes what the one before gave back
+CALLS = 3  # the optimizer has its state from the second one
+ATTACK_STEPS = 2  # each iteration reuses the memory of the previous one
 
 
 def train(name: str, setting: Setting) -> int:
-    """Build a network, train it for a few steps; returns the bytes of its perturbed parameters."""
+    """Train a new network for a few steps; returns the bytes of its perturbed parameters."""
     model = setting.model()
-    # Not captured: a graph's memory pool hides from the allocator's count what is used inside.
+    # Not captured: the allocator does not count what a graph uses inside its own pool.
     step = training_step(name, model, attack_steps=ATTACK_STEPS, cuda_graph=False)
     x, y = setting.data()
     for _ in range(CALLS):
@@ -27,12 +28,12 @@ def train(name: str, setting: Setting) -> int:
 
 
 def peak_on_cpu(name: str, setting: Setting) -> tuple[int, int]:
-    """Peak bytes of all tensors alive, from torch's own allocator, and the parameters' bytes.
+    """Peak bytes of all live tensors, by torch's own allocator, and the parameters' bytes.
 
-    The profiler reports every allocation and every release that torch's CPU allocator makes, also
-    those inside an operation. The network is built and thrown away under its eyes, so its books
-    must balance. What oneDNN takes beside the allocator for scratch is not seen; the peak resident
-    set size would show it, but is off by what malloc keeps for later.
+    The profiler reports every allocation and release of torch's CPU allocator, also inside an
+    operation. The network is built and deleted while it records, so the sum must return to zero.
+    oneDNN's own scratch memory is not counted; the peak resident set size would show it, but it is
+    off by what malloc keeps for later.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         parameters = train(name, setting)
@@ -50,7 +51,7 @@ def peak_on_cpu(name: str, setting: Setting) -> tuple[int, int]:
 
 
 def peak_on_cuda(name: str, setting: Setting) -> tuple[int, int]:
-    """Peak bytes that the caching allocator handed out, over those held before."""
+    """Peak bytes allocated by the caching allocator, over those held before."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     parameters = train(name, setting)
@@ -61,25 +62,25 @@ def peak_on_cuda(name: str, setting: Setting) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def peaks(setting: Setting) -> dict[str, tuple[int, int]]:
-    """Peak bytes of each contestant, one after another: nothing here drifts."""
-    peak = peak_on_cuda if setting.device.startswith("cuda") else peak_on_cpu
-    peak(AT, setting)  # what libraries hold on to once they are loaded
-    return {name: peak(name, setting) for name in STEPS}
+    """Peak bytes of each method."""
+    peak = peak_on_cuda if setting.on_gpu else peak_on_cpu
+    peak(AT, setting)  # what libraries keep once they are loaded
+    return {name: peak(name, setting) for name in METHODS}
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", METHODS)
 def test_memory(
     name: str,
     setting: Setting,
     peaks: dict[str, tuple[int, int]],
     benchmark: Any,
-    record: Record,
+    add_row: AddRow,
 ) -> None:
     base = REFERENCE_AT if name.startswith("reference") else AT
     peak, parameters = peaks[name]
     over = peak - peaks[base][0]
-    benchmark.pedantic(lambda: None)  # there is no time to tell
-    record(
+    benchmark.pedantic(lambda: None)  # no time is measured
+    add_row(
         {
             "suite": "memory",
             "comparison": f"peak memory of a training step: {setting}",

@@ -12,7 +12,8 @@ import torch
 from torch.optim import SGD
 
 from awp_optim import AWP
-from benchmarks.suites import Comparison, Record, Setting, measure
+from benchmarks.comparison import AddRow, Comparison, Setting
+from benchmarks.timing import medians
 
 BASES: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.1, "weight_decay": 5e-4},
@@ -21,10 +22,10 @@ BASES: dict[str, dict[str, Any]] = {
 COPY, STEP = "copy", "base.step()"
 RESTORE, SECOND = "first_step + restore", "first_step + second_step"
 PASSES = 9
-"""first_step and restore read or write the parameters' bytes so often: back up 2, the norms of
-weights and gradients 2, ascend 3, restore 2. A copy does it twice. Where a processor also reads
-what it is about to overwrite, a copy has a third pass, and a share above 100% is possible."""
-TOGETHER = 0.02  # seconds: calls that are shorter are timed several at a time
+"""How often first_step and restore read or write the parameters' bytes: back up 2, norms of weights
+and gradients 2, ascend 3, restore 2. A copy does it twice, or three times where the processor also
+reads what it is about to overwrite; a share above 100% is then possible."""
+TOGETHER = 0.02  # seconds: shorter calls are timed several at a time
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -48,10 +49,9 @@ def measured(
 ) -> Iterator[tuple[Comparison, dict[str, Any]]]:
     contestants = build(parameters // tensors, tensors, BASES[base], setting.device)
     calls = {name: calls_together(call, setting.device) for name, call in contestants.items()}
-    seconds = measure(contestants, setting, calls=calls)
     title = f"weights: {parameters:,} parameters in {tensors:,} tensors, {base}"
-    comparison = Comparison(title, STEP, seconds)
-    times = {name: comparison.row(name)["median"] for name in seconds}
+    comparison = setting.measure(title, STEP, contestants, calls)
+    times = medians(comparison.seconds)
     fraction = (PASSES / times[RESTORE]) / (2 / times[COPY])
     about = {"suite": "weights", "parameters": parameters, "tensors": tensors, "optimizer": base}
     yield comparison, about | {"bandwidth_fraction": fraction}
@@ -62,7 +62,7 @@ def measured(
 def build(
     numel: int, tensors: int, settings: dict[str, Any], device: str
 ) -> dict[str, Callable[[], Any]]:
-    """All that is timed, on the same tensors; their values wander, their cost does not."""
+    """What is timed, all on the same tensors."""
     g = torch.Generator(device).manual_seed(0)
     shape = (2, numel // 2)  # a matrix, so that AWP perturbs it
     params = [torch.randn(shape, generator=g, device=device) for _ in range(tensors)]
@@ -99,6 +99,6 @@ def calls_together(call: Callable[[], Any], device: str) -> int:
 
 
 @pytest.mark.parametrize("name", [COPY, STEP, RESTORE, SECOND])
-def test_weights(name: str, measured: tuple[Comparison, dict[str, Any]], replay: Record) -> None:
+def test_weights(name: str, measured: tuple[Comparison, dict[str, Any]], add_times: AddRow) -> None:
     comparison, about = measured
-    replay(comparison, name, **about)
+    add_times(comparison, name, **about)

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from awp_optim import AWP
-from benchmarks.suites import (
-    GAMMA,
-    SGD_SETTINGS,
-    Comparison,
-    Record,
-    Setting,
-    measure,
-    training_step,
-)
+from benchmarks.comparison import AddRow, Comparison, Setting
+from benchmarks.steps import EXACT, GAMMA, SGD_SETTINGS, training_step
 
 PLAIN, SAM, OURS = "SGD", "SAM of pytorch_optimizer", "AWP"
 STEP, ART = "AdversarialStep", "AWP trainer of ART"
@@ -51,13 +44,12 @@ def natural(setting: Setting) -> Comparison:
         SAM: partial(natural_step, sam, *data, theirs.first_step, theirs.second_step),
         OURS: partial(natural_step, awp, *data, ours.first_step, ours.second_step),
     }
-    title = f"natural training step: {setting}"
-    return Comparison(title, PLAIN, measure(steps, setting))
+    return setting.measure(f"natural training step: {setting}", PLAIN, steps)
 
 
 @pytest.mark.parametrize("name", [PLAIN, SAM, OURS])
-def test_natural_step(name: str, natural: Comparison, replay: Record) -> None:
-    replay(natural, name, suite="wrappers")
+def test_natural_step(name: str, natural: Comparison, add_times: AddRow) -> None:
+    add_times(natural, name, suite="wrappers")
 
 
 def art_step(setting: Setting) -> Callable[[], Any]:
@@ -74,7 +66,7 @@ def art_step(setting: Setting) -> Callable[[], Any]:
             input_shape=(3, 32, 32),
             nb_classes=10,
             clip_values=(0.0, 1.0),
-            device_type="gpu" if setting.device.startswith("cuda") else "cpu",
+            device_type="gpu" if setting.on_gpu else "cpu",
         )
 
     model = classifier(setting.model())
@@ -99,13 +91,12 @@ def adversarial(setting: Setting) -> Comparison:
     pytest.importorskip("art")
     x, y = setting.data()
     steps: dict[str, Callable[[], Any]] = {
-        STEP: partial(training_step("AT-AWP exact", setting.model()), x, y),
+        STEP: partial(training_step(EXACT, setting.model()), x, y),
         ART: art_step(setting),
     }
-    seconds = measure(steps, setting, warmup=5 if setting.device.startswith("cuda") else 1)
-    return Comparison(f"AT-AWP training step, PGD-10: {setting}", STEP, seconds)
+    return setting.measure(f"AT-AWP training step, PGD-10: {setting}", STEP, steps)
 
 
 @pytest.mark.parametrize("name", [STEP, ART])
-def test_adversarial_step(name: str, adversarial: Comparison, replay: Record) -> None:
-    replay(adversarial, name, suite="wrappers")
+def test_adversarial_step(name: str, adversarial: Comparison, add_times: AddRow) -> None:
+    add_times(adversarial, name, suite="wrappers")

@@ -44,18 +44,18 @@ from awp_optim.lab.data import load as load_dataset
 from awp_optim.lab.interrupt import StopRequest, graceful_stop
 from awp_optim.lab.job import Job, job
 from awp_optim.lab.models import ACTIVATIONS, MODELS
-from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
+from awp_optim.lab.reports.plots import learning_curves
 from awp_optim.lab.run_folder import Row, best, refuse_run
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.trainer import fit, is_over
 from awp_optim.lab.weights import load_weights
 
-DIRECTIONS = ("gradient", "random", "momentum")
-ASCENTS = ("exact", "attack", "momentum")
+DIRECTIONS = ("gradient", "random")
+ASCENTS = ("exact", "attack")
 DEFAULTS = defaults("cifar10")
 
 
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
 
     add(
-        "--unlabeled", type=Path, help="images with pseudo-labels: 500K TinyImages, or an .npz file"
+        "--unlabeled", type=Path, help="images with pseudo-labels, an .npz file"
     )
     add("--labeled", type=int, help="keep the labels of this many training images alone")
     add(
@@ -107,7 +107,6 @@ def parse_args() -> argparse.Namespace:
     setting("--ascent-steps", "K2, ascents of the weights for each attack")
     setting("--alternations", "A, attacks and ascents in turn")
     setting("--ascent", "AWP's", choices=ASCENTS)
-    setting("--interval", "steps between ascents")
     setting(
         "--arch",
         f"{', '.join(sorted(MODELS))}, wide_resnetD_W or torchvision/NAME (preact_resnet18)",

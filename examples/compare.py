@@ -28,10 +28,10 @@ from rich.table import Table
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import ImageData, load
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES, RECIPES
+from awp_optim.lab.reports.summary import accuracies, differences, markdown
 from awp_optim.lab.run_folder import Row
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.studies import STUDIES
-from awp_optim.lab.summary import accuracies, differences, markdown
 from awp_optim.lab.sweep import sweep
 from awp_optim.lab.trainer import fit
 

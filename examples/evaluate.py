@@ -47,8 +47,8 @@ from awp_optim.lab.loading import (
     settings_of,
 )
 from awp_optim.lab.models import MODELS
-from awp_optim.lab.plots import accuracy_by_radius, adversarial_images
-from awp_optim.lab.tables import (
+from awp_optim.lab.reports.plots import accuracy_by_radius, adversarial_images
+from awp_optim.lab.reports.tables import (
     as_csv,
     as_json,
     as_report,

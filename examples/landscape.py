@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shlex
 import sys
 import time
@@ -28,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from awp_optim._utils.io import atomic_write
-from awp_optim.lab.figures import FIGURES, Drawing
-from awp_optim.lab.gallery import Picture, write_gallery
 from awp_optim.lab.job import Job, job
-from awp_optim.lab.measuring import Landscapes, Measuring, NotEnough
-from awp_optim.lab.runs import find_runs, grouped
+from awp_optim.lab.reports.figures import FIGURES, Drawing
+from awp_optim.lab.reports.gallery import Picture, write_gallery
+from awp_optim.lab.reports.landscapes import Landscapes, Measuring
+from awp_optim.lab.reports.runs import NotEnough, find_runs, grouped, select
 
 GAMMAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 0.6, 1.0)
 
@@ -108,10 +107,7 @@ def draw(args: argparse.Namespace, console: Console, ranks: Job) -> None:
     for label, runs in groups.items():
         console.print(f"{label}: {len(runs)} run{'s'[: len(runs) > 1]}", highlight=False)
     if args.select:
-        found = {k: v for k, v in groups.items() if re.search(args.select, k)}
-        if not found:
-            raise ValueError(f"--select {args.select} matches none of {'; '.join(groups)}")
-        groups = found
+        groups = select(groups, args.select)
     landscapes = Landscapes(
         measuring(args, ranks),
         args.out / "points",

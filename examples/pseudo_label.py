@@ -3,8 +3,7 @@
     python examples/pseudo_label.py --images x.npy --checkpoint runs/natural/last.pt --out xy.npz
     python examples/pseudo_label.py --images x.npz --model mine:classifier --out xy.npz
 
-Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, x or data of an .npz file, or data of
-a pickle like that of the 500K TinyImages. If there are labels in it, too (y), it is said how many
+Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If there are labels in it, too (y), it is said how many
 agree. The classifier is a checkpoint of examples/cifar10.py, a state dict with --arch, or what a
 function of one's own returns.
 """
@@ -44,7 +43,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="the images, .npy, .npz or pickle")
+    add("--images", type=Path, required=True, help="the images, .npy or .npz")
     add("--out", type=Path, required=True, help="the .npz file to write: x and y")
     classifier = parser.add_mutually_exclusive_group(required=True)
     classifier.add_argument("--checkpoint", type=Path, help="the classifier's weights")

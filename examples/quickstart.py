@@ -25,10 +25,10 @@ from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
-from awp_optim.lab.plots import learning_curves
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
+from awp_optim.lab.reports.plots import learning_curves
+from awp_optim.lab.reports.summary import spread, summary
 from awp_optim.lab.run_folder import Row
-from awp_optim.lab.summary import spread, summary
 from awp_optim.lab.sweep import sweep
 from awp_optim.lab.trainer import fit
 

@@ -42,7 +42,7 @@ def test_cifar10_trains_and_explains_itself(tmp_path):
     assert "Stopped after 0 of 2 epochs; go on with --resume" in done.stdout
     again = run("cifar10.py", *args, cwd=tmp_path)
     assert again.returncode == 1
-    assert again.stderr.startswith("error: run already holds a run: go on with --resume")
+    assert again.stderr.startswith("error: run already holds a run: continue it with --resume")
     done = run("cifar10.py", *args, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Robust test accuracy (PGD-20)" in done.stdout
@@ -130,12 +130,11 @@ def test_recipes_on_cifar10(tmp_path, recipe):
         (("--gamma", "-1"), "gamma must be finite and >= 0"),
         (("--limit", "0"), "n_train must be between 1"),
         (("--epochs", "0"), "epochs must be at least 1"),
-        (("--interval", "0"), "interval must be"),
         (("--method", "magic"), "invalid choice: 'magic'"),
         (("--recipe", "magic"), "invalid choice: 'magic'"),
         (("--arch", "magic"), "no model"),
         (("--ema", "1"), "ema must be in [0, 1)"),
-        (("--awp-start", "-1"), "awp_start must not be negative"),
+        (("--awp-start", "-1"), "awp_start must be at least 0"),
         (("--method", "rst"), "--unlabeled FILE or --labeled N"),
         (("--method", "rst", "--labeled", "64"), "n must be between 1 and 63"),
         (("--method", "pretrain"), "--init CHECKPOINT"),

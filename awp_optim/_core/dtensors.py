@@ -1,8 +1,8 @@
-"""Parameters sharded over processes: what an ascent needs to know of a DTensor.
+"""DTensors: parameters of which each process holds a part.
 
-FSDP2 (``fully_shard``) and tensor parallelism leave a part of each parameter with each process, in
-a ``torch.distributed.tensor.DTensor``. An ascent works on these parts as on plain tensors; only the
-norm of a whole tensor takes a word with the other processes, one all-reduce for a list of them.
+FSDP2 (``fully_shard``) and tensor parallelism make them. An ascent works on the local parts as on
+plain tensors; only the norm of a full tensor needs the other processes, by one all-reduce for a
+list of tensors.
 """
 
 from __future__ import annotations
@@ -12,24 +12,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from awp_optim._core.perturbation import NORMS
 
 __all__ = [
+    "RandomGenerators",
     "Sharding",
-    "agreed_seed",
-    "is_distributed",
+    "difference",
+    "is_dtensor",
+    "is_state_initialization",
     "local_like",
     "local_part",
-    "processes",
     "sharding_of",
 ]
 
-_SHARDS = {"Shard", "_StridedShard"}  # every element is in exactly one part
+_SHARDS = {"Shard", "_StridedShard"}  # placements in which every element is in exactly one part
 
 
 class Sharding(NamedTuple):
-    """Over which processes a tensor is spread: a mesh, and those of its dimensions that split it.
+    """How a tensor is spread over processes: a mesh, and the dimensions of it that split it.
 
     Along the other dimensions of the mesh there are copies, as between the groups of HSDP.
     """
@@ -37,41 +39,71 @@ class Sharding(NamedTuple):
     mesh: Any
     dims: tuple[int, ...]
 
-    def whole_norms(self, norm: str, *parts: Tensor) -> list[Tensor]:
-        """The norms of whole tensors from those of the parts here; a collective operation.
+    def reduce_norms(self, norm: str, *parts: Tensor) -> list[Tensor]:
+        """The norms of full tensors from the norms of the local parts; a collective operation.
 
         Args:
             norm: "l1" or "l2".
-            *parts: norms of the local parts, each of shape (L,); zero where a part is empty.
+            *parts: norms of local parts, each of shape (L,); zero for empty parts.
 
         Returns:
-            The norms of the wholes, shaped like ``parts``; the same in all processes that share a
-            tensor. The sums are taken in float64: squares do not overflow there.
+            The norms of the full tensors, shaped like ``parts``; the same in all processes that
+            share a tensor. Sums are in float64, in which squares do not overflow.
         """
         if not self.dims:
             return list(parts)
         import torch.distributed as dist
 
-        sums = torch.cat(parts).to(self.mesh.device_type, torch.float64)  # from a CPU, if offloaded
+        sums = torch.cat(parts).to(self.mesh.device_type, torch.float64)  # offloaded: from a CPU
         if NORMS[norm] == 2:
             sums.square_()
         for dim in self.dims:
             dist.all_reduce(sums, group=self.mesh.get_group(dim))
         if NORMS[norm] == 2:
             sums.sqrt_()
-        wholes = torch.split(sums, [len(part) for part in parts])
-        return [whole.to(part) for whole, part in zip(wholes, parts, strict=True)]
-
-    def generator(self, seed: int, device: torch.device) -> torch.Generator:
-        """Draws alike where there are copies of a part, and otherwise where there are others."""
-        place = self.mesh.get_coordinate()
-        part = [(dim, place[dim]) for dim in self.dims]
-        mixed = random.Random(f"{seed}/{part}").getrandbits(63)
-        return torch.Generator(device).manual_seed(mixed)
+        full = torch.split(sums, [len(part) for part in parts])
+        return [norms.to(part) for norms, part in zip(full, parts, strict=True)]
 
 
-def is_distributed(t: Tensor) -> bool:
-    """Whether this is a DTensor, told without importing it."""
+class RandomGenerators:
+    """Generators for random directions of sharded tensors.
+
+    Copies of a part get the same numbers, different parts get different ones. The processes agree
+    on a seed for each mesh when it is first used.
+    """
+
+    def __init__(self) -> None:
+        self._seeds: dict[Any, int] = {}
+        self._generators: dict[tuple[Sharding, torch.device], torch.Generator] = {}
+
+    def get(self, sharding: Sharding | None, device: torch.device) -> torch.Generator | None:
+        """The generator for tensors of this sharding; None, torch's default, for plain tensors."""
+        if sharding is None:
+            return None
+        key = sharding, device
+        if key not in self._generators:
+            if sharding.mesh not in self._seeds:
+                self._seeds[sharding.mesh] = _shared_seed(sharding.mesh)
+            coordinates = sharding.mesh.get_coordinate()
+            part = [(dim, coordinates[dim]) for dim in sharding.dims]
+            seed = random.Random(f"{self._seeds[sharding.mesh]}/{part}").getrandbits(63)
+            self._generators[key] = torch.Generator(device).manual_seed(seed)
+        return self._generators[key]
+
+
+def _shared_seed(mesh: Any) -> int:
+    """A seed from torch's default generator in the mesh's first process; collective."""
+    import torch.distributed as dist
+
+    seed = torch.randint(2**62, (1,)).to(mesh.device_type)
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        dist.broadcast(seed, dist.get_global_rank(group, 0), group)
+    return int(seed.item())
+
+
+def is_dtensor(t: object) -> bool:
+    """Whether this is a DTensor, found out without importing it."""
     return hasattr(t, "full_tensor")
 
 
@@ -88,49 +120,61 @@ def sharding_of(p: Tensor) -> Sharding:
             dims.append(dim)
         elif not placement.is_replicate():
             raise TypeError(
-                f"a parameter is placed as {placement} along dimension {dim} of {mesh}: AWP knows "
-                "Shard and Replicate; redistribute() the parameter, or leave it out with min_ndim "
-                "or gamma=0 in a group of its own"
+                f"a parameter is placed as {placement} along dimension {dim} of {mesh}, but AWP "
+                "supports Shard and Replicate: redistribute() the parameter, or exclude it with "
+                "min_ndim or gamma=0 in a group of its own"
             )
     return Sharding(mesh, tuple(dims))
 
 
 def local_part(t: Tensor) -> Tensor:
-    """The part of a DTensor that is here, in its own memory; for use without autograd."""
+    """The local part of a DTensor, in its own memory; not for use with autograd."""
     local: Tensor = t.to_local()  # type: ignore[attr-defined]
-    if hasattr(local, "wait"):  # for a communication that is under way
+    if hasattr(local, "wait"):  # its communication is still running
         local = local.wait()
     return local
 
 
 def local_like(t: Tensor, p: Tensor) -> Tensor:
-    """The part of ``t`` that belongs to the local part of ``p``; collective if ``t`` is elsewhere.
+    """The part of ``t`` that belongs to the local part of ``p``.
+
+    A collective operation if ``t`` is placed otherwise than ``p``.
 
     Raises:
-        TypeError: ``t`` is no DTensor, or is one on another mesh.
+        TypeError: ``t`` is not a DTensor on the mesh of ``p``.
     """
-    if not is_distributed(t) or t.device_mesh != p.device_mesh:  # type: ignore[attr-defined]
+    if not is_dtensor(t) or t.device_mesh != p.device_mesh:  # type: ignore[attr-defined]
         raise TypeError(
             f"a parameter is a DTensor on {p.device_mesh}, its direction "  # type: ignore[attr-defined]
-            f"{getattr(t, 'device_mesh', 'a plain tensor')}: distribute it as the parameter is"
+            f"{getattr(t, 'device_mesh', 'a plain tensor')}: distribute it like the parameter"
         )
     if t.placements != p.placements:  # type: ignore[attr-defined]
         t = t.redistribute(placements=p.placements)  # type: ignore[attr-defined]
     return local_part(t)
 
 
-def agreed_seed(mesh: Any) -> int:
-    """A seed from torch's default generator in the mesh's first process, for all; collective."""
-    import torch.distributed as dist
-
-    seed = torch.randint(2**62, (1,)).to(mesh.device_type)
-    for dim in range(mesh.ndim):
-        group = mesh.get_group(dim)
-        dist.broadcast(seed, dist.get_global_rank(group, 0), group)
-    return int(seed.item())
+def difference(p: Tensor, w: Tensor) -> Tensor:
+    """p - w as a tensor like ``p``; if that is a DTensor, ``w`` is its local part."""
+    if not is_dtensor(p):
+        return p - w
+    out = torch.empty_like(p)
+    torch.sub(local_part(p), w, out=local_part(out))
+    return out
 
 
-def processes() -> int:
-    """How many processes torch.distributed knows of; 1 where it is not in use."""
-    dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def is_state_initialization(optimizer: Optimizer) -> bool:
+    """Whether a step would do nothing but create the optimizer's state.
+
+    ``torch.distributed.checkpoint.state_dict`` takes such a step before it loads a state: with a
+    learning rate of 0 in every group and zeros for gradients.
+    """
+    if optimizer.state or any(float(group.get("lr", 1)) != 0 for group in optimizer.param_groups):
+        return False
+    params = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+    return all(_is_zero(p.grad) for p in params)
+
+
+def _is_zero(grad: Tensor | None) -> bool:
+    if grad is None:
+        return False
+    return not (local_part(grad) if is_dtensor(grad) else grad).any()

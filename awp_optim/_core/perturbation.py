@@ -1,14 +1,14 @@
-"""Layer-wise adversarial weight perturbation, as pure functions over lists of tensors.
+"""The weight perturbation of AWP, as functions over lists of tensors.
 
-With ``w`` the weights at the centre, ``g`` a direction (the gradient at ``w + v``) and one ``l``
-for each parameter tensor, one ascent is Eq. (10) and (15) of Wu, Xia & Wang, "Adversarial Weight
-Perturbation Helps Robust Generalization" (NeurIPS 2020)::
+With w_l an unperturbed weight tensor, w + v the current weights and g_l a direction (the gradient
+at w + v), one ascent is Eq. (10) and (15) of Wu, Xia & Wang, "Adversarial Weight Perturbation Helps
+Robust Generalization" (NeurIPS 2020)::
 
-    v_l <- P( v_l + gamma / steps * |w_l| * g_l / |g_l| )
+    v_l <- P( v_l + eta_2 * |w_l| * g_l / |g_l| ),   eta_2 = gamma / steps
     P(v_l) = v_l * min(1, gamma * |w_l| / |v_l|)
 
-Lists hold tensors of one device and one dtype. Norms are taken, and half-precision weights are
-perturbed, in float32. Nothing here makes an accelerator wait for the host.
+The tensors of a list share one device and one dtype. Norms are computed in float32 at least, and
+half-precision weights are perturbed in float32. Nothing here waits for an accelerator.
 """
 
 from __future__ import annotations
@@ -18,233 +18,228 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["NORMS", "ascend_", "layer_norms"]
+__all__ = ["NORMS", "arithmetic_dtype", "ascend_", "layer_norms"]
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
-Whole = Callable[[Tensor], Tensor]
+Shrink = Callable[[Tensors, Tensor], Tensor]
 
 NORMS = {"l1": 1, "l2": 2}
 
-# A float32 reduction on the CPU keeps few partial sums: over 1e8 elements the L2 norm comes out 1%
-# short, the L1 norm 15%. Norms of pieces of this many elements, combined, are right to about 1e-6.
+# A float32 sum on the CPU keeps few partial sums: over 1e8 elements the L2 norm comes out 1% short,
+# the L1 norm 15 to 46%. Norms of pieces of this many elements, combined, are right to about 1e-6.
 _PIECE = 2**18
-
-# From so many of so few elements on, tensors of one shape are copied side by side for their norms.
-_SMALL, _FEW = 2**12, 8
-
-# Device types on which a layer is moved by one kernel; on a CPU nothing needs a veto.
-_FUSED = {"cuda"}
-_NHWC = torch.channels_last
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a tensor of ``dtype`` is perturbed: its own, but float32 for halves."""
+    """The dtype in which a tensor of ``dtype`` is perturbed: float32 for half precision."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def layer_norms(tensors: Tensors, norm: str = "l2", *, foreach: bool = True) -> Tensor:
-    """The norm of each tensor as a whole.
+    """The norm of each tensor.
 
     Args:
         tensors: L tensors of any shapes, real or complex.
         norm: "l1" (sum of moduli) or "l2" (Frobenius).
-        foreach: one call for all tensors instead of one for each.
+        foreach: compute all norms in one call.
 
     Returns:
-        A real tensor of shape (L,) in float32, or float64 where the tensors are.
+        A real tensor of shape (L,) in float32, or float64 if the tensors are float64.
 
     Example:
         >>> layer_norms([torch.tensor([3.0, 4.0]), torch.ones(2, 2)])
         tensor([5., 2.])
     """
-    if not foreach:
-        return torch.stack([_norm(t, norm) for t in tensors])
-    if len(tensors) == 0 or tensors[0].device.type != "cpu":
-        return torch.stack(_foreach_norm(tensors, norm))
-    return _layer_norms_on_cpu(tensors, norm)
+    if foreach and not any(map(_needs_pieces, tensors)):
+        dtype = arithmetic_dtype(tensors[0].dtype)
+        return torch.stack(torch._foreach_norm(tensors, NORMS[norm], dtype=dtype))
+    return torch.stack([_norm(t, NORMS[norm]) for t in tensors])
 
 
-def _layer_norms_on_cpu(tensors: Tensors, norm: str) -> Tensor:
-    """Where an operation on a list is a loop: wide tensors in pieces, small ones side by side."""
-    by_shape: dict[torch.Size, list[int]] = {}
-    for i, t in enumerate(tensors):
-        by_shape.setdefault(t.shape, []).append(i)
-    norms: list[Tensor] = []
-    order: list[int] = []
-    one_by_one: list[int] = []
-    for shape, indices in by_shape.items():
-        numel = shape.numel()
-        if numel > _PIECE:
-            norms += [_norm(tensors[i], norm)[None] for i in indices]
-        elif numel > _SMALL or len(indices) < _FEW:
-            one_by_one += indices
-            continue
-        else:
-            stacked = torch.stack([tensors[i] for i in indices]).reshape(len(indices), numel)
-            wider = _wider(stacked.dtype)
-            norms.append(torch.linalg.vector_norm(stacked, NORMS[norm], 1, dtype=wider))
-        order += indices
-    if one_by_one:
-        one_by_one.sort()
-        norms.append(torch.stack(_foreach_norm([tensors[i] for i in one_by_one], norm)))
-        order += one_by_one
-    if len(norms) == 1:
-        return norms[0]
-    in_order = torch.empty(len(tensors), dtype=norms[0].dtype)
-    in_order[order] = torch.cat(norms)
-    return in_order
+def _norm(tensor: Tensor, order: int) -> Tensor:
+    dtype = arithmetic_dtype(tensor.dtype)
+    if not _needs_pieces(tensor):
+        return _vector_norm(tensor, order, dtype)
+    rows = tensor.view(-1) if tensor.is_contiguous() else tensor
+    pieces = torch.split(rows, max(1, _PIECE * len(rows) // rows.numel()))
+    norms = torch.stack([_vector_norm(piece, order, dtype) for piece in pieces])
+    return _vector_norm(norms, order, norms.dtype)
+
+
+def _vector_norm(tensor: Tensor, order: int, dtype: torch.dtype) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=dtype)
+    return norm
+
+
+def _needs_pieces(tensor: Tensor) -> bool:
+    return tensor.numel() > _PIECE and tensor.device.type == "cpu"
 
 
 def ascend_(
     params: Tensors,
-    grads: Tensors,
-    centres: Tensors,
+    directions: Tensors,
+    weights: Tensors,
     weight_norms: Tensor,
-    grad_norms: Tensor,
+    direction_norms: Tensor,
     *,
     gamma: float | Tensor,
     steps: int,
     norm: str = "l2",
-    at_centre: bool = False,
+    is_first: bool = False,
     foreach: bool = True,
-    whole: Whole | None = None,
+    reduce_norms: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """One ascent in place: ``params`` go from ``w + v`` to ``w + P(v + gamma/steps |w| g/|g|)``.
 
-    A layer keeps its v where ``|w|/|g|`` is not a finite positive number: a zero weight, a zero
-    gradient, a gradient with an infinity or a NaN.
+    A tensor keeps its v if ``|w|/|g|`` is not a finite number or ``|g|`` is not: a zero gradient, a
+    gradient with an infinity or a NaN.
 
     Args:
-        params: L tensors holding ``w + v``; written.
-        grads: the directions, shaped like ``params``; read alone.
-        centres: L tensors holding ``w``; read alone.
+        params: L tensors that hold ``w + v``; written.
+        directions: g, shaped like ``params``; only read.
+        weights: the unperturbed weights w, shaped like ``params``; only read.
         weight_norms: ``|w_l|``, shape (L,).
-        grad_norms: ``|g_l|``, shape (L,).
-        gamma: the radius relative to ``|w_l|``; a float or a 0-d tensor on the same device.
-        steps: the number of ascents that ``gamma`` is spread over.
-        norm: the norm in which v is bounded, "l1" or "l2".
-        at_centre: the caller knows that v is zero, so that the first ascent can be added as it is.
-        foreach: ``torch._foreach_*`` instead of a readable loop; equal but for rounding.
-        whole: for layers of which only a part is here: turns the norms of parts, of any shape (N,),
-            into those of the whole layers, as ``weight_norms`` and ``grad_norms`` must be. Called
-            once with ``foreach``, else for each layer that moves; never ``at_centre``.
+        direction_norms: ``|g_l|``, shape (L,).
+        gamma: radius of the ball relative to ``|w_l|``; a float or a 0-d tensor on the same device.
+        steps: number of ascents over which ``gamma`` is spread.
+        norm: the norm of the ball, "l1" or "l2".
+        is_first: whether v is zero. The first ascent cannot leave the ball, so it skips P.
+        foreach: use ``torch._foreach_*`` instead of a readable loop; equal up to rounding.
+        reduce_norms: for tensors of which this process holds a part: turns norms of the parts, of
+            any shape (N,), into norms of the full tensors, as ``weight_norms`` and
+            ``direction_norms`` already are. Not called if ``is_first``.
     """
-    scale = gamma / steps * weight_norms / grad_norms
+    scale = gamma / steps * weight_norms / direction_norms
+    usable = scale.isfinite() & direction_norms.isfinite()
     radius = gamma * weight_norms
-    finite = scale.isfinite() & grad_norms.isfinite()
-    mask: Tensor | None = None
-    if _host_may_look(scale):
-        # Leave out the layers that do not move.
-        moves = finite.tolist()
-        if not all(moves):
-            params, grads, centres = (
-                [t for t, m in zip(tensors, moves, strict=True) if m]
-                for tensors in (params, grads, centres)
+    if _host_may_read(usable):
+        kept = usable.nonzero().flatten().tolist()
+        if len(kept) < len(params):
+            params, directions, weights = (
+                [tensors[i] for i in kept] for tensors in (params, directions, weights)
             )
-            scale, radius = scale[finite], radius[finite]
-        if not params:
+            scale, usable, radius = scale[kept], usable[kept], radius[kept]
+        if not kept:
             return
+        mask = None
     else:
-        scale, mask = scale.where(finite, 0), finite
-    ascend = _foreach_ascend_ if foreach else _single_tensor_ascend_
-    ascend(params, grads, centres, scale, mask, radius, norm, at_centre, whole or _all_here)
+        mask, scale = usable, scale.where(usable, 0)
+
+    def shrink(v: Tensors, radius: Tensor) -> Tensor:
+        """The factors of P, shape (L,): 1 inside the ball, radius/norm outside."""
+        norms = layer_norms(v, norm, foreach=foreach)
+        if reduce_norms is not None:
+            norms = reduce_norms(norms)
+        return torch.where(norms > radius, radius / norms, 1.0)
+
+    if not foreach:
+        ascend = _single_tensor_ascend_
+    elif arithmetic_dtype(params[0].dtype) == params[0].dtype:
+        ascend = _foreach_ascend_
+    else:
+        ascend = _foreach_ascend_half_
+    ascend(params, directions, weights, scale, mask, radius, None if is_first else shrink)
 
 
 def _single_tensor_ascend_(
     params: Tensors,
-    grads: Tensors,
-    centres: Tensors,
+    directions: Tensors,
+    weights: Tensors,
     scale: Tensor,
     mask: Tensor | None,
     radius: Tensor,
-    norm: str,
-    at_centre: bool,
-    whole: Whole,
+    shrink: Shrink | None,
 ) -> None:
-    """The equations as they stand, one layer after another."""
+    """The equations as they stand, for one tensor after another."""
     dtype = arithmetic_dtype(params[0].dtype)
-    for i, (p, g, w) in enumerate(zip(params, grads, centres, strict=True)):
-        w = w.to(dtype)
-        v = p.to(dtype) - w + scale[i] * _where(mask, i, g.to(dtype))
-        if not at_centre:
-            v = v * _shrink(whole(_norm(v, norm).view(1))[0], radius[i])
-        p.copy_(w + v)
+    directions = _zeroed_where_unusable(directions, mask)
+    for p, g, w, s, r in zip(params, directions, weights, scale, radius, strict=True):
+        v = p.to(dtype) - w.to(dtype) + s * g.to(dtype)
+        if shrink is not None:
+            v = v * shrink([v], r)[0]
+        p.copy_(w.to(dtype) + v)
 
 
 def _foreach_ascend_(
     params: Tensors,
-    grads: Tensors,
-    centres: Tensors,
+    directions: Tensors,
+    weights: Tensors,
     scale: Tensor,
     mask: Tensor | None,
     radius: Tensor,
-    norm: str,
-    at_centre: bool,
-    whole: Whole,
+    shrink: Shrink | None,
 ) -> None:
-    """The same in few passes, with temporaries for half-precision weights alone."""
-    half = arithmetic_dtype(params[0].dtype) != params[0].dtype
-    scales: Tensors = scale.unbind()
-    if half:
-        # A scale with its layer's number of dimensions takes part in type promotion: v is float32.
-        scales = [s.view((1,) * p.ndim) for s, p in zip(scales, params, strict=True)]
-        if mask is not None:
-            grads = [_where(mask, i, g) for i, g in enumerate(grads)]
-        v = torch._foreach_mul(grads, scales)
-        if not at_centre:
-            torch._foreach_add_(v, params)
-            torch._foreach_sub_(v, centres)
-    else:
-        v = tuple(params)
-        if not at_centre:
-            torch._foreach_sub_(v, centres)
-        if mask is None:
-            torch._foreach_addcmul_(v, grads, scales)
+    """The same in few passes over the memory: v is computed in place of the parameters."""
+    if shrink is None:
+        _foreach_add_scaled_(params, directions, scale, mask)
+        return
+    torch._foreach_sub_(params, weights)
+    _foreach_add_scaled_(params, directions, scale, mask)
+    torch._foreach_mul_(params, shrink(params, radius).unbind())
+    torch._foreach_add_(params, weights)
+
+
+def _foreach_ascend_half_(
+    params: Tensors,
+    directions: Tensors,
+    weights: Tensors,
+    scale: Tensor,
+    mask: Tensor | None,
+    radius: Tensor,
+    shrink: Shrink | None,
+) -> None:
+    """The same for half-precision parameters: v is computed in float32 temporaries."""
+    # A scale with as many dimensions as its tensor takes part in type promotion.
+    scales = [s.view((1,) * p.ndim) for s, p in zip(scale, params, strict=True)]
+    v = torch._foreach_mul(_zeroed_where_unusable(directions, mask), scales)
+    if shrink is not None:
+        torch._foreach_add_(v, params)
+        torch._foreach_sub_(v, weights)
+        torch._foreach_mul_(v, shrink(v, radius).unbind())
+    torch._foreach_add_(v, weights)
+    torch._foreach_copy_(params, v)
+
+
+def _foreach_add_scaled_(
+    tensors: Tensors, directions: Tensors, scale: Tensor, mask: Tensor | None
+) -> None:
+    """``tensors += scale * directions``, nothing where ``mask`` is False."""
+    if mask is None:
+        torch._foreach_addcmul_(tensors, directions, scale.unbind())
+        return
+    # No foreach operation clears a NaN under a condition that lies on the device. One kernel does.
+    veto = mask.logical_not().to(scale.dtype)
+    for i, (t, g) in enumerate(zip(tensors, directions, strict=True)):
+        if _has_fused_add(t, g, scale):
+            _fused_add_(t, g, scale[i], veto[i])
         else:
-            # No foreach operation clears a NaN, and none fuses scales that lie on the device.
-            skips = mask.logical_not().to(scale.dtype).unbind()
-            for i, (v_l, g, s) in enumerate(zip(v, grads, scales, strict=True)):
-                if _has_fused_add(v_l, g, s):
-                    _fused_add_(v_l, g, s, skips[i])
-                else:
-                    v_l.addcmul_(_where(mask, i, g), s)
-    if not at_centre:
-        torch._foreach_mul_(v, _shrink(whole(layer_norms(v, norm)), radius).unbind())
-    if half or not at_centre:  # else v was added to the weights in place
-        torch._foreach_add_(v, centres)
-    if half:
-        torch._foreach_copy_(params, v)
+            t.addcmul_(g.where(mask[i], 0), scale[i])
 
 
-def _all_here(norms: Tensor) -> Tensor:
-    return norms
-
-
-def _host_may_look(t: Tensor) -> bool:
-    """Whether reading ``t`` makes nobody wait, and what is read is true of later runs, too."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _has_fused_add(v: Tensor, g: Tensor, scale: Tensor) -> bool:
+def _has_fused_add(t: Tensor, g: Tensor, scale: Tensor) -> bool:
     return (
-        v.device.type in _FUSED
-        and v.is_floating_point()  # not complex
-        and v.dtype == g.dtype
-        and scale.dtype == torch.float32  # what the kernel reads
-        and v.numel() > 0  # the part of a layer may be empty
-        and v.stride() == g.stride()
-        and (v.is_contiguous() or (v.ndim == 4 and v.is_contiguous(memory_format=_NHWC)))
+        t.device.type in _FUSED
+        and t.dtype == g.dtype
+        and t.is_floating_point()
+        and scale.dtype == torch.float32  # which the kernel reads
+        and t.numel() > 0
+        and t.stride() == g.stride()
+        and (t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=_CHANNELS_LAST)))
     )
 
 
-def _fused_add_(v: Tensor, g: Tensor, scale: Tensor, skip: Tensor) -> None:
-    """``v += scale * g`` in one pass over each, or nothing where ``skip`` is 1.
+_FUSED = {"cuda"}
+_CHANNELS_LAST = torch.channels_last
 
-    This is the update of ``torch.optim.SGD(fused=True)``, the one kernel of torch that takes both
-    its factor and its veto from the device. Two kernels would read and write g once more.
+
+def _fused_add_(t: Tensor, g: Tensor, scale: Tensor, veto: Tensor) -> None:
+    """``t += scale * g`` in one pass over both, or nothing if ``veto`` is 1.
+
+    This is the update of ``torch.optim.SGD(fused=True)``, the one kernel of torch that reads both
+    its factor and a condition from the device. Two kernels would read and write g once more.
     """
     torch._fused_sgd_(
-        [v],
+        [t],
         [g],
         [],
         lr=scale,
@@ -254,39 +249,17 @@ def _fused_add_(v: Tensor, g: Tensor, scale: Tensor, skip: Tensor) -> None:
         nesterov=False,
         maximize=True,
         is_first_step=False,
-        found_inf=skip,
+        found_inf=veto,
     )
 
 
-def _shrink(norms: Tensor, radius: Tensor) -> Tensor:
-    """The factor of Eq. (15): 1 inside the ball, radius/norm outside."""
-    return torch.where(norms > radius, radius / norms, 1.0)
+def _zeroed_where_unusable(directions: Tensors, mask: Tensor | None) -> Tensors:
+    """The directions, with zeros for unusable ones: a scale of 0 times infinity would be NaN."""
+    if mask is None:
+        return directions
+    return [g.where(m, 0) for g, m in zip(directions, mask, strict=True)]
 
 
-def _where(mask: Tensor | None, i: int, g: Tensor) -> Tensor:
-    """Layer i's direction, or zeros where it is not to be used: 0 * inf would be NaN."""
-    return g if mask is None else g.where(mask[i], 0)
-
-
-def _norm(tensor: Tensor, norm: str) -> Tensor:
-    if not _is_wide(tensor):
-        return _foreach_norm([tensor], norm)[0]
-    flat = tensor.view(-1) if tensor.is_contiguous() else tensor
-    pieces = torch.split(flat, max(1, _PIECE * len(flat) // flat.numel()))
-    return _foreach_norm([torch.stack(_foreach_norm(pieces, norm))], norm)[0]
-
-
-def _foreach_norm(tensors: Tensors, norm: str) -> Tensors:
-    if not tensors:
-        return ()
-    return torch._foreach_norm(tensors, NORMS[norm], dtype=_wider(tensors[0].dtype))
-
-
-def _wider(dtype: torch.dtype) -> torch.dtype | None:
-    """The dtype to take a norm in, where it is another."""
-    wider = arithmetic_dtype(dtype)
-    return None if wider == dtype else wider
-
-
-def _is_wide(tensor: Tensor) -> bool:
-    return tensor.numel() > _PIECE and tensor.device.type == "cpu"
+def _host_may_read(t: Tensor) -> bool:
+    """Whether reading ``t`` on the host waits for no device and holds for a graph's replays too."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,13 +1,13 @@
 """Adversarial attacks on the input: immutable values, called as ``x_adv = attack(model, x, y)``."""
 
-from .apgd import APGD
-from .autoattack import AutoAttack, AutoAttackWarning
-from .base import Attack
-from .captured import Captured
-from .cw import CW
-from .fgsm import FGSM
-from .pgd import PGD
-from .spsa import SPSA
+from awp_optim.attacks.apgd import APGD
+from awp_optim.attacks.autoattack import AutoAttack, AutoAttackWarning
+from awp_optim.attacks.base import Attack
+from awp_optim.attacks.captured import Captured
+from awp_optim.attacks.cw import CW
+from awp_optim.attacks.fgsm import FGSM
+from awp_optim.attacks.pgd import PGD
+from awp_optim.attacks.spsa import SPSA
 
 __all__ = [
     "APGD",

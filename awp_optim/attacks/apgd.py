@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -12,49 +11,50 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from awp_optim._utils.checks import check_int, check_real
-
-from .ascent import BallAttack
-from .balls import Ball, Projection, per_example_norm
-from .base import ModelOracle
-from .losses import LOSSES, Loss, dlr_targeted
+from awp_optim._utils.checks import check_bool, check_choice, check_int, check_real
+from awp_optim.attacks._outcome import select
+from awp_optim.attacks.balls import Ball, Projection, per_example_norm
+from awp_optim.attacks.base import BallAttack, ModelOracle
+from awp_optim.attacks.losses import LOSSES, Loss, dlr_targeted
 
 MOMENTUM = 0.75
 TARGETED = "dlr-targeted"
-# Of L1 ("Mind the box", section 4.2 and appendix C): sparsity, looked at every 4% of the steps.
-SPARSITY, LOOK, SHORTER, SHORTEST, CHANGED = 1.5, 0.04, 1.5, 10.0, 0.95
+L1_SPARSITY, L1_PERIOD, L1_SHRINK, L1_SHORTEST, L1_SPARSER = 1.5, 0.04, 1.5, 10.0, 0.95
+"""Constants of "Mind the box", section 4.2 and appendix C; a period is a share of the steps."""
 
 
 @dataclass(frozen=True)
 class APGD(BallAttack):
-    """PGD with momentum that halves its step where it stalls, and goes on from its best point.
+    """PGD with momentum that halves its step where progress stalls and returns to its best point.
 
     Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks" (ICML 2020, https://arxiv.org/abs/2003.01690), Algorithm 1; in L_1
     "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers" (ICML 2021,
-    https://arxiv.org/abs/2103.01208): sparse steps inside the ball cut by the box, the radius
-    falling from 3 eps over 2 eps to eps. An image that the model gets wrong as it is comes back as
-    it is. The others come back at a misclassified iterate if there was one, else at the highest
-    loss seen. It costs ``steps + 1`` forward and ``steps`` backward passes a run, in L_1 two
-    forward passes more, and one forward pass at ``x``. How to call it: see
+    https://arxiv.org/abs/2103.01208): sparse steps inside the ball cut by the box, with a radius
+    that falls from 3 eps over 2 eps to eps. An example that the model misclassifies already is
+    returned unchanged. For the others the attack returns a misclassified iterate if there was one,
+    otherwise the one with the highest loss. It costs ``steps + 1`` forward and ``steps`` backward
+    passes a run, in L_1 two forward passes more, and one forward pass at ``x``. How to call it: see
     :meth:`Attack.__call__`; labels are class indices.
 
     Args:
-        eps: radius of the ball, at least 0, in the units of the input. At 0 the input is returned
-            as it is and the model is not called.
+        eps: radius of the ball, at least 0, in the units of the input. With 0 the clean examples
+            are returned and the model is not called.
         steps: at least 1. In L_1, where three radii share them, at least 3.
         norm: "linf", "l2" or "l1".
-        loss: "ce", "cw", "dlr" or "dlr-targeted". The last climbs toward each of ``targets``
-            classes, the most probable wrong ones of the image as it is, in a run of its own.
-        restarts: runs, each from a random start; of each target. At least 1.
-        targets: of "dlr-targeted", at least 1; there cannot be more than classes less one.
-        rho: share of a period's steps that must raise the loss, or the step is halved; in [0, 1].
+        loss: "ce", "cw", "dlr" or "dlr-targeted". The last one makes a run toward each of
+            ``targets`` classes, the most probable wrong ones of the clean example.
+        restarts: number of runs, each from a random start, for each target; at least 1.
+        targets: number of target classes for "dlr-targeted", at least 1; at most all wrong classes
+            are used.
+        rho: fraction of the steps between checkpoints that must raise the loss, or the step is
+            halved; in [0, 1].
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
-        drop_fooled: leave examples at their first misclassified iterate and out of the batch from
-            then on. Who is fooled stays the same, the time is that of those who stand. On the CPU
-            the attack looks at every step; elsewhere at checkpoints, and each look waits for the
-            device, so it cannot be in a CUDA graph.
+        drop_fooled: stop attacking an example at its first misclassified iterate and take it out
+            of the batch. The same examples are fooled, for less time. On the CPU the attack checks
+            at every step; elsewhere at checkpoints, and each check waits for the device, so that it
+            cannot be captured in a CUDA graph.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -67,7 +67,6 @@ class APGD(BallAttack):
     """
 
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2", "l1")
-    losses: ClassVar[tuple[str, ...]] = ("ce", "cw", "dlr", TARGETED)
 
     eps: float = 8 / 255
     steps: int = 100
@@ -82,60 +81,44 @@ class APGD(BallAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("loss", self.loss, ("ce", "cw", "dlr", TARGETED))
         self._set("steps", check_int("steps", self.steps, least=3 if self.norm == "l1" else 1))
         self._set("restarts", check_int("restarts", self.restarts, least=1))
         self._set("targets", check_int("targets", self.targets, least=1))
         self._set("rho", check_real("rho", self.rho))
         if not 0 <= self.rho <= 1:
             raise ValueError(f"rho must be in [0, 1], got {self.rho!r}")
-        if not isinstance(self.drop_fooled, bool):
-            raise TypeError(f"drop_fooled must be True or False, got {self.drop_fooled!r}")
+        check_bool("drop_fooled", self.drop_fooled)
 
-    def _takes_probabilities(self) -> bool:
-        return False
-
-    def _search(
-        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
-    ) -> Tensor:
-        assert y is not None  # _check saw to it
+    def _search(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None  # checked
         logits = oracle.logits(x)
-        fooled = logits.argmax(1) != y
-        x_adv, loss = x.clone(), torch.full_like(logits[:, 0], -torch.inf, dtype=torch.float32)
-        runs = list(self._runs(logits, y))
-        self._loss(runs[0])(logits, y)  # refuses too few classes, whoever is fooled
-        for i, target in enumerate(runs):
-            start = x + self._start(x)  # of all examples, that none's depends on the others
-            rows = torch.arange(len(x), device=x.device)
+        self._loss(y)(logits, y)  # raises if there are too few classes, even if all are fooled
+        found = _Found.at(x, fooled=logits.argmax(1) != y)
+        for target in self._targets(logits, y):
+            # Drawn for all examples, so that none depends on which others were dropped.
+            state = _State.at(x, y, target, x + self._start(x))
             if self.drop_fooled:
-                rows = rows[~fooled]
-                if len(rows) == 0:
+                state = state.only(~found.fooled)
+                if len(state.x) == 0:
                     break
-            of_rows = None if target is None else target[rows]
-            of_victim = oracle.only(rows)
-            end = self._run(
-                of_victim, x[rows], y[rows], of_rows, start[rows], last=i == len(runs) - 1
-            )
-            was = fooled[rows]
-            better = ~was & (end.fooled | (end.loss > loss[rows]))
-            x_adv[rows] = torch.where(_like(better, x), end.x_adv, x_adv[rows])
-            loss[rows] = torch.where(better, end.loss.to(loss.dtype), loss[rows])
-            fooled[rows] = was | end.fooled
-        return x_adv
+            self._run(oracle, state, found)
+        return found.x_adv
 
-    def _runs(self, logits: Tensor, y: Tensor) -> Iterator[Tensor | None]:
-        """What each run aims at: classes of shape (N,), or None for any but the label."""
+    def _loss(self, target: Tensor) -> Loss:
+        return partial(dlr_targeted, target=target) if self.loss == TARGETED else LOSSES[self.loss]
+
+    def _targets(self, logits: Tensor, y: Tensor) -> list[Tensor]:
+        """The target classes of each run, shape (N,); the labels if the loss has no target."""
         if self.loss != TARGETED:
-            yield from [None] * self.restarts
-            return
+            return [y] * self.restarts
         wrong = logits.float().scatter(1, y.unsqueeze(1), -torch.inf)
         n = min(self.targets, logits.shape[1] - 1)
-        for target in wrong.topk(max(n, 0), dim=1).indices.unbind(1):
-            yield from [target] * self.restarts
-        if n <= 0:
-            yield y  # for the loss to say what is wrong
+        targets = wrong.topk(n, dim=1).indices.unbind(1)
+        return [target for target in targets for _ in range(self.restarts)]
 
     def _start(self, x: Tensor) -> Tensor:
-        """A random offset: on the ball's surface, as the authors draw it; in L_1 not yet cut."""
+        """A random offset on the ball's surface, as the authors draw it; in L_1 of any length."""
         if self.norm == "linf":
             t = 2 * torch.rand_like(x) - 1
             return t * (self.eps / per_example_norm(t, torch.inf).clamp_min(1e-12))
@@ -144,175 +127,160 @@ class APGD(BallAttack):
             return t
         return t * (self.eps / per_example_norm(t, 2).clamp_min(1e-12))
 
-    def _run(
-        self,
-        oracle: ModelOracle,
-        x: Tensor,
-        y: Tensor,
-        target: Tensor | None,
-        start: Tensor,
-        last: bool,
-    ) -> _End:
-        if self.norm != "l1":
-            return self._climb_alone(oracle, x, y, target, start, self.eps, self.steps, last)
-        third = math.ceil(0.3 * self.steps)
-        for scale, steps in ((3, third), (2, third)):
-            end = self._climb_alone(oracle, x, y, target, start, scale * self.eps, steps, False)
-            start = end.best
-        return self._climb_alone(
-            oracle, x, y, target, start, self.eps, max(1, self.steps - 2 * third), last
-        )
+    def _run(self, oracle: ModelOracle, s: _State, found: _Found) -> None:
+        """One run from ``s.x_adv``; in L_1 through three radii."""
+        *wider, (eps, steps) = self._stages()
+        rows = oracle.subset(s.rows)
+        for wide_eps, wide_steps in wider:
+            s = self._ascend(rows, s, wide_eps, wide_steps, None)
+            s = _State.at(s.x, s.y, s.target, s.best, s.rows)
+        found.update(self._ascend(rows, s, eps, steps, found if self.drop_fooled else None))
 
-    def _climb_alone(
-        self,
-        oracle: ModelOracle,
-        x: Tensor,
-        y: Tensor,
-        target: Tensor | None,
-        start: Tensor,
-        eps: float,
-        steps: int,
-        last: bool,
-    ) -> _End:
-        """Algorithm 1 from one start, in a ball of radius ``eps``."""
-        rule: _Sparse | _Halving
-        if self.norm == "l1":
-            rule = _Sparse(eps, steps)
-        else:
-            rule = _Halving(self._ball, eps, steps, self.rho)
-        drop = self.drop_fooled and eps == self.eps
-        look_always = x.device.type == "cpu"
-        end = _End.at(x)
-        project = self._ball.projection(x, eps, self.clip)
-        s = _State.at(x, y, target, project(start))
-        s.see(*oracle.evaluate_point(s.x_adv, self._loss(s.target), s.y, last=last and steps == 1))
+    def _stages(self) -> list[tuple[float, int]]:
+        """The radii and the number of steps with each."""
+        if self.norm != "l1":
+            return [(self.eps, self.steps)]
+        n = math.ceil(0.3 * self.steps)
+        return [(3 * self.eps, n), (2 * self.eps, n), (self.eps, max(1, self.steps - 2 * n))]
+
+    def _ascend(
+        self, oracle: ModelOracle, s: _State, eps: float, steps: int, dropped: _Found | None
+    ) -> _State:
+        """Algorithm 1 in a ball of radius ``eps``; fooled examples go to ``dropped``, if given."""
+        rule = self._rule(eps, steps)
+        project = self._ball.projection(s.x, eps, self.clip)
+        s.x_adv = s.x_previous = project(s.x_adv)
+        s.update(*self._evaluate(oracle, s))
         rule.begin(s)
         for i in range(steps):
-            if drop and (look_always or i in rule.checkpoints) and bool(s.fooled.any()):
-                end.note(s)
-                stands = ~s.fooled
-                s, oracle = s.only(stands), oracle.only(stands)
+            may_read = s.x.device.type == "cpu" or i in rule.checkpoints
+            if dropped and may_read and bool(s.fooled.any()):
+                dropped.update(s.only(s.fooled))
+                s, oracle = s.only(~s.fooled), oracle.subset(~s.fooled)
                 if len(s.x) == 0:
-                    return end
+                    break
                 project = self._ball.projection(s.x, eps, self.clip)
-            x_new = rule.propose(s, project, first=i == 0)
-            s.x_old, s.x_adv = s.x_adv, x_new
-            if i == steps - 1:  # nothing climbs from here
-                logits = oracle.logits(s.x_adv)
-                s.see(logits, self._loss(s.target)(logits, s.y), s.g)
-            else:
-                s.see(
-                    *oracle.evaluate_point(
-                        s.x_adv, self._loss(s.target), s.y, last=last and i == steps - 2
-                    )
-                )
+            x_new = rule.propose(s, project, is_first=i == 0)
+            s.x_previous, s.x_adv = s.x_adv, x_new
+            s.update(*self._evaluate(oracle, s, with_gradient=i < steps - 1))
             if i + 1 in rule.checkpoints:
                 rule.check(s, i + 1)
-        end.note(s)
-        return end
+        return s
 
-    def _loss(self, target: Tensor | None) -> Loss:
-        if self.loss == TARGETED:
-            assert target is not None  # _runs gives one
-            return partial(dlr_targeted, target=target)
-        return LOSSES[self.loss]
+    def _rule(self, eps: float, steps: int) -> _Halving | _Sparse:
+        if self.norm == "l1":
+            return _Sparse(eps, steps)
+        return _Halving(self._ball, eps, steps, self.rho)
+
+    def _evaluate(
+        self, oracle: ModelOracle, s: _State, *, with_gradient: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, losses and gradients at the iterate."""
+        loss = self._loss(s.target)
+        if with_gradient:
+            return oracle.evaluate_point(s.x_adv, loss, s.y)
+        logits = oracle.logits(s.x_adv)
+        return logits, loss(logits, s.y), s.g
 
 
 @dataclass
 class _State:
-    """Of one run, a row an example: the iterate, the best point, and what the rule needs."""
+    """The state of a run, one row for each example in it."""
 
-    rows: Tensor
+    rows: Tensor  # the examples' indices in the batch
     x: Tensor
     y: Tensor
     target: Tensor
-    x_adv: Tensor
-    x_old: Tensor
+    x_adv: Tensor  # the iterate
+    x_previous: Tensor
     g: Tensor
     loss: Tensor
     best: Tensor
     best_g: Tensor
     best_loss: Tensor
     fooled: Tensor
-    fooling: Tensor  # a misclassified iterate, where there is one
-    step: Tensor
-    rises: Tensor  # steps that raised the loss since the last checkpoint
-    checked_loss: Tensor  # the best at the last checkpoint
-    spared: Tensor  # whether the step was not halved there
-    sparsity: Tensor  # share of elements that a step moves, in L_1
-    moved: Tensor  # elements in which the best point differs from x, in L_1
+    misclassified: Tensor  # the latest misclassified iterate, if fooled
+    step: Tensor  # step size
+    rises: Tensor  # number of steps that raised the loss since the last checkpoint
+    checkpoint_loss: Tensor  # the best loss at the last checkpoint
+    not_halved: Tensor  # whether the step size was left alone there
+    sparsity: Tensor  # fraction of the elements that a step changes, in L_1
+    changed: Tensor  # number of elements in which the best point differs from x, in L_1
 
     @classmethod
-    def at(cls, x: Tensor, y: Tensor, target: Tensor | None, x_adv: Tensor) -> _State:
-        n, real_dtype = len(x), x.dtype
-        none = torch.full((n,), -torch.inf, dtype=real_dtype, device=x.device)
+    def at(
+        cls, x: Tensor, y: Tensor, target: Tensor, x_adv: Tensor, rows: Tensor | None = None
+    ) -> _State:
+        """The state before the first evaluation."""
+        n = len(x)
+        none = torch.full((n,), -torch.inf, dtype=x.dtype, device=x.device)
+        zero = torch.zeros(n, dtype=x.dtype, device=x.device)
         no = torch.zeros(n, dtype=torch.bool, device=x.device)
-        zero = torch.zeros(n, dtype=real_dtype, device=x.device)
         return cls(
-            rows=torch.arange(n, device=x.device),
+            rows=torch.arange(n, device=x.device) if rows is None else rows,
             x=x,
             y=y,
-            target=y if target is None else target,
+            target=target,
             x_adv=x_adv,
-            x_old=x_adv,
+            x_previous=x_adv,
             g=torch.zeros_like(x),
             loss=none,
             best=x_adv,
             best_g=torch.zeros_like(x),
             best_loss=none,
             fooled=no,
-            fooling=x_adv,
+            misclassified=x_adv,
             step=zero,
             rises=zero,
-            checked_loss=none,
-            spared=no,
+            checkpoint_loss=none,
+            not_halved=no,
             sparsity=zero,
-            moved=zero,
+            changed=zero,
         )
 
     def only(self, kept: Tensor) -> _State:
-        """The rows that ``kept`` names."""
-        parts = {f.name: getattr(self, f.name)[kept] for f in dataclasses.fields(self)}
-        return _State(**parts)
+        """The state of the examples in a mask."""
+        return _State(*(getattr(self, f.name)[kept] for f in dataclasses.fields(self)))
 
-    def see(self, logits: Tensor, loss: Tensor, g: Tensor) -> None:
-        """Take note of what the model says at the iterate."""
-        loss = loss.to(self.best_loss.dtype)  # one that is not a number loses every comparison
+    def update(self, logits: Tensor, loss: Tensor, g: Tensor) -> None:
+        """Record an evaluation of the model at the iterate."""
+        loss = loss.to(self.best_loss.dtype)  # NaN loses every comparison
         self.rises = self.rises + (loss > self.loss)
         self.loss, self.g = loss, g
         wrong = logits.argmax(1) != self.y
-        self.fooling = torch.where(_like(wrong, self.x), self.x_adv, self.fooling)
+        self.misclassified = select(wrong, self.x_adv, self.misclassified)
         self.fooled = self.fooled | wrong
         better = loss > self.best_loss
-        self.best = torch.where(_like(better, self.x), self.x_adv, self.best)
-        self.best_g = torch.where(_like(better, self.x), g, self.best_g)
+        self.best = select(better, self.x_adv, self.best)
+        self.best_g = select(better, g, self.best_g)
         self.best_loss = torch.where(better, loss, self.best_loss)
 
-    def back_to_best(self, which: Tensor) -> None:
-        self.x_adv = torch.where(_like(which, self.x), self.best, self.x_adv)
-        self.g = torch.where(_like(which, self.x), self.best_g, self.g)
+    def return_to_best(self, which: Tensor) -> None:
+        self.x_adv = select(which, self.best, self.x_adv)
+        self.g = select(which, self.best_g, self.g)
 
 
 @dataclass
-class _End:
-    """What came of a run, for each example it began with."""
+class _Found:
+    """The worst adversarial example of each example over all runs."""
 
-    x_adv: Tensor  # misclassified if the example was fooled, else the best
-    best: Tensor
+    x_adv: Tensor
     loss: Tensor
     fooled: Tensor
 
     @classmethod
-    def at(cls, x: Tensor) -> _End:
-        n = len(x)
-        loss = torch.full((n,), -torch.inf, dtype=x.dtype, device=x.device)
-        return cls(x.clone(), x.clone(), loss, torch.zeros(n, dtype=torch.bool, device=x.device))
+    def at(cls, x: Tensor, fooled: Tensor) -> _Found:
+        loss = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+        return cls(x.clone(), loss, fooled)
 
-    def note(self, s: _State) -> None:
-        self.x_adv[s.rows] = torch.where(_like(s.fooled, s.x), s.fooling, s.best)
-        self.best[s.rows] = s.best
-        self.loss[s.rows] = s.best_loss
-        self.fooled[s.rows] = s.fooled
+    def update(self, s: _State) -> None:
+        """Keep what a run found where it is worse than before."""
+        rows = s.rows
+        worse = ~self.fooled[rows] & (s.fooled | (s.best_loss > self.loss[rows]))
+        x_adv = select(s.fooled, s.misclassified, s.best)
+        self.x_adv[rows] = select(worse, x_adv, self.x_adv[rows])
+        self.loss[rows] = torch.where(worse, s.best_loss, self.loss[rows])
+        self.fooled[rows] |= s.fooled
 
 
 class _Halving:
@@ -324,23 +292,25 @@ class _Halving:
 
     def begin(self, s: _State) -> None:
         s.step = torch.full_like(s.step, 2 * self._eps)
-        s.rises, s.checked_loss = torch.zeros_like(s.rises), s.best_loss
+        s.rises, s.checkpoint_loss = torch.zeros_like(s.rises), s.best_loss
 
-    def propose(self, s: _State, project: Projection, first: bool) -> Tensor:
-        """A projected step of steepest ascent, then three parts of it and one of the last move."""
+    def propose(self, s: _State, project: Projection, *, is_first: bool) -> Tensor:
+        """3/4 of a projected step of steepest ascent plus 1/4 of the previous move, projected."""
         z = project(s.x_adv + _like(s.step, s.x) * self._ball.ascent(s.g))
-        if first:
+        if is_first:
             return z
-        return project(s.x_adv + MOMENTUM * (z - s.x_adv) + (1 - MOMENTUM) * (s.x_adv - s.x_old))
+        previous_move = s.x_adv - s.x_previous
+        return project(s.x_adv + MOMENTUM * (z - s.x_adv) + (1 - MOMENTUM) * previous_move)
 
-    def check(self, s: _State, at: int) -> None:
-        """Section 3.1: few steps raised the loss, or none since a checkpoint without a halving."""
-        before = [0, *(w for w in self.checkpoints if w < at)][-1]
-        stalled = s.rises <= self._rho * (at - before)
-        stalled = stalled | (s.spared & (s.checked_loss >= s.best_loss))
+    def check(self, s: _State, step: int) -> None:
+        """Section 3.1: halve if few steps raised the loss, or none since an unhalved checkpoint."""
+        previous = max((w for w in self.checkpoints if w < step), default=0)
+        stalled = s.rises <= self._rho * (step - previous)
+        stalled = stalled | (s.not_halved & (s.checkpoint_loss >= s.best_loss))
         s.step = torch.where(stalled, s.step / 2, s.step)
-        s.back_to_best(stalled)
-        s.spared, s.checked_loss, s.rises = ~stalled, s.best_loss, torch.zeros_like(s.rises)
+        s.return_to_best(stalled)
+        s.not_halved, s.checkpoint_loss = ~stalled, s.best_loss
+        s.rises = torch.zeros_like(s.rises)
 
 
 class _Sparse:
@@ -348,14 +318,15 @@ class _Sparse:
 
     def __init__(self, eps: float, steps: int) -> None:
         self._eps = eps
-        self.checkpoints = range(every := max(int(LOOK * steps), 1), steps + 1, every)
+        period = max(int(L1_PERIOD * steps), 1)
+        self.checkpoints = range(period, steps + 1, period)
 
     def begin(self, s: _State) -> None:
         s.step = torch.full_like(s.step, self._eps)
-        s.moved = _moved(s.x_adv, s.x)
-        s.sparsity = s.moved / s.x[0].numel() / SPARSITY
+        self._set_sparsity(s, _changed(s.x_adv, s.x))
 
-    def propose(self, s: _State, project: Projection, first: bool) -> Tensor:
+    def propose(self, s: _State, project: Projection, *, is_first: bool) -> Tensor:
+        """A projected step of L_1 length ``s.step``, evenly over the largest entries."""
         g = s.g.reshape(len(s.x), -1).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         n = g.shape[1]
         rank = ((1 - s.sparsity) * n).clamp(0, n - 1).long().unsqueeze(1)
@@ -364,19 +335,24 @@ class _Sparse:
         sign = sign / sign.abs().sum(1, keepdim=True).clamp_min(1)
         return project(s.x_adv + _like(s.step, s.x) * sign.view_as(s.x))
 
-    def check(self, s: _State, at: int) -> None:
-        moved = _moved(s.best, s.x)
-        sparser = moved < CHANGED * s.moved
-        step = torch.where(sparser, self._eps, s.step / SHORTER)
-        s.step = step.clamp(self._eps / SHORTEST, self._eps)
-        s.moved, s.sparsity = moved, moved / s.x[0].numel() / SPARSITY
-        s.back_to_best(sparser)
+    def check(self, s: _State, step: int) -> None:
+        """Shrink the step, or restart from the best point with the full step if it got sparser."""
+        changed = _changed(s.best, s.x)
+        sparser = changed < L1_SPARSER * s.changed
+        shrunk = torch.where(sparser, self._eps, s.step / L1_SHRINK)
+        s.step = shrunk.clamp(self._eps / L1_SHORTEST, self._eps)
+        self._set_sparsity(s, changed)
+        s.return_to_best(sparser)
+
+    def _set_sparsity(self, s: _State, changed: Tensor) -> None:
+        s.changed, s.sparsity = changed, changed / s.x[0].numel() / L1_SPARSITY
 
 
 def checkpoints(steps: int) -> list[int]:
-    """The steps w_j after which the step size is looked at (section 3.1).
+    """The steps w_j after which the step size is reviewed (section 3.1).
 
-    The first 22% of ``steps``, then periods that are shorter by 3% each, of 6% at least.
+    The first after 22% of ``steps``; each period is shorter than the previous one by 3%, but at
+    least 6%.
 
     >>> checkpoints(100)
     [22, 41, 57, 70, 80, 87, 93, 99]
@@ -389,10 +365,10 @@ def checkpoints(steps: int) -> list[int]:
     return found
 
 
-def _moved(z: Tensor, x: Tensor) -> Tensor:
+def _changed(z: Tensor, x: Tensor) -> Tensor:
     return (z != x).reshape(len(x), -1).sum(1).to(x.dtype)
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
-    """A number an example, shaped to go with ``x``."""
+    """One number for each example, shaped to broadcast over ``x``."""
     return t.view(-1, *[1] * (x.ndim - 1))

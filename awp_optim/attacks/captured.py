@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from awp_optim._cuda_graphs.graphs import Graphs, module_key
+from awp_optim._cuda_graphs.graphs import Graphs
+from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.checks import describe
 
 from .base import Attack, Model
@@ -50,7 +51,7 @@ class Captured:
             ValueError: as there; or ``cuda_graph=True`` where there can be no graph.
             CaptureError: ``cuda_graph=True`` and the attack cannot be captured.
         """
-        self.attack._check(x, y)
+        self.attack.check_inputs(x, y)
         if x.numel() == 0 or not self._graphs.applies_to(x.device):
             return self.attack(model, x, y)
         if not isinstance(model, nn.Module):  # nobody sees what a function works with
@@ -65,8 +66,7 @@ class Captured:
             return (self.attack(model, x, y),)
 
         inputs = (x.detach(),) if y is None else (x.detach(), y.detach())
-        # The graph must not outlive its model: another could get its identity.
-        (x_adv,) = self._graphs(function, inputs, module_key(model), keep=lambda: model)
+        (x_adv,) = self._graphs(function, inputs, module_key(model))
         return x_adv
 
     def __repr__(self) -> str:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .ascent import BallAttack
-from .balls import Projection
-from .base import ModelOracle
+from awp_optim.attacks.base import ModelOracle
+from awp_optim.attacks.gradient_ascent import GradientAscentAttack
+from awp_optim.attacks.losses import Loss
 
 
-@dataclass(frozen=True)
-class FGSM(BallAttack):
-    """One step of length eps from the input itself: x + eps * sign(g), or eps * g/|g| in L_2.
+@dataclass(frozen=True, repr=False)
+class FGSM(GradientAscentAttack):
+    """One step of length eps from the clean example: x + eps * sign(g), or eps * g/|g| in L_2.
 
     Goodfellow et al., "Explaining and harnessing adversarial examples" (ICLR 2015); Eq. (13) of
     Wu et al., "Adversarial weight perturbation helps robust generalization" (NeurIPS 2020). It
@@ -22,7 +22,8 @@ class FGSM(BallAttack):
     Args:
         eps: radius of the ball, at least 0, in the units of the input.
         norm: "linf" or "l2".
-        loss: what is climbed: "ce", "cw" or "dlr". Not "kl": its gradient is zero at the input.
+        loss: the loss to maximize, "ce", "cw", "dlr" or a function ``loss(logits, target)``, as in
+            :class:`PGD`. Not "kl", whose gradient is zero at the clean example.
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
 
@@ -38,7 +39,7 @@ class FGSM(BallAttack):
 
     eps: float = 8 / 255
     norm: str = "linf"
-    loss: str = "ce"
+    loss: str | Loss = "ce"
     clip: tuple[float, float] | None = (0, 1)
     model_mode: str = "eval"
 
@@ -46,12 +47,14 @@ class FGSM(BallAttack):
         super().__post_init__()
         if self.loss == "kl":
             raise ValueError(
-                "FGSM starts at the clean input, where the gradient of loss='kl' is zero; use PGD,"
-                " which starts beside it"
+                "FGSM starts at the clean example, where the gradient of loss='kl' is zero; use"
+                " PGD, which starts at a random point"
             )
 
-    def _search(
-        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
-    ) -> Tensor:
-        target = self._target(oracle, x, y)
-        return self._climb(oracle, x, target, project, step_size=self.eps, steps=1)
+    @property
+    def gradient_passes(self) -> int:
+        return 1
+
+    def _search(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
+        target, project = self._target(oracle, x, y), self._projection(x)
+        return self._ascend(oracle, x, target, project, step_size=self.eps, steps=1)

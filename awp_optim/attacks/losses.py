@@ -1,29 +1,32 @@
-"""What an attack climbs: losses of logits, one number an example, larger is worse for the defender.
+"""Losses that an attack maximizes, one number for each example, larger is worse for the defender.
 
-Each is a pure function ``loss(logits, target)`` with ``logits`` of shape (N, C), returning shape
-(N,), in float32 at least. The target is the labels, int64 of shape (N,), except for :func:`kl`;
-:func:`ce` also takes probabilities.
+Each is a pure function ``loss(logits, target)`` that returns a tensor of shape (N,), in float32 or
+float64. The logits have shape (N, C). The target holds class indices, int64 of shape (N,); for
+:func:`ce` also class probabilities; for :func:`kl` the clean logits. A loss of the user's own has
+the same signature, and its target is what the user passes to the attack as ``y``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum, auto
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .balls import at_least_float32
+from awp_optim._utils.checks import check_choice, describe
+from awp_optim.attacks.balls import at_least_float32
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy, -log p_y; of labels that are probabilities the mean by them.
+    """Cross-entropy, -log p_y; for probabilities its expectation, -sum_k y_k log p_k.
 
     Args:
         logits: shape (N, C).
-        y: class indices, shape (N,), or probabilities, floating, shape (N, C): -sum_k y_k log p_k.
+        y: class indices, shape (N,), or probabilities, floating-point, shape (N, C).
 
     >>> ce(torch.zeros(1, 4), torch.tensor([2]))
     tensor([1.3863])
@@ -33,12 +36,12 @@ def ce(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
-    """KL(p_clean || p_adv), what TRADES (Zhang et al., ICML 2019) maximises: Eq. (16).
+    """KL(p_clean || p_adv), maximized by the attack of TRADES (Zhang et al., ICML 2019): Eq. (16).
 
     Args:
-        logits: at the perturbed input, shape (N, C).
-        clean_logits: at the clean input, shape (N, C); no gradient flows into them. At
-            ``logits == clean_logits`` the loss is at its minimum, so its gradient is zero.
+        logits: at the adversarial example, shape (N, C).
+        clean_logits: at the clean example, shape (N, C); no gradient flows into them. The loss has
+            its minimum where both are equal, so its gradient there is zero.
     """
     log_p_adv = at_least_float32(logits).log_softmax(1)
     log_p_clean = at_least_float32(clean_logits).detach().log_softmax(1)
@@ -54,7 +57,7 @@ def cw(logits: Tensor, y: Tensor) -> Tensor:
     >>> cw(torch.tensor([[1.0, 5.0, 2.0]]), torch.tensor([1]))
     tensor([-3.])
     """
-    _need_classes(logits, 2, "cw")
+    _check_classes(logits, 2, "cw")
     z = at_least_float32(logits)
     y = y.unsqueeze(1)
     rival = z.scatter(1, y, -torch.inf).amax(1)
@@ -64,7 +67,7 @@ def cw(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio (Croce & Hein, ICML 2020, Eq. 6), which no scaling changes.
 
-    ``-(z_y - max_{k != y} z_k) / (z_pi1 - z_pi3)``, pi sorting the logits from the largest down.
+    ``-(z_y - max_{k != y} z_k) / (z_pi1 - z_pi3)``, where pi sorts the logits in descending order.
 
     Raises:
         ValueError: there are fewer than 3 classes.
@@ -72,15 +75,15 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     >>> dlr(torch.tensor([[1.0, 5.0, 2.0]]), torch.tensor([1]))
     tensor([-0.7500])
     """
-    _need_classes(logits, 3, "dlr")
+    _check_classes(logits, 3, "dlr")
     top = at_least_float32(logits).topk(3, dim=1).values
     return cw(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)  # the guard of the authors' code
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """The same toward one class t (Croce & Hein, Eq. 7).
+    """Difference of logits ratio toward a target class t (Croce & Hein, Eq. 7).
 
-    ``-(z_y - z_t) / (z_pi1 - (z_pi3 + z_pi4) / 2)``, pi sorting the logits from the largest down.
+    ``-(z_y - z_t) / (z_pi1 - (z_pi3 + z_pi4) / 2)``, where pi sorts the logits in descending order.
 
     Args:
         logits: shape (N, C).
@@ -93,14 +96,14 @@ def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     >>> dlr_targeted(torch.tensor([[1.0, 5.0, 2.0, 0.0]]), torch.tensor([1]), torch.tensor([2]))
     tensor([-0.6667])
     """
-    _need_classes(logits, 4, "dlr-targeted")
+    _check_classes(logits, 4, "dlr-targeted")
     z = at_least_float32(logits)
     top = z.topk(4, dim=1).values
-    own, other = (z.gather(1, c.unsqueeze(1)).squeeze(1) for c in (y, target))
-    return (other - own) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    z_y, z_t = (z.gather(1, c.unsqueeze(1)).squeeze(1) for c in (y, target))
+    return (z_t - z_y) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-def _need_classes(logits: Tensor, least: int, name: str) -> None:
+def _check_classes(logits: Tensor, least: int, name: str) -> None:
     if logits.shape[1] < least:
         raise ValueError(
             f"loss {name!r} compares {least} classes or more, but the model has"
@@ -109,3 +112,43 @@ def _need_classes(logits: Tensor, least: int, name: str) -> None:
 
 
 LOSSES: dict[str, Loss] = {"ce": ce, "kl": kl, "cw": cw, "dlr": dlr}
+
+
+class Labels(Enum):
+    """What an attack accepts as ``y``."""
+
+    INDICES = auto()  # class indices, (N,)
+    CLASSES = auto()  # class indices, (N,), or probabilities, (N, C)
+    OPTIONAL = auto()  # the same or None: the loss does not use them
+    ANY = auto()  # any tensor with N rows, for a loss of the user's own
+
+
+_LABELS = {"ce": Labels.CLASSES, "kl": Labels.OPTIONAL, "cw": Labels.INDICES, "dlr": Labels.INDICES}
+
+
+def labels_of(loss: str | Loss) -> Labels:
+    """What a loss needs as ``y``."""
+    return _LABELS.get(loss, Labels.INDICES) if isinstance(loss, str) else Labels.ANY
+
+
+def check_loss(loss: object) -> None:
+    """Check a setting that is the name of a loss or a function ``loss(logits, target)``."""
+    if not callable(loss):
+        check_choice("loss", loss, LOSSES)
+
+
+def loss_function(loss: str | Loss) -> Loss:
+    """The loss by its name; a user's own with a check of what it returns."""
+    if isinstance(loss, str):
+        return LOSSES[loss]
+
+    def checked(output: Tensor, target: Tensor) -> Tensor:
+        losses = loss(output, target)
+        if not isinstance(losses, Tensor) or losses.shape != (len(output),):
+            raise ValueError(
+                f"loss(logits, target) must return one number for each example, shape"
+                f" ({len(output)},), got {describe(losses)}; do not reduce over the batch"
+            )
+        return losses
+
+    return checked

@@ -1,69 +1,68 @@
-"""SPSA: an attack that sees the logits alone, and guesses their gradient."""
+"""SPSA: an attack that sees the logits alone and estimates their gradient."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from awp_optim._utils.checks import check_int, check_real
+from awp_optim._utils.checks import check_bool, check_choice, check_int, check_positive
+from awp_optim.attacks._oracle import uncached_autocast
+from awp_optim.attacks._outcome import Outcome, judge, select
+from awp_optim.attacks.base import BallAttack, ModelOracle
+from awp_optim.attacks.losses import LOSSES, Labels, labels_of
 
-from .ascent import BallAttack
-from .balls import Projection, round_toward
-from .base import ModelOracle, uncached_autocast
-from .losses import LOSSES
-
-BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8  # of Adam, as its authors set them
+BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8  # Adam's, as its authors set them
 BATCH_SIZE = {"cpu": 32}
-"""Images a forward pass where none are given: what a processor's caches hold, or 512 elsewhere."""
+"""The default ``batch_size``: what the caches of a processor hold; 512 on other devices."""
 
 
 @dataclass(frozen=True)
 class SPSA(BallAttack):
-    """Gradient-free: differences of the loss along random directions, and Adam to climb them.
+    """A gradient-free attack: differences of the loss along random directions, maximized by Adam.
 
     Uesato et al., "Adversarial risk and the dangers of evaluating against weak attacks"
-    (ICML 2018, https://arxiv.org/abs/1802.05666), Algorithm 1, which starts at the input and in
-    every step estimates the gradient from ``samples`` directions v of independent signs,
+    (ICML 2018, https://arxiv.org/abs/1802.05666), Algorithm 1. It starts at the clean example, and
+    in every step it estimates the gradient from ``samples`` directions v of independent signs,
 
         g = mean_v (f(x + delta * v) - f(x - delta * v)) / (2 * delta) * v,
 
-    moves by Adam's step and projects. Nothing is asked of the model but logits, so its forward pass
-    may be quantised, stochastic or under ``no_grad``; if PGD fails where this succeeds, gradients
-    are masked. The points it asks about lie up to ``delta`` outside ball and box, as the authors'
-    do; its iterates lie inside. The defaults are those of Wu et al. (NeurIPS 2020, Section 5.2).
-    How to call it: see :meth:`Attack.__call__`.
+    takes Adam's step and projects. The model gives logits and nothing else, so that its forward
+    pass may be quantized, stochastic or under ``no_grad``; if PGD fails where SPSA succeeds,
+    gradients are masked. The query points lie up to ``delta`` outside ball and box, as in the
+    authors' code; the iterates lie inside. The defaults are those of Wu et al. (NeurIPS 2020,
+    Section 5.2). How to call it: see :meth:`Attack.__call__`.
 
-    It costs ``2 * samples + 1`` forward passes a step and example, and one before. Each example
-    keeps its worst iterate: misclassified before not, then the higher loss. Random directions
-    belong to an example: neither its batch nor ``batch_size`` changes them.
+    It costs ``2 * samples + 1`` forward passes for each step and example, and one before. Each
+    example keeps its worst iterate: one that is misclassified, then the highest loss. The random
+    directions belong to an example: neither the rest of its batch nor ``batch_size`` changes them.
 
     Args:
-        eps: radius of the ball, at least 0, in the units of the input. At 0 the input is returned
-            as it is and the model is not called.
+        eps: radius of the ball, at least 0, in the units of the input. With 0 the clean examples
+            are returned and the model is not called.
         steps: at least 0.
         delta: half the distance between the two points of a difference, in each element, above 0.
-            A half-precision input must hold such a difference, so it needs ``delta`` of 0.001
-            (float16) or 0.0079 (bfloat16) at least; in float32 it is the rounding of the model, if
-            it is in half precision or under autocast, that weakens the estimate.
+            A half-precision input must be able to hold such a difference: at least 0.001 for
+            float16 and 0.0079 for bfloat16. With float32 inputs, a model in half precision or under
+            autocast rounds the difference and weakens the estimate.
         lr: Adam's learning rate, above 0: about how far an element moves in a step, in either norm.
-        samples: directions of an estimate, at least 1; each takes two forward passes.
+        samples: directions for an estimate, at least 1; each takes two forward passes.
         norm: "linf" or "l2".
-        loss: what is climbed: "cw", "ce" or "dlr". Not "kl": it is least at the input, where both
-            sides of a difference are alike.
+        loss: the loss to maximize: "cw", "ce" or "dlr". Not "kl", which has its minimum at the
+            clean example, where both sides of a difference are equal.
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked. In train mode
-            BatchNorm mixes what shares a forward pass.
-        batch_size: images a forward pass, at least 2: what bounds the memory, whatever the size of
-            the batch and ``samples``. It changes results by rounding alone. None for 32 on the CPU,
-            which its caches like best, and 512 elsewhere.
-        drop_fooled: leave an example at the first iterate that is misclassified, as the authors do.
-            On the CPU it then costs no more passes; elsewhere, where looking would wait for the
-            device, the others' passes are made for it, too. False climbs on for a larger loss; who
-            is fooled is the same.
+            BatchNorm mixes the images of a forward pass.
+        batch_size: images in a forward pass, at least 2; it bounds the memory, whatever the size of
+            the batch and ``samples``, and changes results by rounding alone. None for 32 on the
+            CPU and 512 elsewhere.
+        drop_fooled: stop attacking an example at its first misclassified iterate, as the authors
+            do. On the CPU it then costs no more passes; elsewhere, where checking would wait for
+            the device, it remains in the batch. With False the attack continues to a higher loss;
+            the same examples are fooled.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -73,9 +72,6 @@ class SPSA(BallAttack):
     >>> SPSA(eps=0.1, steps=20)(lambda x: x * 3, x, y)
     tensor([[0.4900, 0.5100]])
     """
-
-    uses_gradients: ClassVar[bool] = False
-    losses: ClassVar[tuple[str, ...]] = ("cw", "ce", "dlr")
 
     eps: float = 8 / 255
     steps: int = 100
@@ -91,19 +87,25 @@ class SPSA(BallAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("delta", "lr"):
-            self._set(name, check_real(name, getattr(self, name)))
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        check_choice("loss", self.loss, ("cw", "ce", "dlr"))
+        self._set("delta", check_positive("delta", self.delta))
+        self._set("lr", check_positive("lr", self.lr))
         self._set("steps", check_int("steps", self.steps, least=0))
         self._set("samples", check_int("samples", self.samples, least=1))
         if self.batch_size is not None:
             self._set("batch_size", check_int("batch_size", self.batch_size, least=2))
-        if not isinstance(self.drop_fooled, bool):
-            raise TypeError(f"drop_fooled must be True or False, got {self.drop_fooled!r}")
+        check_bool("drop_fooled", self.drop_fooled)
 
-    def _check(self, x: Tensor, y: Tensor | None) -> None:
-        super()._check(x, y)
+    @property
+    def uses_gradients(self) -> bool:
+        return False
+
+    @property
+    def labels(self) -> Labels:
+        return labels_of(self.loss)
+
+    def check_inputs(self, x: Tensor, y: Tensor | None) -> None:
+        super().check_inputs(x, y)
         finest = torch.finfo(x.dtype).eps
         if self.delta < finest:
             raise ValueError(
@@ -112,126 +114,134 @@ class SPSA(BallAttack):
                 f"{finest:.2g} or more"
             )
 
-    def _search(
-        self, oracle: ModelOracle, x: Tensor, y: Tensor | None, project: Projection
-    ) -> Tensor:
-        assert y is not None  # _check saw to it
-        looking_is_free = x.device.type == "cpu"
-        queries = _Queries(self, oracle, x)
+    def _search(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
+        project, queries = self._projection(x), _Queries(self, oracle, _layout(x))
+        may_drop = self.drop_fooled and x.device.type == "cpu"
         worst = x.clone()
-        live = torch.arange(len(x), device=x.device)  # which examples x and all below are of
+        rows = torch.arange(len(x), device=x.device)  # which examples of worst are left in x
         keys = torch.randint(2**63 - 1, (len(x),), device=x.device)
         x_adv, m, v = x, torch.zeros_like(x), torch.zeros_like(x)
-        fooled, loss = queries.outcome(x_adv, x, y)
+        kept = queries.outcome(x_adv)
         for i in range(self.steps):
-            if self.drop_fooled and looking_is_free and bool(fooled.any()):
-                kept = live, keys, x, y, x_adv, m, v, loss, fooled
-                live, keys, x, y, x_adv, m, v, loss, fooled = (t[~fooled] for t in kept)
-                if not len(x):
+            if may_drop and bool(kept.fooled.any()):
+                left = ~kept.fooled
+                rows, keys, x, x_adv, m, v = (t[left] for t in (rows, keys, x, x_adv, m, v))
+                if len(x) == 0:
                     break
-                project = self._ball.projection(x, self.eps, self.clip)
-            g = queries.gradient(x_adv, y, keys + i * self.samples)
+                kept = Outcome(*(t[left] for t in kept))
+                project, queries = self._projection(x), queries.subset(left)
+            g = queries.gradient(x_adv, keys + i * self.samples)
             m.lerp_(g, 1 - BETA1)
             v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
             scale = v.div(1 - BETA2 ** (i + 1)).sqrt_().add_(ADAM_EPS)
             x_adv = project(x_adv.addcdiv(m, scale, value=self.lr / (1 - BETA1 ** (i + 1))))
-            now_fooled, now_loss = queries.outcome(x_adv, x, y)
-            worse = (now_fooled & ~fooled) | ((now_fooled == fooled) & (now_loss > loss))
+            outcome = queries.outcome(x_adv)
+            worse = outcome.worse_than(kept)
             if self.drop_fooled:
-                worse &= ~fooled
-            shaped = worse.view(-1, *[1] * (x.ndim - 1))
-            worst[live] = torch.where(shaped, x_adv, worst[live])
-            fooled, loss = fooled | now_fooled, torch.where(worse, now_loss, loss)
+                worse &= ~kept.fooled
+            worst[rows] = select(worse, x_adv, worst[rows])
+            kept = kept.replace(worse, outcome)
         return worst
 
 
+@dataclass
 class _Queries:
     """What the attack asks the model, ``batch_size`` images at a time."""
 
-    def __init__(self, attack: SPSA, oracle: ModelOracle, x: Tensor) -> None:
-        self._victim = oracle
-        self._loss = LOSSES[attack.loss]
-        self._delta, self._samples = attack.delta, attack.samples
-        self._batch_size = attack.batch_size or BATCH_SIZE.get(x.device.type, 512)
-        self._dtype = oracle.shown(x).dtype
-        self._layout = _layout(x)
+    attack: SPSA
+    oracle: ModelOracle
+    layout: torch.memory_format
 
-    def outcome(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """For each example, whether it is misclassified, and its loss."""
-        shown = round_toward(x_adv, x.to(self._dtype))
-        starts = range(0, len(x), self._batch_size)
-        logits = torch.cat([self._logits(shown[a : a + self._batch_size]) for a in starts])
-        # A loss that is not a number must lose every comparison.
-        loss = self._loss(logits, y).nan_to_num(nan=-torch.inf)
-        return logits.argmax(1) != (y.argmax(1) if y.is_floating_point() else y), loss
+    def __post_init__(self) -> None:
+        self._loss = LOSSES[self.attack.loss]
+        device = self.oracle.x.device.type
+        self._batch_size = self.attack.batch_size or BATCH_SIZE.get(device, 512)
 
-    def gradient(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
-        """The estimate at ``x``, from directions that ``keys``, shape (N,), and those after name.
+    def subset(self, rows: Tensor) -> _Queries:
+        """The queries for some of the examples."""
+        return dataclasses.replace(self, oracle=self.oracle.subset(rows))
+
+    def outcome(self, x_adv: Tensor) -> Outcome:
+        """Whether each example is misclassified, and its loss."""
+        batches = torch.split(self.oracle.as_input(x_adv), self._batch_size)
+        return judge(torch.cat([self._logits(b) for b in batches]), self._y, self._loss)
+
+    def gradient(self, x: Tensor, keys: Tensor) -> Tensor:
+        """The estimate at ``x`` from the directions of ``keys``, shape (N,), and of the next keys.
 
         A difference that is not finite counts as zero.
         """
+        samples = self.attack.samples
         pairs = self._batch_size // 2
-        rows, columns = max(1, pairs // self._samples), min(pairs, self._samples)
+        rows, columns = max(1, pairs // samples), min(pairs, samples)
         numel = x[0].numel()
         g = torch.zeros_like(x)
         for a in range(0, len(x), rows):
-            z, target = x[a : a + rows], y[a : a + rows]
+            z, y = x[a : a + rows], self._y[a : a + rows]
             total = x.new_zeros(len(z), numel)
-            for s in range(0, self._samples, columns):
-                n = min(columns, self._samples - s)
-                of_pairs = keys[a : a + rows, None] + torch.arange(s, s + n, device=x.device)
-                signs = rademacher(of_pairs.flatten(), numel, x.dtype)
-                change = self._difference(z, target, signs.view(len(z), n, *x.shape[1:]))
+            for s in range(0, samples, columns):
+                n = min(columns, samples - s)
+                sample_keys = keys[a : a + rows, None] + torch.arange(s, s + n, device=x.device)
+                signs = rademacher(sample_keys.flatten(), numel, x.dtype)
+                change = self.difference(z, y, signs.view(len(z), n, *x.shape[1:]))
                 signs.mul_(change.to(x.dtype).unsqueeze(1))
                 total += signs.view(len(z), n, numel).sum(1)
-            g[a : a + rows] = total.div_(2 * self._delta * self._samples).view_as(z)
+            g[a : a + rows] = total.div_(2 * self.attack.delta * samples).view_as(z)
         return g
 
-    def _difference(self, x: Tensor, y: Tensor, signs: Tensor) -> Tensor:
+    def difference(self, x: Tensor, y: Tensor, signs: Tensor) -> Tensor:
         """f(x + delta * v) - f(x - delta * v), shape (N * n,), for ``signs`` of shape (N, n, ...).
 
-        Both sides of all share one forward pass.
+        All points share one forward pass.
         """
-        count = signs.shape[0] * signs.shape[1]
+        n, delta = signs.shape[1], self.attack.delta
         points = torch.empty(
-            (2 * count, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=self._layout
+            (2 * len(x) * n, *x.shape[1:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=self.layout,
         )
-        for side, delta in zip(points.chunk(2), (self._delta, -self._delta), strict=True):
-            torch.add(x.unsqueeze(1), signs, alpha=delta, out=side.view_as(signs))
-        y = y.repeat_interleave(signs.shape[1], 0)
-        loss = self._loss(self._logits(points.to(self._dtype)), torch.cat([y, y]))
-        up, down = loss.chunk(2)
+        for side, alpha in zip(points.chunk(2), (delta, -delta), strict=True):
+            torch.add(x.unsqueeze(1), signs, alpha=alpha, out=side.view_as(signs))
+        y = y.repeat_interleave(n, 0)
+        losses = self._loss(self._logits(points.to(self.oracle.x.dtype)), torch.cat([y, y]))
+        up, down = losses.chunk(2)
         return (up - down).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+    @property
+    def _y(self) -> Tensor:
+        assert self.oracle.y is not None  # checked
+        return self.oracle.y
 
     def _logits(self, points: Tensor) -> Tensor:
         with uncached_autocast(points.device.type):
-            return self._victim.forward(points)
+            return self.oracle.forward(points)
 
 
 def rademacher(keys: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Independent signs, -1 or 1, a row for each key: the same key has the same row anywhere.
+    """Independent signs, -1 or 1, one row for each key, which determines the row.
 
     They are the bits of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number
-    generators", OOPSLA 2014), which takes a few operations for 64 of them.
+    generators", OOPSLA 2014), which needs a few operations for 64 bits.
 
     Args:
         keys: int64, shape (K,).
-        numel: signs a row.
+        numel: signs in a row.
         dtype: of the result.
 
     Returns:
         Shape (K, numel), contiguous.
     """
     words = torch.arange(1, math.ceil(numel / 64) + 1, device=keys.device)
-    # Mixed once for the key and once for the word, so that neighbouring keys share nothing.
+    # Mixed once for the key and once for the word, so that neighboring keys share nothing.
     z = _mix(_mix(keys * _GAMMA).unsqueeze(1) + words * _GAMMA)
-    eight = torch.arange(8, dtype=torch.uint8, device=keys.device)
-    bits = z.view(torch.uint8).unsqueeze(2).bitwise_right_shift(eight).bitwise_and_(1)
+    shifts = torch.arange(8, dtype=torch.uint8, device=keys.device)
+    bits = z.view(torch.uint8).unsqueeze(2).bitwise_right_shift(shifts).bitwise_and_(1)
     return bits.view(len(keys), -1)[:, :numel].to(dtype).mul_(2).sub_(1)
 
 
 def _signed(word: int) -> int:
-    """64 bits as a signed number, which is how tensors hold them."""
+    """64 bits as the signed number that a tensor holds."""
     return word - (1 << 64) if word >> 63 else word
 
 
@@ -246,7 +256,7 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def _logical_shift(z: Tensor, by: int) -> Tensor:
-    """To the right; an int64's own shift would repeat the sign."""
+    """Shift right without the sign bit, which the shift of an int64 would repeat."""
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 

@@ -1,38 +1,37 @@
-"""All there is to say about a run but its data and its folder.
+"""The settings of a training run, apart from its data and its folder.
 
-The defaults are those of Rice et al. (2020) and of Section 4.4 of the AWP paper.
+The defaults are those of Rice et al. (2020) and of Section 4.4 of the AWP paper. Each field's text
+is also the help of its option on the command line.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from awp_optim._utils.checks import check_choice
 from awp_optim.attacks import PGD
-from awp_optim.attacks.base import MODEL_MODES
-from awp_optim.lab.models import ACTIVATIONS
-from awp_optim.lab.schedules import SCHEDULES
+from awp_optim.lab.schedules import Schedule
 from awp_optim.objectives import AT, MART, TRADES, Objective
 
-__all__ = ["METHODS", "PRECISIONS", "SELECTIONS", "THREATS", "Config", "Threat"]
+__all__ = ["METHODS", "PRECISIONS", "REMOVED", "SELECTIONS", "THREATS", "Config", "Threat"]
 
-METHODS: dict[str, Callable[[float, float], Objective]] = {
-    "at": lambda beta, smoothing: AT(smoothing),
-    "trades": TRADES,
-    "mart": MART,
-    "rst": TRADES,
-    "pretrain": lambda beta, smoothing: AT(smoothing),
-}
-"""The objective of each method, by its trade-off (beta of TRADES, lambda of MART) and smoothing.
+Method = Literal["at", "trades", "mart", "rst", "pretrain"]
+Activation = Literal[
+    "relu", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "tanh"
+]
+Precision = Literal["float32", "bfloat16"]
+Selection = Literal["test", "val"]
 
-RST is TRADES on more data, pre-training is adversarial training from other weights.
-"""
-PRECISIONS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-"""Autocast's dtype by name; the weights and the optimizer are in float32 either way."""
-SELECTIONS = ("test", "val")
+METHODS: tuple[Method, ...] = get_args(Method)
+"""RST is TRADES with more data; pretrain is adversarial training from given weights."""
+PRECISIONS: dict[Precision, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+"""Autocast's dtype by name; weights and optimizer state are float32 either way."""
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 """What the best epoch can be picked on."""
 
 
@@ -40,7 +39,7 @@ SELECTIONS = ("test", "val")
 class Threat:
     """What the attacker may do, in the units of images in [0, 1]."""
 
-    norm: str
+    norm: Literal["linf", "l2"]
     eps: float
     step_size: float
 
@@ -51,129 +50,23 @@ THREATS = {
 }
 """The paper's threat models for CIFAR-10 (Section 4.4)."""
 
-
-@dataclass(frozen=True)
-class Config:
-    """All there is to say about a run but its data and its folder.
-
-    Args:
-        method: "at", "trades", "mart"; "rst", which is TRADES with unlabelled images; "pretrain",
-            which is adversarial training that starts from given weights.
-        beta: the trade-off of "trades" and "rst" (beta) and "mart" (lambda).
-        gamma: AWP's; 0 trains without it. The published runs have 1e-2 with "at" (5e-3 in Table 2),
-            5e-3 with the others.
-        direction: AWP's; "random" is the paper's RWP.
-        awp_start: epochs without AWP at the beginning. The published runs of TRADES-AWP have 10.
-        awp_norm: in which gamma is measured, "l2" or "l1".
-        ascent_steps: K2, ascents of the weights for each attack.
-        alternations: A, how often inputs and weights are perturbed in turn.
-        ascent, interval: of :class:`~awp_optim.AdversarialStep`; the paper's are "exact" and 1.
-        arch: a name in :data:`awp_optim.lab.models.MODELS`, wide_resnetDEPTH_WIDTH or
-            torchvision/NAME.
-        activation: a name in :data:`awp_optim.lab.models.ACTIVATIONS`.
-        norm, eps, step_size: the threat, for training and testing.
-        train_steps, test_steps: PGD steps.
-        attack_mode: the mode in which the training attack runs. None is the published scripts':
-            "train" with "at" and "pretrain", "eval" with the others.
-        epochs, batch_size: as they say.
-        epoch_images: images an epoch; 0 for as many as there are labelled ones.
-        lr, momentum, weight_decay: of SGD.
-        l1, l2: lambda of the weight regularisation in Section 5.3, a multiple of the L1 norm added
-            to the loss or a weight decay of their own; not on biases and norm layers, which with
-            ``l2`` have no decay at all. The paper uses 5e-6 and 5e-3. 0 for none.
-        ema: decay of an exponential moving average of the weights and of BatchNorm's statistics,
-            one step after another, for example 0.995; it is tested and saved beside the weights
-            themselves. 0 for none.
-        label_smoothing: of the objective's cross-entropy, in [0, 1); the attack is not smoothed.
-        precision: "float32", or "bfloat16" for autocast in training and testing.
-        schedule: a name in :data:`awp_optim.lab.schedules.SCHEDULES`, stepped after every batch.
-        augment: random crop (4 pixels of padding) and horizontal flip.
-        cutout: side of a square blackened in every training image; the paper's is 14. 0 for none.
-        mixup: alpha of the Beta distribution by which pairs of images are mixed before the attack,
-            which climbs the mixed loss; the paper's is 1.4. 0 for none.
-        unlabeled_share: of each batch, the share drawn from pseudo-labelled images, if there are
-            any; that of Carmon et al. (2019) is 0.5.
-        train_eval: how many training images the ``train_*`` figures are measured on.
-        eval_every: epochs between evaluations; the last is always evaluated.
-        save_every: epochs between checkpoints that are kept, such as ``epoch_0020.pt``, to draw
-            landscapes of; 0 for none.
-        select_on: what the best epoch is picked on: "test", as in the paper, or "val", images held
-            out of the training set, which is honest.
-        val_images: how many are held out then, drawn by a seed that does not change.
-        patience: stop early, at the evaluation that finds no new best for this many epochs. 0 for
-            never; best.pt is the paper's early stopping (AT-ES) either way.
-        seed: of the weights, the order, the augmentation and the attacks.
-
-    Raises:
-        ValueError: a setting is out of its range.
-    """
-
-    method: str = "at"
-    beta: float = 6.0
-    gamma: float = 0.0
-    direction: str = "gradient"
-    awp_start: int = 0
-    awp_norm: str = "l2"
-    ascent_steps: int = 1
-    alternations: int = 1
-    ascent: str = "exact"
-    interval: int = 1
-    arch: str = "preact_resnet18"
-    activation: str = "relu"
-    norm: str = "linf"
-    eps: float = 8 / 255
-    step_size: float = 2 / 255
-    train_steps: int = 10
-    test_steps: int = 20
-    attack_mode: str | None = None
-    epochs: int = 200
-    batch_size: int = 128
-    epoch_images: int = 0
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    l1: float = 0.0
-    l2: float = 0.0
-    ema: float = 0.0
-    label_smoothing: float = 0.0
-    precision: str = "float32"
-    schedule: str = "piecewise"
-    augment: bool = True
-    cutout: int = 0
-    mixup: float = 0.0
-    unlabeled_share: float = 0.5
-    train_eval: int = 1000
-    eval_every: int = 1
-    save_every: int = 0
-    select_on: str = "test"
-    val_images: int = 1000
-    patience: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        choices: dict[str, Collection[str | None]] = {
-            "method": METHODS,
-            "activation": ACTIVATIONS,
-            "precision": PRECISIONS,
-            "schedule": SCHEDULES,
-            "select_on": SELECTIONS,
-            "attack_mode": (None, *MODEL_MODES),
-        }
-        for name, options in choices.items():
-            if getattr(self, name) not in options:
-                raise ValueError(
-                    f"{name} must be one of {tuple(options)}, got {getattr(self, name)!r}"
-                )
-        for name in ("gamma", "beta", "lr", "weight_decay", "l1", "l2", "mixup"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
-        for name in ("cutout", "epoch_images", "patience", "awp_start", "save_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("momentum", "ema", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in (
+_RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    (
+        "finite and >= 0",
+        lambda value: 0 <= value < math.inf,
+        ("beta", "gamma", "lr", "weight_decay", "l1", "l2", "mixup"),
+    ),
+    ("in [0, 1)", lambda value: 0 <= value < 1, ("momentum", "ema", "label_smoothing")),
+    ("in (0, 1)", lambda value: 0 < value < 1, ("unlabeled_share",)),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        ("awp_start", "epoch_images", "cutout", "save_every", "patience"),
+    ),
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        (
             "ascent_steps",
             "alternations",
             "epochs",
@@ -181,27 +74,149 @@ class Config:
             "train_eval",
             "eval_every",
             "val_images",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.unlabeled_share < 1:
-            raise ValueError(f"unlabeled_share must be in (0, 1), got {self.unlabeled_share}")
+        ),
+    ),
+    ("between -2**63 and 2**63", lambda value: -(2**63) < value < 2**63, ("seed",)),
+)
+"""What a number must be, the check, and the fields it holds for."""
+REMOVED: dict[str, Any] = {"interval": 1}
+"""Settings of earlier versions, and the value that meant what all runs do now."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a training run.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    method: Method = "at"
+    """Training method; rst needs pseudo-labeled images, pretrain needs initial weights."""
+    beta: float = 6.0
+    """Trade-off: beta of trades and rst, lambda of mart."""
+    gamma: float = 0.0
+    """Size of AWP's weight perturbation; 0 trains without AWP."""
+    direction: Literal["gradient", "random"] = "gradient"
+    """Direction of the weight perturbation; random is the paper's RWP."""
+    awp_start: int = 0
+    """Epochs without AWP at the beginning."""
+    awp_norm: Literal["l2", "l1"] = "l2"
+    """Norm in which gamma is measured."""
+    ascent_steps: int = 1
+    """K2, weight ascents for each attack."""
+    alternations: int = 1
+    """A, how often inputs and weights are perturbed in turn."""
+    ascent: Literal["exact", "attack"] = "exact"
+    """Gradient for the weight ascent: a pass of its own, or the attack's last iteration."""
+    arch: str = "preact_resnet18"
+    """Name in awp_optim.lab.models.MODELS, wide_resnetDEPTH_WIDTH or torchvision/NAME."""
+    activation: Activation = "relu"
+    """Activation function of the network."""
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the threat, for training and testing."""
+    eps: float = 8 / 255
+    """Radius of the threat, for images in [0, 1]."""
+    step_size: float = 2 / 255
+    """Step size of PGD, for images in [0, 1]."""
+    train_steps: int = 10
+    """PGD steps of the training attack."""
+    test_steps: int = 20
+    """PGD steps of the test attack."""
+    attack_mode: Literal["eval", "train"] | None = None
+    """Mode of the model in the training attack; None: train with at and pretrain, else eval."""
+    epochs: int = 200
+    """Epochs to train."""
+    batch_size: int = 128
+    """Images in a training batch, over all processes."""
+    epoch_images: int = 0
+    """Images in an epoch; 0 for as many as have labels."""
+    lr: float = 0.1
+    """Initial learning rate of SGD."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 5e-4
+    """Weight decay of SGD."""
+    l1: float = 0.0
+    """L1 regularization of the weights, not of biases and norm layers; the paper's is 5e-6."""
+    l2: float = 0.0
+    """Weight decay of the weights alone, none for biases and norm layers; the paper's is 5e-3."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the model, such as 0.995; 0 for none."""
+    label_smoothing: float = 0.0
+    """Label smoothing applied to the objective's cross-entropy, not to the attack's."""
+    precision: Precision = "float32"
+    """Precision of the forward passes; bfloat16 uses autocast."""
+    schedule: Schedule = "piecewise"
+    """Learning-rate schedule, stepped after every batch."""
+    augment: bool = True
+    """Augment by random crops (4 pixels of padding) and horizontal flips."""
+    cutout: int = 0
+    """Side of a square blackened in every training image; 0 for none, the paper's is 14."""
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0 for none, the paper's is 1.4."""
+    unlabeled_share: float = 0.5
+    """Share of each batch drawn from pseudo-labeled images, if there are any."""
+    train_eval: int = 1000
+    """Training images on which the train_* metrics are measured."""
+    eval_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    save_every: int = 0
+    """Epochs between checkpoints that are kept, such as epoch_0020.pt; 0 for none."""
+    select_on: Selection = "test"
+    """What the best epoch is picked on: test as in the paper, or val, held-out training images."""
+    val_images: int = 1000
+    """Training images held out with select_on val, the same for every seed."""
+    patience: int = 0
+    """Epochs without a new best after which training stops early; 0 for never."""
+    seed: int = 0
+    """Seed of the weights, the order of images, the augmentation and the attacks."""
+
+    def __post_init__(self) -> None:
+        for name, options in _CHOICES.items():
+            check_choice(name, getattr(self, name), options)
+        for what, holds, names in _RANGES:
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
         if self.mixup and self.batch_size < 2:
             raise ValueError("mixup needs pairs: a batch_size of 2 or more")
 
-    @property
-    def objective(self) -> Objective:
-        """What training minimises."""
-        return METHODS[self.method](self.beta, self.label_smoothing)
+    @classmethod
+    def from_saved(cls, settings: Mapping[str, Any]) -> Config:
+        """The settings in a ``config.json``, which may be of an earlier version.
+
+        A setting that the file lacks gets its default, which is what runs did before the setting
+        existed. Keys that are no settings are ignored.
+
+        Raises:
+            ValueError: a setting is out of its range, or the run used one that has been removed.
+        """
+        for name, default in REMOVED.items():
+            if settings.get(name, default) != default:
+                raise ValueError(
+                    f"{name}={settings[name]}: this option has been removed, and without it the "
+                    "run would be another"
+                )
+        return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     @property
-    def training_mode(self) -> str:
-        """The mode in which the training attack runs."""
-        return self.attack_mode or ("eval" if self._starts_beside else "train")
+    def objective(self) -> Objective:
+        """The loss that training minimizes."""
+        if self.method in ("trades", "rst"):
+            return TRADES(self.beta, self.label_smoothing)
+        if self.method == "mart":
+            return MART(self.beta, self.label_smoothing)
+        return AT(self.label_smoothing)
+
+    @property
+    def training_mode(self) -> Literal["eval", "train"]:
+        """The mode of the model in the training attack; by default the published scripts'."""
+        return self.attack_mode or ("train" if isinstance(self.objective, AT) else "eval")
 
     @property
     def training_attack(self) -> PGD:
-        """The attack that the method trains with: TRADES' and MART's start beside the image."""
+        """The method's attack. That of TRADES and MART starts from a little Gaussian noise."""
         return PGD(
             self.eps,
             self.step_size,
@@ -209,7 +224,7 @@ class Config:
             norm=self.norm,
             loss="kl" if isinstance(self.objective, TRADES) else "ce",
             model_mode=self.training_mode,
-            start_std=0.001 if self._starts_beside else None,
+            start_std=None if isinstance(self.objective, AT) else 0.001,
         )
 
     @property
@@ -217,6 +232,16 @@ class Config:
         """PGD under the same threat, on the cross-entropy, in eval mode."""
         return PGD(self.eps, self.step_size, self.test_steps, norm=self.norm)
 
-    @property
-    def _starts_beside(self) -> bool:
-        return not isinstance(self.objective, AT)
+
+def _choices() -> dict[str, tuple[Any, ...]]:
+    """The options of each field whose type lists them, with None where it may be None."""
+    choices = {}
+    for name, hint in get_type_hints(Config).items():
+        literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
+        if literals:
+            none = (None,) if type(None) in get_args(hint) else ()
+            choices[name] = get_args(literals[0]) + none
+    return choices
+
+
+_CHOICES = _choices()

@@ -1,8 +1,8 @@
-"""Training on several processes, as torchrun starts them; on one, nothing of this has an effect.
+"""Training on several processes, as torchrun starts them; in a single one it changes nothing.
 
-A run is the same on any number of ranks, within rounding: what is random is drawn for whole batches
-on every rank, and BatchNorm, the loss and the evaluation are of whole batches. Each rank works on
-its share of a batch.
+A run is the same on any number of ranks, within rounding: every rank draws the random numbers of
+entire batches, and BatchNorm, the loss and the evaluation are computed over entire batches, of
+which each rank works on its share.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ T = TypeVar("T")
 
 
 class TrainingRanks(Ranks):
-    """The processes that share out every batch.
+    """The processes that share every batch.
 
     The group must serve the CPU beside the device, as :func:`~awp_optim.lab.job.job`'s does: what
     the hosts agree on must not wait for a GPU.
 
     Attributes:
-        rank, world: which of them this is, and how many there are.
-        batch: how many images the batch had that was shared out last, in all.
-        own: how many of them are this rank's.
+        rank, world: which of the processes this is, and how many there are.
+        batch: images in the batch that was sharded last, over all ranks.
+        own: how many of them are in this rank's share.
     """
 
     def __init__(self) -> None:
@@ -56,11 +56,11 @@ class TrainingRanks(Ranks):
                 "fewer (--nproc-per-node), or change --batch-size or --epoch-images"
             )
 
-    def take(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """This rank's rows of a batch: neighbours, as many as on the other ranks or one less.
+    def shard(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        """This rank's consecutive rows of a batch; the shares differ by one at most.
 
-        A rank with none gets the first row, so that its attack draws what the others' draw, but
-        ``own`` is 0 then.
+        A rank whose share is empty gets the first row, so that its attack draws what the others'
+        draw, but ``own`` is 0 then.
         """
         self.batch = n = len(batch[0])
         start, stop = (n * r // self.world for r in (self.rank, self.rank + 1))
@@ -69,7 +69,7 @@ class TrainingRanks(Ranks):
         return tuple(t[self._rows] for t in batch)
 
     def rows(self, t: Tensor) -> Tensor:
-        """This rank's of a tensor with a row for each image of the batch."""
+        """This rank's rows of a tensor that has one for each image of the last batch."""
         return t[self._rows]
 
     def sum(self, t: Tensor) -> Tensor:
@@ -79,22 +79,23 @@ class TrainingRanks(Ranks):
             dist.all_reduce(t)
         return t
 
-    # ------------------------------------------------------------------ what trains
+    # ------------------------------------------------------------------ training
 
     def shared_model(self, model: nn.Module) -> nn.Module:
-        """A model whose gradients are the means over the ranks, with BatchNorm of whole batches.
+        """A model whose gradients are averaged over the ranks, with BatchNorm of entire batches.
 
-        The layers of ``model`` itself are changed, to others with the same state.
+        The BatchNorm layers of ``model`` itself are replaced, by layers with the same parameters.
         """
         if self.world == 1:
             return model
         device = next(model.parameters()).device
-        # SyncBatchNorm is for GPUs alone.
         if device.type == "cpu":
-            _synchronize(model)
+            for module in model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.__class__ = _CPUSyncBatchNorm  # the same state, another forward pass
         else:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        # Either way all have the same statistics, which need not be sent around at every pass.
+        # All ranks have the same statistics, so DDP need not broadcast them at every pass.
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {sync: False}
@@ -103,7 +104,7 @@ class TrainingRanks(Ranks):
         return DistributedDataParallel(model, **options)
 
     def shared_attack(self, attack: PGD) -> PGD:
-        """The attack on this rank's share, as the one on the whole batch would treat it."""
+        """The attack on this rank's share, with the result it would have on the entire batch."""
         if self.world == 1:
             return attack
         return _SharedPGD(**{f.name: getattr(attack, f.name) for f in fields(PGD)}, ranks=self)
@@ -114,40 +115,41 @@ class TrainingRanks(Ranks):
             return objective
         return _SharedObjective(objective, self)  # type: ignore[return-value]
 
-    # ------------------------------------------------------------------ agreement
+    # ------------------------------------------------------------------ coordination
 
-    def together(
+    def sync_stop(
         self, stop: Callable[[], bool] | None, device: torch.device
-    ) -> Callable[[], bool] | None:
-        """A ``stop`` that is True on all ranks if it is on one.
+    ) -> Callable[[], bool]:
+        """A ``stop`` that is True on all ranks if it is on one; None is never True.
 
-        Every rank must ask as often. At each time the first one's random state becomes
-        everybody's: dropout, say, may have drawn more for a larger share, and the starts of
-        attacks, directions and mixing of images must be the same.
+        Every rank must call it equally often. Each call also gives all ranks the first one's random
+        state: dropout, say, may have drawn more numbers for a larger share, and the starts of
+        attacks, the directions and the mixing of images must be the same.
         """
+        stop = stop or (lambda: False)
         if self.world == 1:
             return stop
 
-        def agreed() -> bool:
+        def synchronized() -> bool:
             states = [torch.get_rng_state()]
             if device.type == "cuda":
                 states.append(torch.cuda.get_rng_state(device))
             before = torch.cat(states)
-            said = torch.tensor([stop is not None and stop()], dtype=torch.uint8)
-            message = torch.cat([said, before if self.rank == 0 else torch.zeros_like(before)])
+            wanted = torch.tensor([stop()], dtype=torch.uint8)
+            message = torch.cat([wanted, before if self.rank == 0 else torch.zeros_like(before)])
             dist.all_reduce(message, dist.ReduceOp.MAX)
             if not torch.equal(message[1:], before):
-                # Generators read from the beginning of the memory, whatever part of it they get.
+                # Cloned, since a generator reads from the start of the memory behind a view.
                 end = 1 + len(states[0])
                 torch.set_rng_state(message[1:end].clone())
                 if device.type == "cuda":
                     torch.cuda.set_rng_state(message[end:].clone(), device)
             return bool(message[0])
 
-        return agreed
+        return synchronized
 
     def first(self, function: Callable[[], T]) -> T:
-        """What a function gives on the first rank, called there alone; its error is everybody's."""
+        """Call a function on the first rank alone; every rank returns its result, or raises."""
         if self.world == 1:
             return function()
         answer: Any = None
@@ -163,9 +165,11 @@ class TrainingRanks(Ranks):
         return answer  # type: ignore[no-any-return]
 
 
-# The sum over the ranks, which the loss of each of them depends on: so its gradients are summed,
-# too. (torch.distributed.nn has the same, but is deprecated.)
 class _AllReduce(torch.autograd.Function):
+    """The sum over the ranks. Each rank's loss depends on it, so gradients are summed, too."""
+
+    # torch.distributed.nn has the same, but is deprecated.
+
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
         t = t.clone()
@@ -179,8 +183,11 @@ class _AllReduce(torch.autograd.Function):
         return grad
 
 
-class _Synced(_BatchNorm):
-    """BatchNorm that trains on the batch of all ranks, on any device; else as it was."""
+class _CPUSyncBatchNorm(_BatchNorm):
+    """SyncBatchNorm on a CPU, where torch has none."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass  # any number of dimensions, as SyncBatchNorm
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -189,7 +196,7 @@ class _Synced(_BatchNorm):
         per_channel = [1, -1] + [1] * (x.ndim - 2)
         count = x.numel() // x.shape[1]
         var, mean = torch.var_mean(z, [d for d in range(x.ndim) if d != 1], correction=0)
-        var, mean = var.double(), mean.double()  # where squares do not cancel
+        var, mean = var.double(), mean.double()  # in float32 the squares would cancel
         share = torch.cat([mean, var + mean**2, mean.new_ones(1)]) * count
         sums = _AllReduce.apply(share)
         n = sums[-1]
@@ -212,65 +219,45 @@ class _Synced(_BatchNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(var.to(self.running_var.dtype), share)
-
-
-class _Synced1d(_Synced, nn.BatchNorm1d): ...
-
-
-class _Synced2d(_Synced, nn.BatchNorm2d): ...
-
-
-class _Synced3d(_Synced, nn.BatchNorm3d): ...
-
-
-def _synchronize(model: nn.Module) -> None:
-    synced: dict[type, type] = {
-        nn.BatchNorm1d: _Synced1d,
-        nn.BatchNorm2d: _Synced2d,
-        nn.BatchNorm3d: _Synced3d,
-    }
-    for module in model.modules():
-        # The state stays: it is the forward pass that is another.
-        module.__class__ = synced.get(type(module), type(module))
+        weight = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
+        self.running_var.lerp_(var.to(self.running_var.dtype), weight)
 
 
 @dataclass(frozen=True)
 class _SharedPGD(PGD):
-    """PGD on a share of a batch, from the random starts that the whole batch would have."""
+    """PGD on a share of a batch, from the random starts that the entire batch would have."""
 
     ranks: TrainingRanks = field(kw_only=True, compare=False, repr=False)
 
     def _start(self, x: Tensor, project: Projection) -> Tensor:
-        n = self.ranks.batch
-        # Numbers are drawn in the order of the memory.
-        layout = (
-            torch.contiguous_format if x.is_contiguous() or x.ndim != 4 else torch.channels_last
-        )
-        whole = torch.empty(
-            (n, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout
+        # Random numbers are drawn in the order of the memory, so its layout must be the batch's.
+        channels_last = x.ndim == 4 and not x.is_contiguous()
+        batch = torch.empty(
+            (self.ranks.batch, *x.shape[1:]),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format,
         ).zero_()
-        offset = super()._start(whole, lambda z: z)
+        offset = super()._start(batch, lambda z: z)
         return project(self.ranks.rows(offset) + x)
 
     def with_weight_gradients(
         self, model: Model, x: Tensor, y: Tensor | None, weights: Any
     ) -> tuple[Tensor, Gradients]:
-        """The gradients are of the whole batch's loss."""
+        """The gradients belong to the loss of the entire batch."""
         x_adv, gradients = super().with_weight_gradients(model, x, y, weights)
-        there = [g for g in gradients if g is not None]
-        if not there:
+        present = [g for g in gradients if g is not None]
+        if not present:
             return x_adv, gradients
-        flat = torch.cat([g.flatten() for g in there])
+        flat = torch.cat([g.flatten() for g in present])
         dist.all_reduce(flat)
-        totals = iter(torch.split(flat, [g.numel() for g in there]))
+        totals = iter(torch.split(flat, [g.numel() for g in present]))
         return x_adv, tuple(None if g is None else next(totals).view(g.shape) for g in gradients)
 
 
 class _SharedObjective:
-    """An objective's mean over this rank's share, times what the share is to an even one."""
+    """An objective's mean over this rank's share, weighted by the share's size."""
 
     def __init__(self, objective: Objective, ranks: TrainingRanks) -> None:
         self.objective = objective

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, heard at the end of a training step."""
+"""Ctrl-C and SIGTERM as a request to stop, which training answers at the end of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StopRequest:
     """Whether a signal has asked the program to stop; call it, as ``fit(stop=...)`` does.
 
     Attributes:
-        signal: the signal, or None as long as there was none.
+        signal: the signal; None if there was none.
     """
 
     def __init__(self) -> None:
@@ -27,23 +27,23 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What a shell shows of a program that this signal ended: 130 or 143. 0 without one."""
+        """What a shell reports of a program ended by the signal: 130 or 143; 0 without one."""
         return 0 if self.signal is None else 128 + self.signal
 
 
 @contextmanager
 def graceful_stop(
-    say: Callable[[str], object] | None = None, *, echo: float = 0.0
+    report: Callable[[str], object] | None = None, *, echo: float = 0.0
 ) -> Iterator[StopRequest]:
     """Inside, the first SIGINT or SIGTERM is noted, and the second ends the program as usual.
 
-    Python takes signals in the main thread alone: elsewhere nothing is changed.
+    Python handles signals in the main thread alone: in others nothing changes.
 
     Args:
-        say: gets a line of text when the first one comes, in the middle of anything; None writes
-            it to the standard error.
-        echo: seconds after the first in which others are taken for the same one: torchrun passes a
-            Ctrl-C on to processes that the terminal has sent it to already.
+        report: called with a line of text when the first signal arrives, at any point of the
+            program; None writes it to standard error.
+        echo: seconds during which further signals count as the first one: torchrun passes a Ctrl-C
+            on to processes that have it from the terminal already.
     """
     request, first = StopRequest(), 0.0
     previous: dict[signal.Signals, object] = {}
@@ -62,13 +62,13 @@ def graceful_stop(
             return
         request.signal, first = signal.Signals(number), time.monotonic()
         if not echo:
-            restore()  # the next one is not for us
-        (say or _write)(f"{request.signal.name}: stopping after this step (again: at once)")
+            restore()  # the next one has its usual effect
+        (report or _write)(f"{request.signal.name}: stopping after this step (again: at once)")
 
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is signal.SIG_IGN:
-                continue  # as a shell sets it for what must not hear a Ctrl-C
+                continue  # as a shell does for a background job, which must not hear a Ctrl-C
             previous[number] = signal.signal(number, note)
     except ValueError:  # not the main thread
         previous.clear()
@@ -79,6 +79,6 @@ def graceful_stop(
 
 
 def _write(text: str) -> None:
-    # Past Python's buffers: the signal may have come while one of them was written.
+    # Past Python's buffers: the signal may have come in the middle of a write to one of them.
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())

@@ -1,4 +1,4 @@
-"""A program on several processes of torchrun: how they join, take turns, speak, and end."""
+"""A program on several processes of torchrun: how they join, take turns, report, and end."""
 
 from __future__ import annotations
 
@@ -19,58 +19,23 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from awp_optim._utils.distributed import Ranks
 from awp_optim.lab.distributed import TrainingRanks
 
-__all__ = ["Job", "RankLost", "job", "naming_the_lost"]
+__all__ = ["Job", "RankLost", "job", "naming_lost_ranks"]
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""What the others wait for the first, which may be downloading. torchrun sees a death at once."""
+"""How long ranks wait for the first, which may be downloading. torchrun notices a death itself."""
 
 
 class RankLost(ConnectionError):
-    """Another process of the run has gone."""
-
-
-@contextmanager
-def naming_the_lost(ranks: Ranks) -> Iterator[None]:
-    """Inside, a collective that fails for want of another rank raises :class:`RankLost`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if ranks.world == 1 or not _is_of_communication(error):
-            raise
-        raise RankLost(
-            f"{_lost(ranks)} of {ranks.world} processes has ended, or cannot be reached any more. "
-            "What is saved is of before: go on with --resume"
-        ) from error
-
-
-def _is_of_communication(error: RuntimeError) -> bool:
-    kinds = (dist.DistError, dist.DistBackendError, dist.DistNetworkError)
-    return isinstance(error, kinds) or "gloo" in str(error)
-
-
-def _lost(ranks: Ranks) -> str:
-    """The rank that does not answer within a second, in words."""
-    if _job is None or _job.store is None:
-        return "one"
-    with suppress(Exception):  # the store may have gone, too
-        _job.store.add(f"here/{ranks.rank}", 1)
-        time.sleep(1)
-        gone = [r for r in range(ranks.world) if not _job.store.check([f"here/{r}"])]
-        if gone:
-            return f"rank {', '.join(map(str, gone))}"
-    return "one"
-
-
-_job: Job | None = None
+    """Another process of the run has ended."""
 
 
 class Job(TrainingRanks):
-    """The processes of a program, and what they say.
+    """The processes of a program, and what they write to standard error.
 
     Attributes:
-        store: where torchrun's processes leave word for each other; None for a single process.
+        store: torchrun's key-value store, which the processes share; None for a single process.
     """
 
     def __init__(self, store: Any) -> None:
@@ -78,7 +43,7 @@ class Job(TrainingRanks):
         self.store = store
 
     def device(self, name: str) -> str:
-        """The device of this rank: of GPUs, each process on a machine has its own.
+        """The device of this rank: each process on a machine has a GPU of its own.
 
         Raises:
             ValueError: there are fewer GPUs than processes, or ``name`` is one of them.
@@ -98,8 +63,10 @@ class Job(TrainingRanks):
         return f"cuda:{local}"
 
     def in_turns(self, function: Callable[[], T]) -> T:
-        """What a function gives, called by the first rank, then by one on each other machine, then
-        by all others: so that one download is enough. An error of one is everybody's."""
+        """Call a function on the first rank, then on one of each other machine, then on the rest.
+
+        So one download is enough on each machine. An error on one rank is raised on all of them.
+        """
         if self.world == 1:
             return function()
         turn = 0 if self.rank == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
@@ -116,51 +83,89 @@ class Job(TrainingRanks):
                     raise each
         return answer  # type: ignore[no-any-return]
 
-    def tell(self, text: str, consequence: bool) -> None:
-        """Write why the program ends to the standard error, once for all ranks.
+    def report(self, text: str, *, is_consequence: bool) -> None:
+        """Write why the program ends to standard error, once for all ranks.
 
-        The first rank does so; the others where it has something else to say, or nothing.
+        The first rank writes it; another rank does so if it has something else to say, or if the
+        first one says nothing.
 
         Args:
             text: what to write.
-            consequence: of an error that another rank has written already, perhaps.
+            is_consequence: whether it may follow from an error that another rank has reported.
         """
         store = self.store
         assert store is not None
         with suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another's end
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank has ended
         with suppress(Exception):  # without the store, better twice than never
             if self.rank == 0:
                 store.set("said", text)
-            else:
-                if _waited_for(store, "said", 5) and store.get("said").decode() == text:
-                    return
-        with suppress(Exception):
-            if consequence and store.check(["cause"]):
+            elif _is_set_in_time(store, "said", 5) and store.get("said").decode() == text:
                 return
-            if not consequence:
+            if is_consequence and store.check(["cause"]):
+                return
+            if not is_consequence:
                 store.add("cause", 1)
             if self.rank and store.add(f"by others: {text}", 1) > 1:
                 return
         sys.stderr.write(text if self.rank == 0 else f"rank {self.rank}: {text}")
         sys.stderr.flush()
 
+    def wait_for_first(self) -> None:
+        """Wait until the first rank is done: when it ends, torchrun ends the others."""
+        assert self.store is not None
+        with suppress(Exception):
+            if self.rank == 0:
+                self.store.set("said", "")
+            _is_set_in_time(self.store, "said", TIMEOUT.total_seconds())
+
+    def missing_ranks(self) -> list[int]:
+        """The ranks that do not call this within a second of each other."""
+        with suppress(Exception):  # the store may be gone, too
+            self.store.add(f"here/{self.rank}", 1)
+            time.sleep(1)
+            return [r for r in range(self.world) if not self.store.check([f"here/{r}"])]
+        return []
+
+
+_joined: Job | None = None
+
 
 @contextmanager
 def job() -> Iterator[Job]:
-    """Join the processes that torchrun started, for a program's whole main; or be alone.
+    """Join the processes that torchrun started, for the main function of a program; or be alone.
 
-    Inside, all but the first are silent. A ``sys.exit("why")`` inside is told once, whichever ranks
-    leave by it, and no rank is gone before the first has spoken: torchrun would end it. Everybody
-    waits for the first one to be done.
+    Inside, all ranks but the first are silent. A ``sys.exit("why")`` inside is reported once,
+    however many ranks end by it, and no rank ends before the first has reported. All ranks wait for
+    the first one to be done.
     """
-    global _job
+    global _joined
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Job(None)
         return
+    _joined = ranks = _join()
+    nowhere = io.StringIO()
+    try:
+        if ranks.rank == 0:
+            yield ranks
+        else:
+            with redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield ranks
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            ranks.report(f"{error.code}\n", is_consequence=isinstance(error.__context__, RankLost))
+            raise SystemExit(1) from None
+        ranks.wait_for_first()
+        raise
+    ranks.wait_for_first()
+    dist.destroy_process_group()
+
+
+def _join() -> Job:
+    """Initialize torch.distributed by torchrun's store."""
     store, rank, world = next(iter(rendezvous("env://", timeout=TIMEOUT)))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun's processes may find in the store what those before a restart have left there.
+        # After a restart, torchrun's store still holds what the previous processes left there.
         store = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group(
@@ -170,34 +175,32 @@ def job() -> Iterator[Job]:
         world_size=world,
         timeout=TIMEOUT,
     )
-    _job = ranks = Job(PrefixStore("awp_optim", store))
-    nowhere = io.StringIO()
+    return Job(PrefixStore("awp_optim", store))
+
+
+@contextmanager
+def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Inside, a collective that fails because another rank is gone raises :class:`RankLost`."""
     try:
-        if rank == 0:
-            yield ranks
-        else:
-            with redirect_stdout(nowhere), redirect_stderr(nowhere):
-                yield ranks
-    except SystemExit as error:
-        if isinstance(error.code, str):
-            ranks.tell(f"{error.code}\n", isinstance(error.__context__, RankLost))
-            raise SystemExit(1) from None
-        _wait_for_the_first(ranks)
-        raise
-    _wait_for_the_first(ranks)
-    dist.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        if ranks.world == 1 or not _is_communication_error(error):
+            raise
+        missing = _joined.missing_ranks() if _joined else []
+        which = f"rank {', '.join(map(str, missing))}" if missing else "one"
+        raise RankLost(
+            f"{which} of {ranks.world} processes has ended, or cannot be reached any more. The "
+            "last checkpoint is intact: continue with --resume"
+        ) from error
 
 
-def _wait_for_the_first(ranks: Job) -> None:
-    assert ranks.store is not None
-    with suppress(Exception):
-        if ranks.rank == 0:
-            ranks.store.set("said", "")
-        _waited_for(ranks.store, "said", TIMEOUT.total_seconds())
+def _is_communication_error(error: RuntimeError) -> bool:
+    kinds = (dist.DistError, dist.DistBackendError, dist.DistNetworkError)
+    return isinstance(error, kinds) or "gloo" in str(error)
 
 
-def _waited_for(store: Any, key: str, seconds: float) -> bool:
-    """Whether a key is there in time. (The store's own wait complains of it where it is not.)"""
+def _is_set_in_time(store: Any, key: str, seconds: float) -> bool:
+    """Whether a key is set within some seconds. (The store's own wait logs a missing key.)"""
     end = time.monotonic() + seconds
     while not store.check([key]):
         if time.monotonic() > end:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
-__all__ = ["SCHEDULES"]
+__all__ = ["SCHEDULES", "Schedule"]
+
+Schedule = Literal["piecewise", "cosine", "cyclic", "constant"]
 
 
 def piecewise(t: float) -> float:
@@ -28,7 +31,10 @@ def constant(t: float) -> float:
     return 1.0
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    f.__name__: f for f in (piecewise, cosine, cyclic, constant)
+SCHEDULES: dict[Schedule, Callable[[float], float]] = {
+    "piecewise": piecewise,
+    "cosine": cosine,
+    "cyclic": cyclic,
+    "constant": constant,
 }
-"""By name: progress in [0, 1) to a factor in [0, 1]."""
+"""By name: from progress in [0, 1) to a factor in [0, 1]."""

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from awp_optim.lab.config import Config
-from awp_optim.lab.plots import ablations, curve_panels, perturbation_sizes
 from awp_optim.lab.recipes import RECIPES
-from awp_optim.lab.summary import Runs
+from awp_optim.lab.reports.plots import ablations, curve_panels, perturbation_sizes
+from awp_optim.lab.reports.summary import Runs
 
 __all__ = ["STUDIES", "Study", "passes"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from awp_optim._utils.io import atomic_write
-from awp_optim.lab.config import Config
+from awp_optim.lab.config import REMOVED, Config
 from awp_optim.lab.progress import step_bars
 from awp_optim.lab.run_folder import Row
 
@@ -263,8 +263,8 @@ class _Results:
         """The rows of the run with these settings, if there is one."""
         wanted = self._settings(config)
         for run in self.runs:
-            # A file may be older than a setting: it had what is now the default.
-            if {**asdict(Config()), **run["config"]} == wanted:
+            # A file may be older than a setting, or have one removed since: both at the default.
+            if {**REMOVED, **asdict(Config()), **run["config"]} == {**REMOVED, **wanted}:
                 return [dict(row) for row in run["rows"]]
         return None
 

@@ -93,7 +93,7 @@ WAYS = [
 @functools.cache
 def expected(way, hidden=10):
     """The weights after twenty steps in one process, by the textbook."""
-    from test_optimizer import textbook  # found by the launcher's path, not by pytest
+    from toolbox import textbook  # found by the launcher's path, not by pytest
 
     base, norm, steps, _ = way
     return textbook(mlp(hidden=hidden), batches(20), base, lambda _: (0, GAMMA), steps, norm)

@@ -234,10 +234,7 @@ def in_one_call(rank, world, directory):
         ("static graph", {"ddp": {"static_graph": True}}, True),
         ("unused parameters", {"ddp": {"find_unused_parameters": True}}, True),
         ("views", {"ddp": {"gradient_as_bucket_view": True}}, True),
-        ("interval", {"interval": 2}, True),
         ("attack", {"ascent": "attack"}, False),
-        ("attack, interval", {"ascent": "attack", "interval": 2}, False),
-        ("momentum", {"ascent": "momentum"}, True),
     ]:
         alone, model = mlp(), mlp()
         ddp = DistributedDataParallel(model, **kwargs.pop("ddp", {}))

@@ -51,7 +51,7 @@ def test_an_ascent_of_parts(figures, processes, scenario):
 
 @pytest.mark.parametrize(
     "scenario",
-    ["second_forward", "scaled_and_clipped", "momentum_direction", "in_one_call", "half_precision"],
+    ["second_forward", "scaled_and_clipped", "closures", "in_one_call", "half_precision"],
 )
 def test_what_goes_on_around_an_ascent(figures, scenario):
     for what, difference in figures["2"][scenario].items():
@@ -69,7 +69,7 @@ def zeros(model):
         p.grad = torch.zeros_like(p)
 
 
-def test_only_a_step_that_does_nothing_is_let_through_at_the_centre():
+def test_only_a_step_that_does_nothing_is_let_through_unperturbed():
     """The trial step that torch.distributed.checkpoint takes, and all that look like it."""
     model = nn.Linear(3, 2)
 
@@ -77,7 +77,7 @@ def test_only_a_step_that_does_nothing_is_let_through_at_the_centre():
         zeros(model)
         return AWP(model.parameters(), torch.optim.Adam, gamma=0.1, lr=lr, **kwargs)
 
-    centre = [p.detach().clone() for p in model.parameters()]
+    start = [p.detach().clone() for p in model.parameters()]
     opt = fresh()
     opt.step()
     assert set(opt.state[model.weight]) == {"step", "exp_avg", "exp_avg_sq"}
@@ -95,7 +95,7 @@ def test_only_a_step_that_does_nothing_is_let_through_at_the_centre():
     model.bias.grad = None
     with pytest.raises(RuntimeError, match="plain step without perturbation"):
         refused[2].step()
-    assert all(torch.equal(p, c) for p, c in zip(model.parameters(), centre))
+    assert all(torch.equal(p, c) for p, c in zip(model.parameters(), start))
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])

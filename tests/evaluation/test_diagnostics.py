@@ -143,7 +143,7 @@ class Blind(Attack):
     uses_gradients = False
     clip, model_mode, eps, norm = (0, 1), "eval", 0.1, "linf"
 
-    def _perturb(self, oracle, x, y):
+    def run(self, oracle, x, y):
         raise NotImplementedError
 
 

@@ -369,7 +369,7 @@ class TestForeignAttacks:
     @pytest.mark.parametrize("far", [0.2, float("nan")])
     def test_what_leaves_the_ball_or_is_not_finite_does_not_count(self, far):
         class Cheat(FGSM):
-            def _perturb(self, oracle, x, y):
+            def run(self, oracle, x, y):
                 return (x + far).clamp(0, 1)
 
         with pytest.warns(EvaluationWarning, match="outside its ball"):
@@ -395,7 +395,7 @@ class TestForeignAttacks:
             def parts(self):
                 return {"weak": FGSM(eps=0.02), "strong": PGD(0.06, 0.02, 5)}
 
-            def _perturb(self, oracle, x, y):
+            def run(self, oracle, x, y):
                 raise AssertionError("its parts are run")
 
         r = run(network(), images(), {"both": Both()})

@@ -185,7 +185,7 @@ def test_schedulefree_changes_between_y_and_x_at_the_centre(by_hand):
 def test_schedulefree_wrapper_is_no_optimizer():
     schedulefree = pytest.importorskip("schedulefree")
     sgd = torch.optim.SGD(network().parameters(), lr=0.1)
-    with pytest.raises(TypeError, match="takes an optimizer already built"):
+    with pytest.raises(TypeError, match="takes an existing optimizer"):
         AWP.wrap(schedulefree.ScheduleFreeWrapper(sgd))
 
 

@@ -1,20 +1,30 @@
-"""What the tests of the lab share."""
+"""What the tests of training share."""
 
 from __future__ import annotations
 
 import pytest
 
+from awp_optim.lab.config import Config
+from awp_optim.lab.data import ImageData, load_digits
+
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were written."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    figures = []
-    write = figure.savefig
+def config() -> Config:
+    """A run of three epochs of three steps on ``data``."""
+    return Config(
+        arch="preact_resnet_small",
+        gamma=0.01,
+        eps=0.2,
+        step_size=0.1,
+        train_steps=2,
+        test_steps=2,
+        epochs=3,
+        batch_size=24,
+        train_eval=20,
+    )
 
-    def savefig(self, *args, **kwargs):
-        figures.append(self)
-        write(self, *args, **kwargs)
 
-    monkeypatch.setattr(figure, "savefig", savefig)
-    return figures
+@pytest.fixture(scope="session")
+def data() -> ImageData:
+    """60 digits to train on and 40 to test on."""
+    return load_digits().limit(60, 40)

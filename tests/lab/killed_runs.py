@@ -38,7 +38,6 @@ CONFIG = Config(
     train_eval=8,
     ema=0.9,
     mixup=1.0,
-    interval=3,
     select_on="val",
     val_images=8,
 )

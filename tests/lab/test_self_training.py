@@ -136,7 +136,6 @@ def test_natural_training_is_plain_descent_on_the_images_as_they_are(data, monke
         awp_start=0,
         attack_mode="train",
         ascent="attack",
-        interval=2,
         ema=0.9,
         mixup=1.0,
         epochs=2,

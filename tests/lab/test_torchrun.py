@@ -164,7 +164,7 @@ def test_the_death_of_a_rank_is_named_and_the_run_goes_on(runs):
     """By itself under --max-restarts; then on a single process, to the end it would have had."""
     line, _ = own(runs.err)
     assert line.startswith("error: rank 1 of 2 processes has ended")
-    assert "go on with --resume" in line
+    assert "continue with --resume" in line
     (again,) = [line for line in runs.out.splitlines() if line.startswith("begun again")]
     assert float(again.split()[-2]) < 40
     # The signal to one rank stopped both, in the middle of an epoch, and saved.

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim import AWP
-from awp_optim.lab import run_folder, trainer
+from awp_optim.lab import tensorboard, trainer, training_set
 from awp_optim.lab.augment import mixup
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
@@ -51,7 +51,7 @@ CONFIG = Config(
 RUNS: dict[str, dict[str, Any]] = {
     "at": {},
     "at-awp": {"gamma": 0.01, "batch_size": 25, "cutout": 3, "epochs": 3},
-    "cheap": {"gamma": 0.01, "ascent": "attack", "alternations": 2, "interval": 2, "ema": 0.9},
+    "cheap": {"gamma": 0.01, "ascent": "attack", "alternations": 2, "ema": 0.9},
     "rst": {"method": "rst", "gamma": 0.01, "norm": "l2", "mixup": 1.0, "batch_size": 25},
     "rwp": {"gamma": 0.01, "direction": "random", "awp_start": 1},
     "killed": {"gamma": 0.01, "batch_size": 25, "epochs": 4},
@@ -63,17 +63,12 @@ UNLABELED = load_digits().split(90)[0]
 @contextmanager
 def double() -> Iterator[None]:
     """Inside, the trainer works in float64, and without TensorBoard, which takes long to load."""
-    to_float = trainer._to_float
-
-    def build(name: str, **kwargs: Any) -> nn.Module:
-        return build_model(name, **kwargs).double()
-
-    with (
-        mock.patch.object(trainer, "build_model", build),
-        mock.patch.object(trainer, "_to_float", lambda x: to_float(x).double()),
-        mock.patch.object(run_folder, "_summary_writer", return_value=run_folder._Silent),
-    ):
-        yield
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(tensorboard, "_open_writer", return_value=None):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def train(name: str, folder: Path, **kwargs: Any) -> dict[str, Any]:
@@ -115,7 +110,7 @@ def dropout() -> dict[str, Any]:
     config = replace(CONFIG, batch_size=9, gamma=0.01, mixup=1.0, precision="bfloat16", epochs=1)
     with (
         mock.patch.object(trainer, "build_model", build),
-        mock.patch.object(trainer, "mixup", recorded),
+        mock.patch.object(training_set, "mixup", recorded),
     ):
         model, rows = trainer.fit(config, DATA)
     return {"weights": model.state_dict(), "rows": rows, "mixed": torch.tensor(mixed)}

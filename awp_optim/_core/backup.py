@@ -1,0 +1,175 @@
+"""The unperturbed weights, kept while the model holds perturbed ones."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Snapshot", "WeightBackup"]
+
+
+class _Saved(NamedTuple):
+    """Tensors that hold w + v, and the buffers that hold their w."""
+
+    params: list[Tensor]
+    weights: list[Tensor]
+    foreach: bool
+
+
+class Snapshot(NamedTuple):
+    """What the host knows of a :class:`WeightBackup`, apart from the weights themselves."""
+
+    is_perturbed: bool
+    weights: dict[Tensor, Tensor]
+    saved: list[_Saved]
+
+
+NOT_PERTURBED = Snapshot(is_perturbed=False, weights={}, saved=[])
+
+
+class WeightBackup:
+    """Whether the weights are perturbed, and the unperturbed weights w if they are.
+
+    Every parameter gets one buffer, allocated when it is first perturbed and used again from then
+    on. For a DTensor the buffer holds the local part.
+
+    Attributes:
+        is_perturbed: whether some weights may be at w + v.
+        weights: w of each parameter that is perturbed now, by parameter.
+        buffers: the buffer of each parameter that was ever perturbed, by parameter.
+    """
+
+    def __init__(self) -> None:
+        self.is_perturbed = False
+        self.weights: dict[Tensor, Tensor] = {}
+        self.buffers: dict[Tensor, Tensor] = {}
+        self._saved: list[_Saved] = []
+        self._contexts = 0
+
+    @torch.no_grad()
+    def save(self, params: list[Tensor], parts: list[Tensor], *, foreach: bool) -> None:
+        """Copy the weights of parameters that are not perturbed yet into their buffers.
+
+        Args:
+            params: the parameters.
+            parts: their local parts if they are DTensors, else the parameters again.
+            foreach: copy all of them in one call.
+
+        Raises:
+            RuntimeError: another optimizer has perturbed one of them.
+        """
+        self._refuse_shared(params)
+        new = [i for i, p in enumerate(params) if p not in self.weights]
+        saved = _Saved(
+            [parts[i] for i in new], [self._buffer(params[i], parts[i]) for i in new], foreach
+        )
+        if not new:
+            return
+        _copy_(saved.weights, saved.params, foreach=foreach)
+        _in_use.add(self)
+        self._saved.append(saved)
+        self.weights.update(zip((params[i] for i in new), saved.weights, strict=True))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy w back, bit for bit; does nothing if the weights are not perturbed.
+
+        Raises:
+            RuntimeError: a parameter changed its shape since it was perturbed. All others are
+                restored, and that one no longer counts as perturbed.
+        """
+        changed: list[str] = []
+        for params, weights, foreach in self._saved:
+            try:
+                _copy_(params, weights, foreach=foreach)
+            except RuntimeError:
+                changed += _copy_what_fits(params, weights)
+        self.forget()
+        torch.clear_autocast_cache()  # it may hold low-precision copies of the perturbed weights
+        if changed:
+            raise RuntimeError(
+                f"parameters changed their shape while they were perturbed: {', '.join(changed)}. "
+                "Their unperturbed values are lost, all other weights are restored"
+            )
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Inside, an exception restores the weights on its way out."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    @contextmanager
+    def restored_on_exit(self) -> Iterator[None]:
+        """Leaving the outermost of nested ``with`` statements restores the weights."""
+        self._contexts += 1
+        try:
+            yield
+        finally:
+            self._contexts -= 1
+            if not self._contexts:
+                self.restore()
+
+    def snapshot(self) -> Snapshot:
+        """What the host knows now, to be given to :meth:`reinstate` later."""
+        return Snapshot(self.is_perturbed, dict(self.weights), list(self._saved))
+
+    def reinstate(self, snapshot: Snapshot) -> None:
+        """Know what was known then. The caller has seen to it that it is true of the weights."""
+        self.is_perturbed = snapshot.is_perturbed
+        self.weights, self._saved = dict(snapshot.weights), list(snapshot.saved)
+        (_in_use.add if self._saved else _in_use.discard)(self)
+
+    def forget(self) -> None:
+        """No parameter counts as perturbed any more; no weight is copied."""
+        self.reinstate(NOT_PERTURBED)
+
+    def _refuse_shared(self, params: Iterable[Tensor]) -> None:
+        for other in list(_in_use):
+            if other is not self and any(p in other.weights for p in params):
+                raise RuntimeError(
+                    "another AWP optimizer has perturbed these parameters: call second_step() or "
+                    "restore() on it first"
+                )
+
+    def _buffer(self, p: Tensor, part: Tensor) -> Tensor:
+        buffer = self.buffers.get(p)
+        if (
+            buffer is None
+            or buffer.dtype is not part.dtype
+            or buffer.shape != part.shape
+            or buffer.device != part.device
+        ):
+            with torch.inference_mode(False):  # a buffer outlives the mode it was made in
+                buffer = self.buffers[p] = torch.empty_like(part)
+        return buffer
+
+
+_in_use: weakref.WeakSet[WeightBackup] = weakref.WeakSet()
+"""To notice that two optimizers perturb the same parameters."""
+
+
+def _copy_(targets: list[Tensor], sources: list[Tensor], *, foreach: bool) -> None:
+    if foreach:
+        torch._foreach_copy_(targets, sources)
+    else:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def _copy_what_fits(params: list[Tensor], weights: list[Tensor]) -> list[str]:
+    """Copy w where the shape is still the same; return how the shapes of the others changed."""
+    changed = []
+    for p, w in zip(params, weights, strict=True):
+        if p.shape == w.shape:
+            p.copy_(w)
+        else:
+            changed.append(f"{tuple(w.shape)} -> {tuple(p.shape)}")
+    return changed

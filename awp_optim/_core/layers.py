@@ -1,0 +1,98 @@
+"""The weight tensors that one ascent moves, in lists that the arithmetic can take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from awp_optim._core.dtensors import Sharding, is_dtensor, local_like, local_part, sharding_of
+from awp_optim._core.settings import is_active
+
+__all__ = ["Layers", "collect_layers"]
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+@dataclass
+class Layers:
+    """Weight tensors of one parameter group with the same device, dtypes and sharding.
+
+    Attributes:
+        group: the parameter group, with AWP's settings.
+        foreach: whether ``torch._foreach_*`` may be used on them.
+        sharding: how they are spread over processes if they are DTensors.
+        params: the parameters.
+        parts: the parameters again or, for DTensors, the local parts.
+        directions: what to ascend along, shaped like ``parts``; empty if it is to be drawn.
+    """
+
+    group: dict[str, Any]
+    foreach: bool
+    sharding: Sharding | None
+    params: list[Tensor] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)
+    directions: list[Tensor] = field(default_factory=list)
+
+    def with_drawn_directions(self, generator: torch.Generator | None) -> Iterator[Layers]:
+        """One tensor at a time with a random direction: a draw takes the memory of its tensor."""
+        for p, part in zip(self.params, self.parts, strict=True):
+            draw = torch.empty_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+            draw.normal_(generator=generator)
+            yield Layers(self.group, self.foreach, self.sharding, [p], [part], [draw])
+
+
+def collect_layers(
+    groups: list[dict[str, Any]], along: Mapping[Tensor, Tensor] | None, *, foreach: bool | None
+) -> list[Layers]:
+    """The tensors to ascend, sorted by group, device, dtypes and sharding.
+
+    Left out are tensors of fewer than ``min_ndim`` dimensions, empty ones, and those that have
+    nothing to ascend along.
+
+    Args:
+        groups: parameter groups with AWP's settings.
+        along: directions by parameter; None for the gradients.
+        foreach: as in :class:`~awp_optim.AWP`.
+    """
+    found: dict[Any, Layers] = {}
+    for index, group in enumerate(groups):
+        if not is_active(group):
+            continue
+        for p, g in _directions(group, along):
+            part, sharding = p, None
+            if is_dtensor(p):
+                part, sharding = local_part(p), sharding_of(p)
+                g = None if g is None else local_like(g, p)
+            use_foreach = type(part) in _PLAIN_TENSORS if foreach is None else foreach
+            g_dtype = None if g is None else g.dtype
+            key = (index, part.device, part.dtype, g_dtype, use_foreach, sharding)
+            layers = found.get(key)
+            if layers is None:
+                layers = found[key] = Layers(group, use_foreach, sharding)
+            layers.params.append(p)
+            layers.parts.append(part)
+            if g is not None:
+                layers.directions.append(g)
+    return list(found.values())
+
+
+def _directions(
+    group: dict[str, Any], along: Mapping[Tensor, Tensor] | None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Each parameter to perturb with its direction, or None where that is to be drawn."""
+    unique = dict.fromkeys(group["params"])  # a parameter may be listed twice
+    params = [p for p in unique if p.ndim >= group["min_ndim"] and p.numel()]
+    if group["direction"] == "random":
+        return [(p, None) for p in params if p.requires_grad]
+    # An optimizer that maximizes is perturbed toward less of what it maximizes.
+    sign = -1 if along is None and group.get("maximize", False) else 1
+    found = ((p, p.grad if along is None else along.get(p)) for p in params)
+    return [(p, _dense(g) if sign == 1 else -_dense(g)) for p, g in found if g is not None]
+
+
+def _dense(g: Tensor) -> Tensor:
+    return g if g.layout is torch.strided else g.to_dense()

@@ -1,0 +1,105 @@
+"""Projected gradient ascent: the loop that FGSM, PGD and CW share."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from awp_optim.attacks.balls import Projection
+from awp_optim.attacks.base import BallAttack, Gradients, Model, ModelOracle
+from awp_optim.attacks.losses import Labels, Loss, check_loss, labels_of, loss_function
+
+
+class GradientAscentAttack(BallAttack):
+    """An attack that maximizes a loss by projected steepest ascent.
+
+    A subclass declares the fields below along with its own, implements :meth:`_search` with
+    :meth:`_ascend`, and says how many gradients it takes.
+
+    Attributes:
+        eps: radius of the ball, in the units of the input.
+        norm: "linf" or "l2".
+        loss: "ce", "kl", "cw", "dlr" (see :mod:`awp_optim.attacks.losses`), or a function
+            ``loss(logits, target) -> (N,)``.
+    """
+
+    loss: str | Loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_loss(self.loss)
+
+    def __repr__(self) -> str:
+        """As of any dataclass, with a function for the loss by its qualified name."""
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}  # type: ignore[arg-type]
+        parts = [f"{name}={_name(value)}" for name, value in settings.items()]
+        return f"{type(self).__qualname__}({', '.join(parts)})"
+
+    @property
+    def labels(self) -> Labels:
+        return labels_of(self.loss)
+
+    @property
+    @abstractmethod
+    def gradient_passes(self) -> int:
+        """How many gradients a call takes, if ``eps`` is positive."""
+
+    def with_weight_gradients(
+        self, model: Model, x: Tensor, y: Tensor | None, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Gradients]:
+        """Compute adversarial examples, and weight gradients in the attack's last backward pass.
+
+        These are gradients of the attack's loss, summed over the batch, at the input before the
+        last step and in the attack's ``model_mode``. They cost one backward pass to the weights; a
+        pass of its own at the adversarial examples costs a forward and a backward pass more.
+
+        Args:
+            model: as in :meth:`Attack.__call__`.
+            x: the same.
+            y: the same.
+            weights: tensors that require gradients, such as the model's parameters.
+
+        Returns:
+            The adversarial examples, and a gradient for each of ``weights``: None where the loss
+            does not depend on it, and everywhere if the attack takes no gradient (``eps=0``, no
+            steps).
+        """
+        with self._access(model, x, y) as oracle:
+            oracle.collect_weight_gradients(weights, in_pass=self.gradient_passes)
+            return self._attack(oracle), oracle.weight_gradients
+
+    def _target(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
+        """What the loss compares the logits with: the labels, or for "kl" the clean logits."""
+        if self.loss == "kl":
+            return oracle.logits(x)
+        assert y is not None  # checked: only "kl" needs no labels
+        return y
+
+    def _ascend(
+        self,
+        oracle: ModelOracle,
+        x_adv: Tensor,
+        target: Tensor,
+        project: Projection,
+        step_size: float,
+        steps: int,
+    ) -> Tensor:
+        """Eq. (14), ``steps`` times: steepest ascent by ``step_size``, projection.
+
+        In L_inf a step is eta_1 * sign(g), in L_2 it is eta_1 * g/|g|.
+        """
+        loss = loss_function(self.loss)
+        for _ in range(steps):
+            g = oracle.gradient(x_adv, loss, target)
+            x_adv = project(x_adv.add(self._ball.ascent(g), alpha=step_size))
+        return x_adv
+
+
+def _name(value: object) -> str:
+    if not callable(value):
+        return repr(value)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

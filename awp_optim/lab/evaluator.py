@@ -1,0 +1,136 @@
+"""Natural and robust accuracy of a model, as measured after the epochs of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awp_optim.attacks import Captured
+from awp_optim.attacks.base import in_mode
+from awp_optim.lab.config import PRECISIONS, Config
+from awp_optim.lab.data import ImageData
+from awp_optim.lab.distributed import TrainingRanks
+from awp_optim.lab.run_folder import Row
+from awp_optim.lab.training_set import as_inputs
+
+__all__ = ["Evaluator", "measure"]
+
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Images = tuple[Tensor, Tensor]
+
+
+class Evaluator:
+    """Measures a run's model on training, test and held-out images.
+
+    Args:
+        config: the run's settings.
+        data: the images it trains on, and the test set.
+        held_out: the images to pick the best epoch on, if it has some of its own.
+        ranks: the processes that share every batch.
+    """
+
+    def __init__(
+        self, config: Config, data: ImageData, held_out: Images | None, ranks: TrainingRanks
+    ) -> None:
+        shown = data.limit(min(config.train_eval, len(data.x_train)))
+        self._train = shown.x_train, shown.y_train
+        self._tested = {"test_": (data.x_test, data.y_test)}
+        if held_out:
+            self._tested["val_"] = held_out
+        attack = ranks.shared_attack(config.test_attack)
+        # What an attack on several ranks does depends on their shares, which a graph cannot see.
+        self._attack = Captured(attack, "auto" if ranks.world == 1 else False)
+        self._batch_size = 1000 if data.x_train.device.type == "cuda" else 128
+        self._autocast = PRECISIONS[config.precision]
+        self._ranks = ranks
+
+    def __call__(
+        self, model: nn.Module, average: nn.Module | None, before_batch: Callable[[], None]
+    ) -> Row:
+        """The metrics of the model and of its average.
+
+        Args:
+            model: in [0, 1] to logits.
+            average: its moving average, if there is one; its metrics are named ``ema_*``.
+            before_batch: called before each batch; an exception ends the evaluation.
+        """
+        start = time.perf_counter()
+
+        def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            before_batch()
+            return self._attack(net, x, y)
+
+        parts = [("train_", model, self._train)]
+        parts += [(name, model, images) for name, images in self._tested.items()]
+        if average:
+            parts += [(f"ema_{name}", average, images) for name, images in self._tested.items()]
+        row: Row = {}
+        for name, net, (x, y) in parts:
+            row |= measure(
+                net,
+                x,
+                y,
+                attack,
+                name,
+                batch_size=self._batch_size,
+                autocast=self._autocast,
+                ranks=self._ranks,
+            )
+        row["eval_seconds"] = time.perf_counter() - start
+        return row
+
+
+def measure(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: Attack,
+    prefix: str = "",
+    *,
+    batch_size: int = 128,
+    autocast: torch.dtype | None = None,
+    ranks: TrainingRanks | None = None,
+) -> Row:
+    """Natural and robust loss and accuracy of ``model`` in eval mode.
+
+    Args:
+        model: maps images in [0, 1] to logits; its modules keep the modes they are in.
+        x: uint8 images, shape (N, C, H, W).
+        y: labels, shape (N,).
+        attack: makes the adversarial examples for the robust metrics.
+        prefix: put before the names.
+        batch_size: images at a time.
+        autocast: dtype to run the forward passes in; None for the model's own.
+        ranks: processes that share every batch; None for those of the default group.
+
+    Returns:
+        ``natural_loss``, ``natural_acc``, ``robust_loss``, ``robust_acc``; accuracies in [0, 1].
+    """
+    ranks = ranks or TrainingRanks()
+    sums = torch.zeros(4, device=x.device, dtype=torch.float64)
+    # Autocast's cache of cast weights is off, since a captured attack would keep reading from it.
+    precision = torch.autocast(
+        x.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+    )
+    with in_mode(model, "eval"), precision:
+        for batch in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+            images, labels = ranks.shard(*batch)
+            inputs = as_inputs(images)
+            adversarial = attack(model, inputs, labels)
+            if ranks.own:
+                sums += torch.cat([_totals(model, z, labels) for z in (inputs, adversarial)])
+    names = ("natural_loss", "natural_acc", "robust_loss", "robust_acc")
+    means = (ranks.sum(sums) / len(x)).tolist()
+    return {prefix + name: value for name, value in zip(names, means, strict=True)}
+
+
+@torch.no_grad()
+def _totals(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The summed cross-entropy, and how many are classified correctly; float64, shape (2,)."""
+    logits = model(x)
+    loss = F.cross_entropy(logits, y, reduction="sum")
+    return torch.stack([loss.double(), (logits.argmax(1) == y).sum().double()])

@@ -1,0 +1,206 @@
+"""Loss landscapes of checkpoints in run folders, measured once and kept on disk point by point."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from awp_optim.attacks import PGD
+from awp_optim.attacks.captured import attack_id
+from awp_optim.lab.data import ImageData
+from awp_optim.lab.loading import from_checkpoint
+from awp_optim.lab.reports.runs import Run
+from awp_optim.lab.reports.tables import radius
+from awp_optim.landscape import (
+    LossCurve,
+    LossSurface,
+    awp_direction,
+    filter_normalized_direction,
+    loss_curve,
+    loss_surface,
+    rwp_direction,
+)
+
+__all__ = ["Landscapes", "Measuring", "file_name"]
+
+Direction = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How landscapes are measured.
+
+    Attributes:
+        alphas: distances along a direction.
+        grid: distances along each of the two directions of a surface.
+        gammas: sizes of perturbations along AWP's and RWP's directions, above 0.
+        directions: random directions of a curve.
+        at: the distance at which curves are compared in numbers.
+        limit: the most training images to use; None for all that the run had.
+        steps: of the attack; None for as many as in the run's training.
+        batch_size: images at a time.
+        recompute_bn: as for :func:`~awp_optim.landscape.loss_curve`.
+        seed: of directions and attacks.
+        device: where the models are.
+        data_dir: of the images, as for :func:`~awp_optim.lab.data.load`.
+    """
+
+    alphas: tuple[float, ...]
+    grid: tuple[float, ...]
+    gammas: tuple[float, ...]
+    directions: int
+    at: float
+    limit: int | None = None
+    steps: int | None = None
+    batch_size: int = 128
+    recompute_bn: bool = False
+    seed: int = 0
+    device: str = "cpu"
+    data_dir: Path | None = None
+
+
+class Landscapes:
+    """Measures landscapes of checkpoints. A point that is on disk is not measured again.
+
+    Args:
+        how: the settings.
+        states: a folder for the points, a file for each checkpoint and way of measuring.
+        announce: called with a line about each measurement before it begins.
+    """
+
+    def __init__(
+        self, how: Measuring, states: Path, announce: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.how = how
+        self._states = states
+        self._announce = announce
+        self._images: dict[str, ImageData] = {}
+        self._digests: dict[Path, str] = {}
+        states.mkdir(parents=True, exist_ok=True)
+
+    def curve(
+        self,
+        run: Run,
+        checkpoint: Path | None = None,
+        *,
+        directions: int | None = None,
+        pregenerated: bool = False,
+    ) -> LossCurve:
+        """The landscape along random filter-normalized directions.
+
+        Args:
+            run: whose images and threat are used.
+            checkpoint: of the run; None for its last.
+            directions: how many; None for as many as the settings say.
+            pregenerated: as for :func:`~awp_optim.landscape.loss_curve`.
+        """
+        file = checkpoint or run.last_checkpoint()
+        model = self.model(run, file)
+        random = self._random_directions(model, directions or self.how.directions)
+        self._announce(f"{run.path.name}, {file.name}: {len(random)} x {len(self.how.alphas)}")
+        settings = self._settings(run, file, "pregenerated" if pregenerated else "")
+        data, attack = self.images(run), self.attack(run)
+        return loss_curve(
+            model, data, attack, self.how.alphas, random, pregenerated=pregenerated, **settings
+        )
+
+    def surface(self, run: Run, checkpoint: Path | None = None) -> LossSurface:
+        """The landscape on a plane of two such directions."""
+        file = checkpoint or run.last_checkpoint()
+        model, grid = self.model(run, file), self.how.grid
+        plane = self._random_directions(model, 2)
+        self._announce(f"{run.path.name}, {file.name}: surface, {len(grid)} x {len(grid)}")
+        settings = self._settings(run, file)
+        return loss_surface(
+            model, self.images(run), self.attack(run), grid, grid, plane, **settings
+        )
+
+    def perturbed(self, run: Run) -> dict[str, LossCurve]:
+        """The last checkpoint's loss by gamma, along AWP's direction and along random ones."""
+        file = run.last_checkpoint()
+        model, data, attack = self.model(run, file), self.images(run), self.attack(run)
+        self._announce(f"{run.path.name}, {file.name}: AWP's and RWP's perturbations")
+        batch_size, seed = self.how.batch_size, self.how.seed
+        directions = {
+            "AWP": [awp_direction(model, data, attack, batch_size=batch_size, seed=seed)],
+            "RWP": self._random_directions(model, self.how.directions, rwp_direction),
+        }
+        settings = self._settings(run, file)
+        return {
+            kind: loss_curve(model, data, attack, self.how.gammas, of_kind, **settings)
+            for kind, of_kind in directions.items()
+        }
+
+    def model(self, run: Run, checkpoint: Path) -> nn.Module:
+        """The network of a checkpoint, in eval mode on the device."""
+        channels = self._all_images(run).in_channels
+        return from_checkpoint(checkpoint, in_channels=channels).to(self.how.device)
+
+    def images(self, run: Run) -> tuple[Tensor, Tensor]:
+        """The run's training images, at most ``limit`` of them, in [0, 1], and their labels."""
+        data, how = self._all_images(run), self.how
+        if how.limit is not None and how.limit < len(data.x_train):
+            data = data.limit(how.limit)
+        return data.x_train.to(how.device).float() / 255, data.y_train.to(how.device)
+
+    def attack(self, run: Run) -> PGD:
+        """PGD on the cross-entropy under the run's threat, whatever the method, as in Section 3."""
+        config = run.config
+        steps = self.how.steps or config.train_steps
+        return PGD(config.eps, config.step_size, steps, norm=config.norm)
+
+    def describe(self, run: Run) -> str:
+        """What is measured and how, for a caption."""
+        total = len(self._all_images(run).x_train)
+        n = total if self.how.limit is None else min(self.how.limit, total)
+        share = f"{n} training images" if n == total else f"{n} of {total} training images"
+        threat = f"{run.config.norm} eps {radius(run.config.eps)}"
+        return (
+            f"{run.task}; {share}, PGD-{self.attack(run).steps} at {threat}, run again for every"
+            " perturbed model"
+        )
+
+    def _all_images(self, run: Run) -> ImageData:
+        key = repr([run.about.get(k) for k in ("dataset", "train_images", "test_images")])
+        if key not in self._images:
+            self._images[key] = run.images(self.how.data_dir)
+        return self._images[key]
+
+    def _random_directions(
+        self,
+        model: nn.Module,
+        count: int,
+        draw: Callable[..., Direction] = filter_normalized_direction,
+    ) -> list[Direction]:
+        """Directions made of the same random numbers for every model."""
+        seeds = range(self.how.seed, self.how.seed + count)
+        return [draw(model, torch.Generator().manual_seed(seed)) for seed in seeds]
+
+    def _settings(self, run: Run, checkpoint: Path, kind: str = "") -> dict[str, Any]:
+        """The options of a measurement, among them the file for its points."""
+        how = self.how
+        if checkpoint not in self._digests:
+            self._digests[checkpoint] = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        options = {"batch_size": how.batch_size, "recompute_bn": how.recompute_bn, "seed": how.seed}
+        # The file is named for what is measured: of a checkpoint, its content.
+        what = [self._digests[checkpoint], kind, attack_id(self.attack(run)), how.limit]
+        device = torch.device(how.device).type
+        key = hashlib.sha256(repr([*what, options, device]).encode()).hexdigest()[:12]
+        name = f"{file_name(run.path.name)}-{checkpoint.stem}-{key}.jsonl"
+        return {**options, "state": self._states / name}
+
+
+def file_name(text: str) -> str:
+    """A label as (part of) a file's name.
+
+    >>> file_name("AT-RWP, gamma 0.3")
+    'at-rwp-gamma-0.3'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-") or "run"
