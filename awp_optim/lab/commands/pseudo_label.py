@@ -37,9 +37,8 @@ __all__ = ["Options", "main"]
 
 HELP = """Label images with a classifier, for robust self-training (RST, Carmon et al., 2019).
 
-Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, x or data of an .npz file, or data of
-a pickle like that of the 500K TinyImages. If the file holds labels as well (y), the share that
-agrees is printed. The classifier is a checkpoint of awp train, a state dict with --arch, or what a
+Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If the file
+holds labels as well (y), the share that agrees is printed. The classifier is a checkpoint of awp train, a state dict with --arch, or what a
 function of your own returns (--model MODULE:FUNCTION: this runs that code).
 """
 
@@ -51,7 +50,7 @@ class Options:
     """What ``awp pseudo-label`` is asked for."""
 
     images: Path
-    """The images, .npy, .npz or pickle."""
+    """The images, .npy or .npz."""
     out: Path
     """The .npz file to write: x and y."""
     checkpoint: Annotated[Path | None, CLASSIFIER] = None

@@ -73,7 +73,7 @@ class Options:
     threat: Threat | None = None
     """Norm, eps and step size of the paper's threat model."""
     unlabeled: Path | None = None
-    """Images with pseudo-labels: the pickle of 500K TinyImages, or an .npz file."""
+    """Images with pseudo-labels, an .npz file."""
     labeled: Positive | None = None
     """Keep the labels of this many training images; a classifier labels the others."""
     init: Path | None = None
