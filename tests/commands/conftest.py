@@ -8,13 +8,12 @@ import sys
 from typing import NamedTuple
 
 import pytest
-
-for package in ("matplotlib", "rich", "sklearn", "tyro"):
-    pytest.importorskip(package)
-
 import torch
 
 from awp_optim.cli import main
+
+for package in ("matplotlib", "rich", "sklearn", "tyro"):
+    pytest.importorskip(package)
 
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads of several processes wait for each other
 

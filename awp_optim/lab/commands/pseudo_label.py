@@ -37,9 +37,10 @@ __all__ = ["Options", "main"]
 
 HELP = """Label images with a classifier, for robust self-training (RST, Carmon et al., 2019).
 
-Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If the file
-holds labels as well (y), the share that agrees is printed. The classifier is a checkpoint of awp train, a state dict with --arch, or what a
-function of your own returns (--model MODULE:FUNCTION: this runs that code).
+Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If the
+file holds labels as well (y), the share that agrees is printed. The classifier is a checkpoint of
+awp train, a state dict with --arch, or what a function of your own returns (--model
+MODULE:FUNCTION: this runs that code).
 """
 
 CLASSIFIER = tyro.conf.create_mutex_group(required=True, title="classifier")
