@@ -1,16 +1,16 @@
-"""What adversarial training minimises, as functions of logits.
+"""Training losses of adversarial training, as functions of logits.
 
-Lower-case functions are the losses, means over the batch, differentiable in all their logits. The
-classes of the same name in capitals bundle a loss with its settings and with what a training step
-must know about it. Every one is a value: equal if its settings are.
+The lower-case functions are means over the batch, differentiable in all their logits. The classes
+with the same names in capitals bundle a loss with its settings and with what a training step must
+know about it. They are values: equal if their settings are.
 
-Labels are class indices, int64 of shape (N,), or the classes' probabilities, a floating tensor of
-shape (N, C), as mixup gives them. Their loss is the expectation, ``sum_k y_k loss(k)``.
+Labels are class indices, int64 of shape (N,), or class probabilities, floating-point of shape
+(N, C), as mixup gives them. The loss of probabilities is the expectation, ``sum_k y_k loss(k)``.
 
-Label smoothing s replaces y by ``(1 - s) y + s / C`` in the loss's cross-entropy -log p_y alone
-(Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR 2016; in
+Label smoothing s replaces y by ``(1 - s) y + s / C`` in the cross-entropy term -log p_y and nowhere
+else (Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR 2016; in
 adversarial training: Pang et al., "Bag of tricks for adversarial training", ICLR 2021,
-https://arxiv.org/abs/2010.00467). What an attack climbs is not smoothed.
+https://arxiv.org/abs/2010.00467). The loss that the attack maximizes is not smoothed.
 """
 
 from __future__ import annotations
@@ -26,23 +26,22 @@ __all__ = ["AT", "MART", "TRADES", "Objective", "at", "mart", "trades"]
 
 
 def at(logits_adv: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of adversarial examples: Eq. (1) of the paper with Madry et al.'s loss.
+    """Cross-entropy of adversarial examples: Eq. (1) of the paper with the loss of Madry et al.
 
     Args:
         logits_adv: shape (N, C), the logits at the adversarial examples.
-        y: shape (N,), class indices; or shape (N, C), probabilities.
-        label_smoothing: of the cross-entropy, in [0, 1).
+        y: class indices, shape (N,), or probabilities, shape (N, C).
+        label_smoothing: applied to the cross-entropy, in [0, 1).
 
     Returns:
         A scalar, the mean over the batch.
 
     Raises:
-        ValueError: the probabilities do not have the shape of the logits, or ``label_smoothing`` is
-            out of its range.
+        ValueError: probabilities do not have the shape of the logits, or ``label_smoothing`` is out
+            of range.
 
-    Example:
-        >>> at(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
-        tensor(0.6931)
+    >>> at(torch.zeros(3, 2), torch.tensor([0, 1, 1]))
+    tensor(0.6931)
     """
     return _cross_entropy(logits_adv, y, label_smoothing)
 
@@ -60,9 +59,9 @@ def trades(
     Args:
         logits_adv: shape (N, C), at the adversarial examples x'.
         logits_nat: shape (N, C), at the natural examples x.
-        y: shape (N,), class indices; or shape (N, C), probabilities.
+        y: class indices, shape (N,), or probabilities, shape (N, C).
         beta: weight of robustness against natural accuracy, >= 0.
-        label_smoothing: of the cross-entropy, in [0, 1).
+        label_smoothing: applied to the cross-entropy, in [0, 1).
 
     Returns:
         A scalar, the mean over the batch.
@@ -85,14 +84,14 @@ def mart(
     """MART (Wang et al., 2020), Eq. (3): ``BCE(f(x'), y) + lam KL(f(x) || f(x')) (1 - f(x)_y)``.
 
     The boosted cross-entropy is ``BCE = -log p_y - log(1 - max_{k != y} p_k)`` with p = f(x'),
-    computed from log-probabilities, so that it stays finite where p_k rounds to 1.
+    computed from log-probabilities, so that it is finite where p_k rounds to 1.
 
     Args:
         logits_adv: shape (N, C), C >= 2, at the adversarial examples x'.
         logits_nat: shape (N, C), at the natural examples x.
-        y: shape (N,), class indices; or shape (N, C), probabilities.
+        y: class indices, shape (N,), or probabilities, shape (N, C).
         lam: weight of the divergence, >= 0.
-        label_smoothing: of -log p_y alone, in [0, 1).
+        label_smoothing: applied to -log p_y, in [0, 1).
 
     Returns:
         A scalar, the mean over the batch.
@@ -101,44 +100,49 @@ def mart(
         ValueError: as for :func:`at`.
     """
     _check_smoothing(label_smoothing)
-    y = _labels(y, logits_adv)
+    y = _checked(y, logits_adv)
     log_p, p_nat = F.log_softmax(logits_adv, 1), F.softmax(logits_nat, 1)
     if y.is_floating_point():
         cross_entropy = -(y * log_p).sum(1)
-        # The rival of the top class is the second; of every other class it is the top one.
-        first_two = log_p.topk(2, dim=1).indices
-        top, second = first_two[:, :1], first_two[:, 1:]
-        of_top, of_others = y.gather(1, top).squeeze(1), y.scatter(1, top, 0).sum(1)
-        log_rest = of_top * _log_rest(log_p, second) + of_others * _log_rest(log_p, top)
-        unsure = (y * (1 - p_nat)).sum(1)
+        # The rival of the top class is the second one; that of every other class is the top one.
+        top, second = torch.split(log_p.topk(2, dim=1).indices, 1, dim=1)
+        y_top, y_others = y.gather(1, top).squeeze(1), y.scatter(1, top, 0).sum(1)
+        log_rest = y_top * _log_rest(log_p, second) + y_others * _log_rest(log_p, top)
+        doubt = (y * (1 - p_nat)).sum(1)
     else:
         cross_entropy = F.nll_loss(log_p, y, reduction="none")
         is_y = F.one_hot(y, log_p.shape[1]).bool()
         rival = log_p.masked_fill(is_y, -torch.inf).argmax(1, keepdim=True)
         log_rest = _log_rest(log_p, rival)
-        unsure = 1 - p_nat.gather(1, y[:, None]).squeeze(1)
+        doubt = 1 - p_nat.gather(1, y[:, None]).squeeze(1)
     if label_smoothing:
         cross_entropy = (1 - label_smoothing) * cross_entropy - label_smoothing * log_p.mean(1)
-    return (cross_entropy - log_rest + lam * _kl(logits_nat, logits_adv) * unsure).mean()
+    return (cross_entropy - log_rest + lam * _kl(logits_nat, logits_adv) * doubt).mean()
 
 
 def _log_rest(log_p: Tensor, k: Tensor) -> Tensor:
-    """log(1 - p_k), as the log of what all other classes have together; k of shape (N, 1)."""
+    """log(1 - p_k) for class indices k of shape (N, 1), as the log of the other classes' sum."""
     return log_p.scatter(1, k, -torch.inf).logsumexp(1)
 
 
 def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
     _check_smoothing(label_smoothing)
-    return F.cross_entropy(logits, _labels(y, logits), label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, _checked(y, logits), label_smoothing=label_smoothing)
 
 
-def _labels(y: Tensor, logits: Tensor) -> Tensor:
-    """Class indices as they are; probabilities in the dtype of the logits, float32 at least."""
+def _kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """KL(p || q) of each example, shape (N,)."""
+    log_p, log_q = F.log_softmax(logits_p, 1), F.log_softmax(logits_q, 1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def _checked(y: Tensor, logits: Tensor) -> Tensor:
+    """Class indices unchanged; probabilities in the dtype of the logits, but float32 at least."""
     if not y.is_floating_point():
         return y
     if y.shape != logits.shape:
         raise ValueError(
-            f"y is floating-point, so it must hold the classes' probabilities, the shape of the"
+            f"y is floating-point, so it must hold class probabilities, with the shape of the"
             f" logits, {tuple(logits.shape)}, got shape {tuple(y.shape)}; class indices must be"
             f" integers, y.long()"
         )
@@ -150,28 +154,18 @@ def _check_smoothing(label_smoothing: float) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
 
 
-def _kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """KL(p || q) of each example, shape (N,)."""
-    log_p, log_q = F.log_softmax(logits_p, 1), F.log_softmax(logits_q, 1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
-
-
 class Objective(Protocol):
     """A loss of the logits at adversarial and, where it needs them, at natural examples."""
 
     needs_natural: ClassVar[bool]
-    """Whether the loss also looks at the logits of the unperturbed inputs."""
+    """Whether the loss uses the logits at the natural examples."""
 
     def __call__(self, logits_adv: Tensor, logits_nat: Tensor | None, y: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class AT:
-    """Adversarial training (Madry et al., 2018): cross-entropy of adversarial examples.
-
-    Raises:
-        ValueError: ``label_smoothing`` is not in [0, 1).
-    """
+    """Adversarial training (Madry et al., 2018): see :func:`at` for the settings."""
 
     label_smoothing: float = 0.0
 
@@ -187,11 +181,7 @@ class AT:
 
 @dataclass(frozen=True)
 class TRADES:
-    """TRADES: natural cross-entropy and the divergence that its attack maximises, Eq. (16).
-
-    Raises:
-        ValueError: ``label_smoothing``, of the natural cross-entropy, is not in [0, 1).
-    """
+    """TRADES, whose attack maximizes the divergence, Eq. (16): see :func:`trades`."""
 
     beta: float = 6.0
     label_smoothing: float = 0.0
@@ -210,11 +200,7 @@ class TRADES:
 
 @dataclass(frozen=True)
 class MART:
-    """MART: misclassified examples weigh more; its attack maximises cross-entropy, Eq. (17).
-
-    Raises:
-        ValueError: ``label_smoothing``, of -log p_y alone, is not in [0, 1).
-    """
+    """MART, which weights misclassified examples; its attack is that of AT: see :func:`mart`."""
 
     lam: float = 6.0
     label_smoothing: float = 0.0

@@ -23,8 +23,8 @@ class Recording(TorchDispatchMode):
     """Repeats the operations it saw, on the memory it saw, as a CUDA graph does.
 
     Whatever the host decided or knew while recording stays as it was: numbers that are no tensors,
-    branches, state kept in Python. As under a capture, nothing has happened once it is over: what
-    the operations wrote is put back.
+    branches, state kept in Python. As after a capture, nothing has been computed once it is over:
+    what the operations wrote is put back.
     """
 
     def __init__(self):
@@ -41,8 +41,9 @@ class Recording(TorchDispatchMode):
             if storage.data_ptr() not in self._created | self._before.keys():
                 self._before[storage.data_ptr()] = storage, storage.clone()
         out = func(*args, **kwargs)
+        # .data, because a replay that writes to it is unknown to autograd's version counters.
         own, (args, kwargs) = (
-            tree_map_only(torch.Tensor, torch.Tensor.detach, t) for t in (out, (args, kwargs))
+            tree_map_only(torch.Tensor, lambda t: t.data, t) for t in (out, (args, kwargs))
         )
         old = {t.untyped_storage().data_ptr() for t in leaves}
         new = [t for t in tree_flatten(own)[0] if isinstance(t, torch.Tensor)]

@@ -1,7 +1,7 @@
 """What must hold on every device; on a GPU as soon as there is one (marked gpu).
 
-The meta device stands in for an accelerator where there is none: it computes nothing, so that any
-look at a value from the host is an error there.
+The meta device stands in for an accelerator where there is none: it computes nothing, so that
+reading a value on the host is an error there.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ strict_devices = pytest.mark.parametrize("device", ["meta", CUDA])
 
 
 @contextmanager
-def no_synchronisation(device):
-    """Inside, a host synchronisation is an error; on the meta device it always is."""
+def no_synchronization(device):
+    """Inside, a host synchronization is an error; on the meta device it always is."""
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
@@ -61,7 +61,7 @@ def no_synchronisation(device):
 @strict_devices
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-@pytest.mark.parametrize("direction", ["gradient", "momentum", "random"])
+@pytest.mark.parametrize("direction", ["gradient", "random"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_two_steps_read_nothing_back(device, foreach, norm, direction, dtype):
     params = [nn.Parameter(torch.empty(s, device=device, dtype=dtype)) for s in [(3, 4), (5,)]]
@@ -69,7 +69,7 @@ def test_the_two_steps_read_nothing_back(device, foreach, norm, direction, dtype
     opt = AWP(params, SGD, ascent_steps=2, lr=0.1, momentum=0.9, **settings)
     for p in params:
         p.grad = torch.empty_like(p)
-    with no_synchronisation(device):
+    with no_synchronization(device):
         for _ in range(2):
             opt.first_step()
             opt.first_step()
@@ -83,16 +83,14 @@ def test_the_two_steps_read_nothing_back(device, foreach, norm, direction, dtype
 @pytest.mark.parametrize("loss", ["ce", "kl", "cw", "dlr"])
 def test_attacks_read_nothing_back(device, norm, loss):
     model, (x, y) = network().to(device), batch(device)
-    with no_synchronisation(device):
+    with no_synchronization(device):
         PGD(norm=norm, loss=loss, steps=2, restarts=2)(model, x, y)
         if loss != "kl":
             FGSM(norm=norm, loss=loss)(model, x, y)
 
 
 @strict_devices
-@pytest.mark.parametrize(
-    "kwargs", [None, {}, {"ascent": "attack"}, {"ascent": "momentum"}, {"interval": 2}]
-)
+@pytest.mark.parametrize("kwargs", [None, {}, {"ascent": "attack"}])
 @pytest.mark.parametrize("cuda_graph", [False, "auto"])
 def test_a_step_reads_nothing_back(device, kwargs, cuda_graph):
     model, (x, y) = network().to(device), batch(device)
@@ -100,14 +98,14 @@ def test_a_step_reads_nothing_back(device, kwargs, cuda_graph):
     opt = make(model.parameters(), lr=0.1, momentum=0.9)
     settings = {"clip_grad_norm": 1.0, "cuda_graph": cuda_graph, **(kwargs or {})}
     step = AdversarialStep(model, opt, PGD(steps=2), **settings)
-    with no_synchronisation(device):
-        for _ in range(8):  # until it is replayed
+    with no_synchronization(device):
+        for _ in range(8):  # several of them replays
             step(x, y)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_both_implementations_agree_and_the_centre_comes_back(device, dtype):
+def test_both_implementations_agree_and_restore_the_weights(device, dtype):
     torch.manual_seed(0)
     weights = [torch.randn(s).to(device, dtype) for s in [(30, 40), (2, 3, 3, 3)]]
     grads = [[torch.randn(w.shape).to(device, dtype) for w in weights] for _ in range(3)]
@@ -135,7 +133,7 @@ def test_gradscaler_with_half_precision_autocast(device, overflow):
     model, (x, y) = network(device), batch(device)
     opt = AWP(model.parameters(), SGD, gamma=0.02, lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler(device, init_scale=256.0)
-    centre = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model.state_dict())
 
     def backward(number):
         with torch.autocast(device, torch.float16 if device == "cuda" else torch.bfloat16):
@@ -150,20 +148,21 @@ def test_gradscaler_with_half_precision_autocast(device, overflow):
     scaler.step(opt)
     scaler.update()
     assert not opt.is_perturbed
-    same = [torch.equal(p, centre[n]) for n, p in model.named_parameters()]
-    assert all(same) if overflow else not any(same)
-    assert len(opt.state) == (0 if overflow else 5)
+    same = [torch.equal(p, before[n]) for n, p in model.named_parameters()]
+    is_skipped = 2 in overflow  # an overflow in the ascent gives v = 0 and skips nothing
+    assert all(same) if is_skipped else not any(same)
+    assert len(opt.state) == (0 if is_skipped else 5)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_a_checkpoint_moves_between_devices(device):
-    data = batch()
-    model = network()
+    data = batch(dtype=torch.float64)  # on a GPU, float32 convolutions may compute in TF32
+    model = network(dtype=torch.float64)
     opt = AWP(model.parameters(), SGD, gamma=0.02, lr=0.1, momentum=0.9)
     step = AdversarialStep(model, opt, PGD(steps=2, random_start=False))
     for _ in range(3):
         step(*data)
-    other = network(device)
+    other = network(device, torch.float64)
     other.load_state_dict(model.state_dict())
     twin = AWP(other.parameters(), SGD, gamma=0.5, lr=0.9, momentum=0.1)
     twin.load_state_dict(copy.deepcopy(opt.state_dict()))
@@ -173,19 +172,19 @@ def test_a_checkpoint_moves_between_devices(device):
         step(*data)
         twin_step(*(t.to(device) for t in data))
     for a, b in zip(model.parameters(), other.parameters()):
-        torch.testing.assert_close(a, b.cpu(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b.cpu(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_several_devices_in_one_optimizer():
     params = [nn.Parameter(torch.randn(4, 4, device=d)) for d in ("cpu", "cuda")]
-    centre = [p.detach().clone() for p in params]
+    weights = [p.detach().clone() for p in params]
     opt = AWP(params, SGD, gamma=0.1, lr=0.1)
     for p in params:
         p.grad = torch.randn_like(p)
     opt.first_step()
-    for p, c in zip(params, centre):
-        torch.testing.assert_close((p.detach() - c).norm(), 0.1 * c.norm())
+    for p, w in zip(params, weights):
+        torch.testing.assert_close((p.detach() - w).norm(), 0.1 * w.norm())
     opt.restore()
-    assert all(torch.equal(p, c) for p, c in zip(params, centre))
+    assert all(torch.equal(p, w) for p, w in zip(params, weights))

@@ -180,7 +180,7 @@ def test_commands_exist():
     text = "\n".join(PAGES.values())
     for script in set(re.findall(r"(examples/\w+\.py|benchmarks/\w+\.py)", text)):
         assert (ROOT / script).exists(), script
-    for module in set(re.findall(r"-m (benchmarks[\w.]+)", text)):
+    for module in set(re.findall(r"-m ((?:benchmarks|awp_optim)[\w.]+)", text)):
         assert importlib.util.find_spec(module), module
     commands = pytest.importorskip("awp_optim.cli").COMMANDS
     for command in set(re.findall(r"^    awp ([\w-]+)", text, re.M)):

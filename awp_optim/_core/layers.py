@@ -82,21 +82,17 @@ def collect_layers(
 
 def _directions(
     group: dict[str, Any], along: Mapping[Tensor, Tensor] | None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+) -> list[tuple[Tensor, Tensor | None]]:
     """Each parameter to perturb with its direction, or None where that is to be drawn."""
-    is_random, min_ndim = group["direction"] == "random", group["min_ndim"]
+    unique = dict.fromkeys(group["params"])  # a parameter may be listed twice
+    params = [p for p in unique if p.ndim >= group["min_ndim"] and p.numel()]
+    if group["direction"] == "random":
+        return [(p, None) for p in params if p.requires_grad]
     # An optimizer that maximizes is perturbed toward less of what it maximizes.
-    is_reversed = along is None and group.get("maximize", False)
-    for p in dict.fromkeys(group["params"]):  # once, even if it is listed twice
-        if p.ndim < min_ndim or p.numel() == 0:
-            continue
-        if is_random:
-            if p.requires_grad:
-                yield p, None
-            continue
-        g = p.grad if along is None else along.get(p)
-        if g is None:
-            continue
-        if g.layout is not torch.strided:
-            g = g.to_dense()
-        yield p, -g if is_reversed else g
+    sign = -1 if along is None and group.get("maximize", False) else 1
+    found = ((p, p.grad if along is None else along.get(p)) for p in params)
+    return [(p, _dense(g) if sign == 1 else -_dense(g)) for p, g in found if g is not None]
+
+
+def _dense(g: Tensor) -> Tensor:
+    return g if g.layout is torch.strided else g.to_dense()

@@ -1,4 +1,4 @@
-"""Functions of tensors replayed as CUDA graphs: one launch instead of thousands.
+"""A cache of CUDA graphs: functions of tensors replayed with one launch instead of thousands.
 
 A graph repeats the kernels it saw with the addresses and the numbers it saw. What may change from
 call to call must therefore come in as a tensor, and whatever else decides which kernels run, and
@@ -7,115 +7,67 @@ where, must be in the key of the call: each key has a graph of its own.
 
 from __future__ import annotations
 
-import contextlib
-import random
-import sys
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["CaptureError", "Graphs", "as_key", "module_key"]
+from awp_optim._cuda_graphs.capture import (
+    CaptureError,
+    CudaRecorder,
+    Recorder,
+    Tensors,
+    host_random_state,
+    is_only_thread,
+)
+from awp_optim._cuda_graphs.keys import surroundings
 
-Tensors = tuple[Tensor, ...]
+__all__ = ["MAX_GRAPHS", "RECORDERS", "WARMUP", "CaptureError", "Graphs", "HostState"]
 
 WARMUP = 2
-"""Calls run as they are before a key's graph is captured: libraries choose kernels meanwhile."""
+"""Calls run eagerly before a key's graph is captured: libraries choose kernels meanwhile."""
 MAX_GRAPHS = 8
-"""Graphs kept; the one unused for longest is dropped."""
-
-
-class CaptureError(RuntimeError):
-    """What was to become a graph cannot be one."""
-
-
-class Recorder(Protocol):
-    """How one type of device captures."""
-
-    def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
-        """Run the function as it is."""
-
-    def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
-        """Record the function's kernels without running them.
-
-        Returns:
-            The tensors that a replay writes, and what replays.
-        """
-
-
-class CudaRecorder:
-    """CUDA graphs, all in one memory pool, warmed up and captured on one side stream.
-
-    The graphs of a pool overwrite each other's memory. So nothing may be kept there from one call
-    to the next: :class:`Graphs` copies what goes in and what comes out.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream):
-                return function()
-        finally:  # after an error, too: the caller will bring its weights home
-            current.wait_stream(self._stream)
-
-    def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        # Not "global": the threads of a data loader may go on with pinning memory.
-        capture = torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        )
-        sync_debug_mode = torch.cuda.get_sync_debug_mode()
-        try:
-            # The stream once more: older versions do not leave theirs if ending the capture fails.
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream), capture:
-                # Code that reads from the device then fails before it spoils the capture.
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    outputs = function()
-                finally:
-                    torch.cuda.set_sync_debug_mode(sync_debug_mode)
-        except BaseException:
-            self._recover()
-            raise
-        return outputs, graph.replay
-
-    def _recover(self) -> None:
-        """After a spoiled capture the generator and the allocator may think it still goes on."""
-        pool, self._pool = self._pool, torch.cuda.graph_pool_handle()
-        with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(self._device.index, pool)
-        # Ending a capture in order is what resets the generator.
-        orderly = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream)
-        with contextlib.suppress(Exception), torch.cuda.device(self._device), orderly:
-            torch.zeros(1, device=self._device)
-
+"""Graphs kept; the least recently used is dropped."""
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
 """How to capture, by type of device; on others there are no graphs."""
 
 
+class HostState:
+    """What a function changes on the host, beside its kernels; here nothing.
+
+    A replay runs the kernels alone. A subclass does the rest.
+    """
+
+    def prepare(self) -> None:
+        """Make ready for a capture."""
+
+    def save(self) -> Any:
+        """Return what the function has left on the host when it was captured."""
+
+    def load(self, saved: Any) -> None:
+        """Leave the same, before a replay."""
+
+    def reset(self) -> None:
+        """Undo what a capture that failed has left."""
+
+
 class Graphs:
-    """Calls a function, and from the third call of a kind on replays what it did.
+    """Calls a function, and from the third call with a key on replays what it did.
 
     Args:
-        mode: True, False, or "auto": graphs where the device has them, and the function as it is,
-            after one warning, where capturing fails.
+        mode: True, False, or "auto": graphs where the device has them; where capturing fails, one
+            warning and eager calls from then on.
         name: of the function, for messages.
 
     Attributes:
         is_recording: whether the function is running for its kernels to be recorded, not executed.
     """
 
-    def __init__(self, mode: bool | str, name: str) -> None:
+    def __init__(self, mode: bool | str, name: str) -> None:  # noqa: FBT001 -- as the caller's
         if mode not in (True, False, "auto"):
             raise ValueError(f"cuda_graph must be True, False or 'auto', got {mode!r}")
         self._mode = mode
@@ -123,7 +75,7 @@ class Graphs:
         self.is_recording = False
         self._recorders: dict[torch.device, Recorder] = {}
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._seen: Counter[Hashable] = Counter()
+        self._calls: Counter[int] = Counter()  # by the key's hash: a key keeps objects alive
 
     def applies_to(self, device: torch.device) -> bool:
         """Whether calls on this device are replayed.
@@ -138,7 +90,7 @@ class Graphs:
             )
         if self._mode is False or device.type not in RECORDERS:
             return False
-        # Inside a graph of the caller's own, or of a surrounding call, there can be no other.
+        # A capture under way, of the caller's or of a surrounding call, allows no other.
         return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
     def __call__(
@@ -146,10 +98,7 @@ class Graphs:
         function: Callable[..., Tensors],
         inputs: Sequence[Tensor],
         key: Hashable,
-        *,
-        keep: Callable[[], Any] = lambda: None,
-        before_replay: Callable[[Any], None] = lambda kept: None,
-        discard: Callable[[], None] = lambda: None,
+        host: HostState | None = None,
     ) -> Tensors:
         """``function(*inputs)``, by replay where that is possible.
 
@@ -157,14 +106,12 @@ class Graphs:
             function: takes tensors, returns a tuple of tensors. It must do the same for the same
                 ``key``, and keep nothing in memory that it allocates.
             inputs: on a device that :meth:`applies_to` is true of.
-            key: what decides which kernels run on which memory, but for the inputs' layout and
-                autocast, which are added.
-            keep: called once after a capture; what it returns lives as long as the graph.
-            before_replay: called with that before every replay.
-            discard: called after a capture that failed, to undo what the function did on the host.
+            key: what decides which kernels run on which memory, except for the inputs' layout and
+                autocast, which are added. It lives as long as the graph.
+            host: what the function changes on the host.
 
         Returns:
-            What the function returns, as tensors of the caller's own.
+            What the function returns, as tensors that later calls do not overwrite.
 
         Raises:
             CaptureError: the mode is True and the function cannot be captured. Nothing has run.
@@ -173,40 +120,52 @@ class Graphs:
         recorder = self._recorders.get(device)
         if recorder is None:
             recorder = self._recorders[device] = RECORDERS[device.type](device)
-        key = (
-            key,
-            device,
-            _surroundings(device),
-            *((t.shape, t.stride(), t.dtype) for t in inputs),
-        )
+        layouts = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
+        key = (key, device, surroundings(device), layouts)
+        host = host or HostState()
         graph = self._graphs.get(key)
-        if graph is None and self._seen[key] < WARMUP:
-            if len(self._seen) > 16 * MAX_GRAPHS:
-                self._seen.clear()
-            self._seen[key] += 1
-            return recorder.warm_up(lambda: function(*inputs))
         if graph is None:
-            try:
-                self.is_recording = True
-                graph = _Graph(recorder, function, inputs, keep)
-            except BaseException as error:
-                self.is_recording = False
-                discard()
-                if not isinstance(error, Exception):
-                    raise
-                reason = f"{self._name} cannot be captured as a CUDA graph: {error}"
-                if self._mode is True:
-                    raise CaptureError(f"{reason}\nSet cuda_graph=False to do without") from error
-                self._mode = False
-                warnings.warn(f"{reason}\nIt runs without one from now on", stacklevel=3)
+            if self._is_warming_up(key):
+                return recorder.warm_up(lambda: function(*inputs))
+            graph = self._capture(recorder, function, inputs, host)
+            if graph is None:
                 return function(*inputs)
-            finally:
-                self.is_recording = False
             self._graphs[key] = graph
             if len(self._graphs) > MAX_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        return graph.replay(inputs, before_replay)
+        return graph.replay(inputs, host)
+
+    def _is_warming_up(self, key: Hashable) -> bool:
+        if len(self._calls) > 16 * MAX_GRAPHS:
+            self._calls.clear()
+        self._calls[hash(key)] += 1
+        return self._calls[hash(key)] <= WARMUP
+
+    def _capture(
+        self,
+        recorder: Recorder,
+        function: Callable[..., Tensors],
+        inputs: Sequence[Tensor],
+        host: HostState,
+    ) -> _Graph | None:
+        """A graph; or None, after a warning, where capturing fails in the mode "auto"."""
+        self.is_recording = True
+        try:
+            graph = _Graph(recorder, function, inputs, host)
+        except BaseException as error:
+            host.reset()
+            if not isinstance(error, Exception):
+                raise
+            reason = f"{self._name} cannot be captured as a CUDA graph: {error}"
+            if self._mode is True:
+                raise CaptureError(f"{reason}\nSet cuda_graph=False to do without") from error
+            self._mode = False
+            warnings.warn(f"{reason}\nIt runs without one from now on", stacklevel=4)
+            return None
+        finally:
+            self.is_recording = False
+        return graph
 
 
 class _Graph:
@@ -217,68 +176,36 @@ class _Graph:
         recorder: Recorder,
         function: Callable[..., Tensors],
         inputs: Sequence[Tensor],
-        keep: Callable[[], Any],
+        host: HostState,
     ) -> None:
-        with torch.inference_mode(False):
+        with torch.inference_mode(mode=False):
             self._inputs = [torch.empty_like(t).copy_(t.detach()) for t in inputs]
+        host.prepare()
         torch.clear_autocast_cache()  # what is cached lives outside of the graph
-        host = _host_randomness()
+        random_state = host_random_state()
         try:
             self._outputs, self._replay = recorder.record(lambda: function(*self._inputs))
         finally:
             torch.clear_autocast_cache()  # and now inside
-        self.kept = keep()
-        if host != _host_randomness():
-            raise CaptureError(
-                "it draws random numbers on the host (random, numpy or torch's CPU generator), "
-                "which a replay would repeat; draw them on the device"
-            )
+        if random_state != host_random_state():
+            _object_to_host_randomness()
+        self._saved = host.save()
 
-    def replay(self, inputs: Sequence[Tensor], before_replay: Callable[[Any], None]) -> Tensors:
+    def replay(self, inputs: Sequence[Tensor], host: HostState) -> Tensors:
         for buffer, t in zip(self._inputs, inputs, strict=True):
             buffer.copy_(t, non_blocking=True)
-        before_replay(self.kept)  # last, for it may speak of what only the replay makes true
+        host.load(self._saved)  # last, because only the replay makes it true
         self._replay()
         return tuple(t.clone() for t in self._outputs)
 
 
-def as_key(value: Any) -> Hashable:
-    """A setting as part of a key: a tensor counts by where it lies."""
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    return value if isinstance(value, Hashable) else repr(value)
-
-
-def module_key(model: nn.Module) -> Hashable:
-    """What of a model decides which kernels run on which memory, with which numbers."""
-    tensors = (*model.parameters(), *model.buffers())
-    return (
-        id(model),
-        tuple(_host_settings(module) for module in model.modules()),
-        tuple((t.data_ptr(), t.requires_grad) for t in tensors),
+def _object_to_host_randomness() -> None:
+    drawn = "random numbers were drawn on the host (by random, numpy or torch's CPU generator)"
+    if is_only_thread():
+        raise CaptureError(f"{drawn}, which a replay would repeat; draw them on the device")
+    warnings.warn(
+        f"{drawn} while a CUDA graph was captured. If another thread did, such as a data loader's, "
+        "all is well; if the model or the attack did, replays repeat these numbers: draw them on "
+        "the device or set cuda_graph=False",
+        stacklevel=6,
     )
-
-
-def _host_settings(module: nn.Module) -> Hashable:
-    """The mode, and the numbers of BatchNorm and dropout that are no tensors."""
-    settings = module.__dict__
-    return module.training, as_key(settings.get("momentum")), as_key(settings.get("p"))
-
-
-def _surroundings(device: torch.device) -> Hashable:
-    """What the code around a call may have changed."""
-    return (
-        torch.is_autocast_enabled(device.type),
-        torch.get_autocast_dtype(device.type),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-    )
-
-
-def _host_randomness() -> Any:
-    """The states of the host's generators, to compare."""
-    states: list[Any] = [random.getstate(), torch.get_rng_state().tolist()]
-    if (numpy := sys.modules.get("numpy")) is not None:
-        name, keys, *rest = numpy.random.get_state()
-        states += [name, keys.tobytes(), rest]
-    return states

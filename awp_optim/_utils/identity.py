@@ -17,9 +17,9 @@ __all__ = ["identify"]
 def identify(what: str, value: object, key: str | None) -> str | None:
     """A text that is the same in every process for the same model or attack, and for no other.
 
-    A module is identified by the classes and settings of its submodules, as its repr shows them,
-    and by its weights; a dataclass of plain settings, such as an attack of this package, by its
-    repr. Everything else, functions above all, can only be identified by the caller's ``key``.
+    A module is identified by its weights, and by the classes of its submodules with the settings
+    that their reprs show; a dataclass of plain settings, such as an attack of this package, by its
+    class and settings. Only the caller's ``key`` can identify anything else, such as a function.
 
     Returns:
         The text; None for what ``key`` has to identify.
@@ -27,13 +27,12 @@ def identify(what: str, value: object, key: str | None) -> str | None:
     Raises:
         ValueError: there is no key, and it takes one.
     """
-    kind = type(value)
     if isinstance(value, nn.Module):
         return _module_id(value)
-    if is_dataclass(value) and all(
-        f.repr and _is_plain(getattr(value, f.name)) for f in fields(value)
-    ):
-        return f"{kind.__module__}.{value!r}"
+    if is_dataclass(value) and not isinstance(value, type):
+        settings = {f.name: getattr(value, f.name) for f in fields(value)}
+        if all(map(_is_plain, settings.values())):
+            return f"{_class_name(value)} {settings}"
     if key is None:
         raise ValueError(
             f"a state file cannot tell {what} from another one, {describe(value)}: name it with "
@@ -43,12 +42,16 @@ def identify(what: str, value: object, key: str | None) -> str | None:
 
 
 def _module_id(model: nn.Module) -> str:
-    parts = [
-        f"{name} {type(module).__module__}.{type(module).__qualname__} {module.extra_repr()}"
+    structure = "\n".join(
+        f"{name} {_class_name(module)} {module.extra_repr()}"
         for name, module in model.named_modules()
-    ]
-    structure = zlib.crc32("\n".join(parts).encode())
-    return f"{checksum([*model.parameters(), *model.buffers()], structure):08x}"
+    )
+    start = zlib.crc32(structure.encode())
+    return f"{checksum([*model.parameters(), *model.buffers()], start):08x}"
+
+
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _is_plain(value: Any) -> bool:

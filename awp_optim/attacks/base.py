@@ -30,6 +30,7 @@ __all__ = [
     "Attack",
     "BallAttack",
     "Gradients",
+    "Labels",
     "Model",
     "ModelOracle",
     "in_mode",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from awp_optim._cuda_graphs.graphs import Graphs, module_key
+from awp_optim._cuda_graphs.graphs import Graphs
+from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.checks import describe
 
 from .base import Attack, Model
@@ -65,8 +66,7 @@ class Captured:
             return (self.attack(model, x, y),)
 
         inputs = (x.detach(),) if y is None else (x.detach(), y.detach())
-        # The graph must not outlive its model: another could get its identity.
-        (x_adv,) = self._graphs(function, inputs, module_key(model), keep=lambda: model)
+        (x_adv,) = self._graphs(function, inputs, module_key(model))
         return x_adv
 
     def __repr__(self) -> str:

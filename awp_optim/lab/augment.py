@@ -1,7 +1,7 @@
-"""Augmentation of a whole batch at once, on any device: crop and flip, cutout, mixup.
+"""Augmentation of a batch at once, on any device: crop and flip, cutout, mixup.
 
-Each comes as two functions: one draws the random numbers, the other does what they say. Nothing
-here waits for the device.
+Each consists of two functions: one draws the random numbers, the other applies them. Neither waits
+for the device.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from torch.nn import functional as F
 def random_crop_flip(
     x: Tensor,
     padding: int = 4,
+    *,
     flip: bool = True,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Crop each image at a place of its own out of its zero-padded self, and mirror half of them.
+    """Pad each image with zeros, crop it at a random offset, and mirror half of the images.
 
-    Offsets are uniform, each of the ``(2 * padding + 1)**2`` equally likely; an image is mirrored
-    (left to right) with probability 1/2. Nothing waits for the device.
+    Each of the ``(2 * padding + 1)**2`` offsets is equally likely; an image is mirrored (left to
+    right) with probability 1/2.
 
     Args:
-        x: Images, any dtype, shape (N, C, H, W). Padding is 0 in their units, which is black for
-            images in [0, 255] or [0, 1].
+        x: Images, any dtype, shape (N, C, H, W). Zero is black for images in [0, 255] or [0, 1].
         padding: Pixels of padding on each side; 0 means no crop.
-        flip: Whether to mirror at all.
-        generator: Source of the random numbers; best on ``x``'s device, which saves a copy.
+        flip: Whether images are mirrored.
+        generator: Source of the random numbers; on the device of ``x`` it saves a copy.
 
     Returns:
-        A new contiguous tensor of ``x``'s shape, dtype and device.
+        A new contiguous tensor with the shape, dtype and device of ``x``.
 
     Raises:
-        ValueError: ``x`` is not of four dimensions or ``padding`` is negative.
+        ValueError: ``x`` does not have four dimensions or ``padding`` is negative.
     """
     if x.ndim != 4:
         raise ValueError(f"x must be of shape (N, C, H, W), not {tuple(x.shape)}")
@@ -43,20 +43,20 @@ def random_crop_flip(
     n = len(x)
     device = x.device if generator is None else generator.device
     offset = torch.randint(2 * padding + 1, (2, n), generator=generator, device=device)
-    # Drawn even if unused, so that `flip` leaves the later random numbers as they are.
+    # Drawn even if unused, so that later random numbers do not depend on `flip`.
     mirror = torch.randint(2, (n,), generator=generator, device=device) == 1
     top, left = offset.to(x.device, non_blocking=True)
     return crop_flip(x, top, left, mirror.to(x.device, non_blocking=True) & flip, padding)
 
 
 def crop_flip(x: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: int) -> Tensor:
-    """What :func:`random_crop_flip` does, with the randomness given.
+    """What :func:`random_crop_flip` does, with given random numbers.
 
     Args:
         x: Images, shape (N, C, H, W).
         top: First row of each crop in the padded image, integers in [0, 2 * padding], shape (N,).
             ``top == left == padding`` is the image itself.
-        left: First column, likewise.
+        left: First column of each crop, likewise.
         mirror: Which images to mirror, bool, shape (N,).
         padding: Pixels of zeros on each side.
 
@@ -68,7 +68,7 @@ def crop_flip(x: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: int
     row = top[:, None] + torch.arange(h, device=x.device)  # (N, H)
     column = left[:, None] + torch.where(mirror[:, None], across.flip(0), across)  # (N, W)
     padded = F.pad(x, (padding,) * 4).flatten(2)
-    # The same pixels of every channel: one gather over the flattened plane.
+    # The same pixels of every channel: one gather over the flattened image.
     pixel = row[:, :, None] * (w + 2 * padding) + column[:, None, :]
     return padded.gather(2, pixel.view(n, 1, h * w).expand(n, c, h * w)).view(n, c, h, w)
 
@@ -76,20 +76,20 @@ def crop_flip(x: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: int
 def cutout(x: Tensor, length: int = 14, generator: torch.Generator | None = None) -> Tensor:
     """Blacken one square of each image: Cutout (DeVries and Taylor, 2017).
 
-    The square's centre is uniform over the image's pixels; what of the square lies outside the
-    image is lost, so an image loses between about a quarter of ``length**2`` and all of it. Made
-    for whole images: crop and flip first.
+    The center of the square is uniform over the pixels of the image, and the square is clipped at
+    the border, so it covers between about a quarter of ``length**2`` pixels and all of them. Crop
+    and flip first.
 
     Args:
-        x: Images, any dtype, shape (N, C, H, W). 0 is black for images in [0, 255] or [0, 1].
-        length: The square's side in pixels.
-        generator: Source of the random numbers; best on ``x``'s device, which saves a copy.
+        x: Images, any dtype, shape (N, C, H, W). Zero is black for images in [0, 255] or [0, 1].
+        length: Side of the square in pixels.
+        generator: Source of the random numbers; on the device of ``x`` it saves a copy.
 
     Returns:
-        A new tensor of ``x``'s shape, dtype and device.
+        A new tensor with the shape, dtype and device of ``x``.
 
     Raises:
-        ValueError: ``x`` is not of four dimensions or ``length`` is not positive.
+        ValueError: ``x`` does not have four dimensions or ``length`` is not positive.
 
     https://arxiv.org/abs/1708.04552
     """
@@ -107,22 +107,21 @@ def cutout(x: Tensor, length: int = 14, generator: torch.Generator | None = None
 
 
 def cut_square(x: Tensor, row: Tensor, column: Tensor, length: int) -> Tensor:
-    """What :func:`cutout` does, with the randomness given.
+    """What :func:`cutout` does, with given random numbers.
 
     Args:
         x: Images, shape (N, C, H, W).
-        row: Row of each square's centre, integers, shape (N,). The square takes the rows from
-            ``row - length // 2`` on, ``length`` of them: of an even number, the centre is the
-            first one of the lower half.
-        column: Column of the centre, likewise.
-        length: The square's side in pixels.
+        row: Row of the center of each square, integers, shape (N,). The square covers the rows
+            from ``row - length // 2`` to ``row - length // 2 + length - 1``.
+        column: Column of the center of each square, likewise.
+        length: Side of the square in pixels.
 
     Returns:
-        The images with the squares at 0.
+        The images with zeros in the squares.
     """
 
-    def inside(centre: Tensor, side: int) -> Tensor:  # bool (N, side)
-        offset = torch.arange(side, device=x.device) - (centre[:, None] - length // 2)
+    def inside(center: Tensor, side: int) -> Tensor:  # bool (N, side)
+        offset = torch.arange(side, device=x.device) - (center[:, None] - length // 2)
         return (offset >= 0) & (offset < length)
 
     rows, columns = inside(row, x.shape[2]), inside(column, x.shape[3])
@@ -138,37 +137,37 @@ def mixup(
 ) -> tuple[Tensor, Tensor]:
     """Mix each image, and its label, with another of the batch: mixup (Zhang et al., 2018).
 
-    ``lam * x + (1 - lam) * x[partner]``, one lam of Beta(alpha, alpha) for the whole batch and
-    ``partner`` a permutation, in which an image may meet itself. The labels are mixed alike and
-    returned as probabilities, which ``F.cross_entropy(logits, probabilities)`` takes as they are:
-    the cross-entropy is linear in them, so it is ``lam * CE(y) + (1 - lam) * CE(y[partner])``.
+    ``lam * x + (1 - lam) * x[partner]``, with a single lam from Beta(alpha, alpha) for the batch
+    and a random permutation ``partner``, in which an image may be its own partner. The labels are
+    mixed likewise and returned as probabilities for ``F.cross_entropy(logits, probabilities)``,
+    which is linear in them: it is ``lam * CE(y) + (1 - lam) * CE(y[partner])``.
 
     Args:
-        x: Images of a floating dtype, shape (N, ...).
+        x: Images of a floating-point dtype, shape (N, ...).
         y: Class indices, int64 in [0, num_classes), shape (N,).
         num_classes: Number of classes.
-        alpha: Of the Beta distribution, above 0: 1 makes lam uniform, less brings it near 0 or 1,
-            more near 1/2.
-        generator: Source of the partners; best on ``x``'s device, which saves a copy. lam comes
-            from torch's global generator on ``x``'s device, for torch.distributions takes no other:
+        alpha: Parameter of the Beta distribution, above 0: lam is uniform at 1, near 0 or 1 below,
+            near 1/2 above.
+        generator: Source of the partners; on the device of ``x`` it saves a copy. lam comes from
+            torch's global generator on that device, because torch.distributions accepts no other:
             :func:`torch.manual_seed` makes a call repeatable.
 
     Returns:
-        The mixed images, as ``x``; the probabilities, float32, shape (N, num_classes).
+        The mixed images, like ``x``; the probabilities, float32, shape (N, num_classes).
 
     Raises:
-        ValueError: ``x`` is not floating, ``y`` does not fit it or ``alpha`` is not positive.
+        ValueError: ``x`` or ``y`` is not as above, or ``alpha`` is not positive.
 
     https://arxiv.org/abs/1710.09412
     """
     if not x.is_floating_point():
-        raise ValueError(f"x must be floating, not {x.dtype}: use x.float() / 255 first")
+        raise ValueError(f"x must be floating-point, not {x.dtype}: use x.float() / 255 first")
     if y.dtype != torch.int64 or y.shape != x.shape[:1]:
         raise ValueError(f"y must be int64 of shape ({len(x)},), not {y.dtype} of {tuple(y.shape)}")
     if not alpha > 0:
         raise ValueError(f"alpha must be above 0, not {alpha}")
     concentration = torch.full((), float(alpha), device=x.device)
-    # Validating the arguments would wait for the device.
+    # Validation of the arguments would wait for the device.
     lam = Beta(concentration, concentration, validate_args=False).sample()
     device = x.device if generator is None else generator.device
     partner = torch.randperm(len(x), generator=generator, device=device)
@@ -178,19 +177,19 @@ def mixup(
 def mix(
     x: Tensor, y: Tensor, num_classes: int, lam: Tensor, partner: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`mixup` does, with the randomness given.
+    """What :func:`mixup` does, with given random numbers.
 
     Args:
-        x: Images of a floating dtype, shape (N, ...).
+        x: Images of a floating-point dtype, shape (N, ...).
         y: Class indices, int64, shape (N,).
         num_classes: Number of classes.
-        lam: The share of each image itself, in [0, 1], a floating scalar.
+        lam: The share of each image itself, in [0, 1], a floating-point scalar.
         partner: The image that each one is mixed with, int64, shape (N,).
 
     Returns:
         As :func:`mixup`.
     """
     one_hot = torch.zeros(len(y), num_classes, device=y.device).scatter(1, y[:, None], 1.0)
-    # lerp, unlike a weighted sum, never leaves the range of the two: images stay in [0, 1].
+    # lerp, unlike a weighted sum, never leaves the range of its ends: images stay in [0, 1].
     mixed_x, mixed_y = (torch.lerp(t[partner], t, lam.to(t.dtype)) for t in (x, one_hot))
     return mixed_x, mixed_y

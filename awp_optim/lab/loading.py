@@ -1,9 +1,10 @@
-"""Classifiers to evaluate: of a checkpoint, of a function of one's own, of RobustBench."""
+"""Classifiers to evaluate: from a checkpoint, from a function, or from RobustBench."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,13 @@ from awp_optim.lab.weights import initialize, load_checkpoint, load_weights
 
 __all__ = ["from_checkpoint", "from_function", "from_robustbench", "normalized", "settings_of"]
 
-HALF = "--mean and --std: give both or none"
-
 
 def settings_of(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint; empty if it does not say.
+    """The settings of the run that wrote a checkpoint; empty if the file does not hold them.
 
     Raises:
-        OSError, ValueError: as :func:`~awp_optim.lab.weights.load_checkpoint`.
+        OSError: As :func:`~awp_optim.lab.weights.load_checkpoint`.
+        ValueError: As :func:`~awp_optim.lab.weights.load_checkpoint`.
     """
     config = load_checkpoint(file).get("config")
     return config if isinstance(config, dict) else {}
@@ -40,27 +40,31 @@ def from_checkpoint(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """The network of a checkpoint. What is not given, its settings and its tensors say.
+    """The network of a checkpoint, in eval mode.
+
+    Arguments that are not given come from the settings and the tensors in the file.
 
     Args:
-        file: as of :func:`~awp_optim.lab.weights.load_weights`: this package's, or a state dict.
-        arch: a name of :func:`~awp_optim.lab.models.build_model`, or one of those in papers,
-            such as WideResNet-34-10, WRN-28-10 or PreActResNet-18.
-        num_classes: as many as its head has.
-        in_channels: of the images.
-        ema: take the averaged weights.
-        mean, std: of the normalisation, a number a channel, images in [0, 1]; for weights that
-            hold none themselves. None for images as they are.
+        file: A checkpoint of this package or a state dict, as in
+            :func:`~awp_optim.lab.weights.load_weights`.
+        arch: A name for :func:`~awp_optim.lab.models.build_model`, or one from papers, such as
+            WideResNet-34-10, WRN-28-10 or PreActResNet-18.
+        num_classes: Number of logits; the size of the head unless given.
+        in_channels: Channels of the images.
+        ema: Take the averaged weights.
+        mean: Mean of each channel for images in [0, 1], for weights without a normalization. None
+            leaves the images as they are.
+        std: Standard deviation of each channel, likewise.
 
     Raises:
-        OSError: there is no such file, or it cannot be opened.
-        ValueError: it cannot be read, does not say of which network it is, or does not fit; or a
-            normalisation was given for weights that hold one, or only half of one.
+        OSError: There is no such file, or it cannot be opened.
+        ValueError: The file cannot be read, does not name its network or does not fit it; or a
+            normalization was given for weights that have one, or only half of one.
     """
     config = settings_of(file)
     arch = arch or config.get("arch")
     if arch is None:
-        raise ValueError(f"{file} does not say of which network it is: give --arch")
+        raise ValueError(f"{file} does not name its network: give --arch")
     arch = _our_name(arch)
     weights = load_weights(file, ema=ema)
     settings: dict[str, Any] = {}
@@ -76,13 +80,13 @@ def from_checkpoint(
     if fresh:
         raise ValueError(
             f"{file} has a head for {len(weights[fresh[0]])} classes, not {classes}: "
-            "leave --num-classes away"
+            "leave out --num-classes"
         )
     return model.eval()
 
 
 def _our_name(arch: str) -> str:
-    """The name here of a network that papers write otherwise; others as they are.
+    """Our name of a network for the spelling in papers; other names are returned unchanged.
 
     >>> _our_name("WideResNet-34-10"), _our_name("WRN-28-10"), _our_name("PreActResNet18")
     ('wide_resnet34_10', 'wide_resnet28_10', 'preact_resnet18')
@@ -99,37 +103,45 @@ def _statistics(
     weights: Mapping[str, Tensor],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-) -> dict[str, list[float]]:
+) -> dict[str, Any]:
+    """The mean and std for the network: those in the file or those given."""
+    _check_both(mean, std)
     own = {
         name: weights[f"normalize.{name}"].flatten().tolist()
         for name in ("mean", "std")
         if f"normalize.{name}" in weights
     }
-    given = {k: list(v) for k, v in (("mean", mean), ("std", std)) if v is not None}
-    if own and given:
+    if mean is None:
+        return own
+    if own:
         raise ValueError(
-            f"{file} holds its own normalisation, mean {own.get('mean')} and std {own.get('std')}: "
-            "leave --mean and --std away"
+            f"{file} has its own normalization, mean {own.get('mean')} and std {own.get('std')}: "
+            "leave out --mean and --std"
         )
-    if len(given) == 1:
-        raise ValueError(HALF)
-    return own or given
+    return {"mean": mean, "std": std}
+
+
+def _check_both(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    if (mean is None) != (std is None):
+        raise ValueError("--mean and --std: give both or none")
 
 
 def _classes(file: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> int:
     matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
     if not matrices:
-        raise ValueError(f"{file} does not say how many classes there are: give --num-classes")
+        raise ValueError(f"{file} does not show the number of classes: give --num-classes")
     return len(matrices[-1])
 
 
 def from_function(name: str) -> nn.Module:
-    """What ``module:function`` returns; modules of the folder that this is run in count, too.
+    """The module that ``MODULE:FUNCTION`` returns, in eval mode.
+
+    MODULE may also be a file in the current folder.
 
     Raises:
-        ImportError: there is no such module.
-        ValueError: ``name`` is of another form, or there is no such function.
-        TypeError: it returns something else than a torch module.
+        ImportError: There is no such module.
+        ValueError: ``name`` has another form, or there is no such function.
+        TypeError: The function returns something other than a torch module.
     """
     module, _, function = name.partition(":")
     if not module or not function:
@@ -145,40 +157,42 @@ def from_function(name: str) -> nn.Module:
     return model.eval()
 
 
-def from_robustbench(name: str, dataset: str, norm: str, folder: str | os.PathLike[str]) -> Any:
-    """A model of RobustBench (Croce et al., 2021), which downloads it to ``folder`` if need be.
+def from_robustbench(
+    name: str, dataset: str, norm: str, folder: str | os.PathLike[str]
+) -> nn.Module:
+    """A model of RobustBench (Croce et al., 2021) in eval mode, downloaded to ``folder`` if needed.
 
     Args:
-        name: of its model zoo, such as "Wu2020Adversarial", this paper's TRADES-AWP.
+        name: Its name in the model zoo, such as "Wu2020Adversarial", this paper's TRADES-AWP.
         dataset: "cifar10" or "cifar100".
         norm: "linf" or "l2".
-        folder: where it keeps its models.
+        folder: The folder in which RobustBench keeps its models.
 
     Raises:
-        ImportError: the package is not installed, or lacks a package that it needs.
-        ValueError: it knows no such model.
-        RuntimeError: it could not download or read the model.
+        ImportError: RobustBench is not installed, or lacks a package that it needs.
+        ValueError: It has no such model.
+        RuntimeError: It could not download or read the model.
     """
     try:
         from robustbench.utils import load_model
     except ImportError as error:
-        absent = getattr(error, "name", None) in (None, "robustbench", "robustbench.utils")
-        why = "" if absent else f", which is installed but cannot be imported ({error})"
         raise ImportError(
-            f"--robustbench needs RobustBench{why}: pip install "
-            "git+https://github.com/RobustBench/robustbench.git"
-            + ("" if absent else ", and what is missing; pkg_resources comes with 'setuptools<81'")
+            f"--robustbench cannot import RobustBench ({error}): pip install robustbench"
         ) from error
     threat = {"linf": "Linf", "l2": "L2"}.get(norm, norm)
     try:
-        model = load_model(
+        model: nn.Module = load_model(
             model_name=name, dataset=dataset, threat_model=threat, model_dir=str(folder)
         )
     except KeyError as error:
         raise ValueError(f"RobustBench has no model {error} for {dataset}, {threat}") from error
     except ValueError:
         raise
-    except Exception as error:  # of whichever package it downloads or reads with
+    except pickle.UnpicklingError:  # torch's own message advises to do without the protection
+        raise RuntimeError(
+            f"the file of {name} in {folder} is damaged, or holds more than tensors"
+        ) from None
+    except Exception as error:  # from any of the packages that it downloads or reads with
         raise RuntimeError(
             f"RobustBench could not load {name} into {folder}: {type(error).__name__}: {error}"
         ) from error
@@ -188,16 +202,15 @@ def from_robustbench(name: str, dataset: str, norm: str, folder: str | os.PathLi
 def normalized(
     model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> nn.Module:
-    """The model behind a normalisation of its own, if one is given.
+    """The model behind a :class:`~awp_optim.lab.models.Normalize`, if statistics are given.
 
     Raises:
-        ValueError: only one of the two is given, or as for
-            :class:`~awp_optim.lab.models.Normalize`; or the model has one.
+        ValueError: Only one of the two is given, they do not fit each other, or the model has a
+            normalization itself.
     """
-    if mean is None and std is None:
+    _check_both(mean, std)
+    if mean is None or std is None:
         return model
     if any(isinstance(m, Normalize) for m in model.modules()):
-        raise ValueError("the model normalises its inputs itself: leave --mean and --std away")
-    if mean is None or std is None:
-        raise ValueError(HALF)
+        raise ValueError("the model normalizes its inputs itself: leave out --mean and --std")
     return nn.Sequential(Normalize(mean, std), model).eval()

@@ -71,7 +71,7 @@ _WRN34 = replace(_LINF, arch="wide_resnet34_10")
 _WRN28 = replace(_LINF, arch="wide_resnet28_10")
 _RST = replace(_WRN28, **_WITH_DATA["rst"])
 _PRETRAIN = replace(_WRN28, **_WITH_DATA["pretrain"])
-_NEEDS_UNLABELED = "--unlabeled FILE: 500K TinyImages with pseudo-labels"
+_NEEDS_UNLABELED = "--unlabeled FILE: 500K TinyImages (python -m awp_optim.lab.tinyimages)"
 _NEEDS_INIT = "--init FILE: weights trained against PGD on ImageNet at 32x32"
 
 

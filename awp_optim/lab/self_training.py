@@ -1,7 +1,7 @@
-"""Robust self-training with part of the labels: the rest are given by a classifier of its own.
+"""Robust self-training with part of the labels: a classifier gives the other images theirs.
 
 Carmon et al., "Unlabeled data improves adversarial robustness" (NeurIPS 2019), stage one: train
-naturally on the labelled images, label the others; stage two is the method "rst".
+naturally on the labeled images, then label the others; stage two is the method "rst".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["natural", "pseudo_label_rest"]
 
 
 def natural(config: Config) -> Config:
-    """The same run without an adversary: cross-entropy on the images as they are."""
+    """The same run without an adversary: the cross-entropy of the clean images."""
     return replace(
         config,
         method="at",
@@ -49,34 +49,38 @@ def pseudo_label_rest(
     on_step: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[ImageData, PseudoLabeled, float] | None:
-    """Keep the labels of some training images, and have the others labelled by a classifier.
+    """Keep the labels of some training images, and let a classifier label the others.
 
-    The classifier is the run's network, trained naturally for as many epochs on the images that
-    keep their labels; the weights at the end are taken, so no test image has a say.
+    The classifier is the network of the run, trained naturally for the same number of epochs on
+    the images that keep their labels. Its last weights are taken, so no test image selects them.
 
     Args:
-        config: the run that the labels are for; images that it holds out are held out here, too.
-        data: all of the data.
-        labeled: training images that keep their labels, those of ``data.limit(labeled)``.
-        out, resume, on_step, stop: as in :func:`~awp_optim.lab.trainer.fit`, of the classifier.
-        init: what the run will start from; looked at before hours are spent.
+        config: The run that needs the labels; images that it holds out are held out here, too.
+        data: The full data set.
+        labeled: Number of training images that keep their labels, those of ``data.limit(labeled)``.
+        out: Folder of the classifier's run, as in :func:`~awp_optim.lab.trainer.fit`.
+        init: The weights from which the run will start, which are checked before the classifier is
+            trained.
+        resume: As in :func:`~awp_optim.lab.trainer.fit`.
+        on_step: As in :func:`~awp_optim.lab.trainer.fit`.
+        stop: As in :func:`~awp_optim.lab.trainer.fit`.
 
     Returns:
-        The data with the labelled images alone; the others with the labels they were given; the
-        share of those that are right. None if ``stop`` ended the training of the classifier.
+        The data with the labeled images only; the other images with the labels they were given;
+        the share of these labels that are right. None if ``stop`` ended the classifier's training.
 
     Raises:
-        ValueError: no image would be left on one of the sides; or the run could not be done.
-        Exception: what ``fit`` raises.
+        ValueError: No image would be left on one of the sides, or the run is not possible.
+        Exception: Whatever ``fit`` raises.
     """
     rest, _ = data.split(labeled)
-    kept = data.limit(labeled)  # the very images that the split held out
+    kept = data.limit(labeled)  # the images that the split held out
     blank = PseudoLabeled(rest.x_train, torch.zeros_like(rest.y_train))
     check(config, kept, unlabeled=blank, init=init)
     model, rows = fit(natural(config), kept, out, resume=resume, on_step=on_step, stop=stop)
     if len(rows) < config.epochs:
         return None
-    # All ranks have the same model, but the labels must be the same to the last.
+    # The ranks have the same model, but rounding could give them different labels.
     y = TrainingRanks().first(lambda: pseudo_label(model, rest.x_train).y.cpu())
     pseudo = PseudoLabeled(rest.x_train, y.to(rest.x_train.device))
     return kept, pseudo, (pseudo.y == rest.y_train).double().mean().item()

@@ -19,59 +19,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from awp_optim.lab.data import _one_line
 from awp_optim.lab.models import Normalize
 
 __all__ = ["initialize", "load_checkpoint", "load_weights"]
 
 ENTRIES = ("model", "state_dict", "model_state_dict", "net")
-"""What a checkpoint may call its state dict."""
+"""Names under which a checkpoint may hold its state dict."""
+
+
+# --- From a file ------------------------------------------------------------------------------
 
 
 def load_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """All that a file of ``torch.save`` holds, tensors on the CPU.
+    """The content of a file of ``torch.save``, with tensors on the CPU.
 
-    Only tensors and plain values are read, so that nothing in the file can run code.
+    Only tensors and plain values are read, so nothing in the file can run code.
 
     Raises:
         OSError: There is no such file, or it cannot be opened.
-        ValueError: It is another kind of file, damaged, or holds other things.
+        ValueError: It is a file of another kind, damaged, or holds other objects.
     """
     path = Path(file).expanduser()
     with open(path, "rb") as stream:
         try:
             content = torch.load(stream, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises whatever the damage leads it to
-            # Its own words advise to do without the protection.
-            if found := re.search(r"GLOBAL (\S+)", str(error)):
-                raise ValueError(
-                    f"{path} holds {found[1]}, and only tensors and plain values are read: save "
-                    "the network's state_dict() alone"
-                ) from error
-            raise ValueError(
-                f"{path} is damaged, or not a file of torch.save: {_one_line(error)}"
-            ) from error
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            problem = (
+                f"{path} holds {found[1]}, and only tensors and plain values are read: save the "
+                "network's state_dict() alone"
+                if found
+                else f"{path} is damaged, or not a file of torch.save"
+            )
+            # torch's own message advises to read the file without the protection.
+            raise ValueError(problem) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
 
 
 def load_weights(file: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Tensor]:
-    """A network's state dict: its tensors by name, on the CPU.
+    """The state dict of a network: its tensors by name, on the CPU.
 
-    The file is a checkpoint of this package (``best.pt``, ``last.pt``), a state dict by itself, or
-    a dict that holds one as ``model``, ``state_dict``, ``model_state_dict`` or ``net``. What
-    DataParallel, DistributedDataParallel, AveragedModel and torch.compile put before the names
-    (``module.``, ``_orig_mod.``) is taken away.
+    The file is a checkpoint of this package (``best.pt``, ``last.pt``), a state dict, or a dict
+    that holds one as ``model``, ``state_dict``, ``model_state_dict`` or ``net``. The prefixes of
+    DataParallel, DistributedDataParallel, AveragedModel and torch.compile (``module.``,
+    ``_orig_mod.``) are removed from the names.
 
     Args:
-        file: Which.
+        file: The file.
         ema: Take the moving average of the weights, the entry ``ema`` of this package's
             checkpoints.
 
     Raises:
         OSError: There is no such file, or it cannot be opened.
-        ValueError: It cannot be read, or holds no such state dict; the text names the file.
+        ValueError: It cannot be read, or holds no such state dict; the message names the file.
     """
     content = load_checkpoint(file)
     places = [content.get("ema")] if ema else [content, *(content.get(name) for name in ENTRIES)]
@@ -80,13 +82,12 @@ def load_weights(file: str | os.PathLike[str], *, ema: bool = False) -> dict[str
         there = ", ".join(map(str, list(content)[:8])) or "nothing"
         if ema:
             raise ValueError(
-                f"{file} has no averaged weights, ema; it has {there}. Those come of a run with "
-                "--ema"
+                f"{file} has no averaged weights, ema; it has {there}. Runs with --ema save them"
             )
         raise ValueError(
-            f"{file} has no state dict, by itself or as {', '.join(ENTRIES)}; it has {there}"
+            f"{file} is no state dict and has none as {', '.join(ENTRIES)}; it has {there}"
         )
-    return _unwrapped(weights)
+    return _without_prefixes(weights)
 
 
 def _is_state_dict(value: object) -> bool:
@@ -97,9 +98,9 @@ def _is_state_dict(value: object) -> bool:
     )
 
 
-def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same under the names that the network itself gives them."""
-    # torch.compile may have wrapped a part of the network only.
+def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that the network itself gives them."""
+    # torch.compile may have wrapped only a part of the network.
     plain = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in weights.items()}
     while True:
         inner = {k: v for k, v in plain.items() if k != "n_averaged"}  # AveragedModel's counter
@@ -108,103 +109,77 @@ def _unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         plain = {name.removeprefix("module."): tensor for name, tensor in inner.items()}
 
 
+# --- Into a network ---------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def initialize(
-    model: nn.Module, weights: Mapping[str, Tensor], *, new_head: bool = False
-) -> list[str]:
-    """Copy weights into a network, all but a head for another number of classes.
+def initialize(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Copy weights into a network, except a head for another number of classes.
 
-    The head is the network's last ``nn.Linear``. Where its weight and bias differ from the given
-    ones in their first dimension, the number of classes, it stays as it was built.
+    The head is the last ``nn.Linear`` of the network. If its weight and bias differ from the given
+    ones only in their first dimension, the number of classes, it stays as it was built.
 
-    The statistics of :class:`~awp_optim.lab.models.Normalize` come with the weights, where one
-    number may stand for all channels, and stay as they were built if the weights have none; so do
-    BatchNorm's counters of batches. The published wide ResNets of TRADES and RST hold a second
-    first block, ``sub_block1``, which never runs: it is passed over.
+    Weights may lack the statistics of :class:`~awp_optim.lab.models.Normalize` and the batch
+    counters of BatchNorm; those of the network are then kept. Given statistics may be one number
+    for all channels. The published wide ResNets of TRADES and RST hold an unused copy of their
+    first block, ``sub_block1``, which is ignored.
 
     Args:
-        model: The network; its tensors are written to in place, wherever they are.
+        model: The network; its tensors are written to in place, on any device.
         weights: Tensors by name, such as :func:`load_weights` reads.
-        new_head: Leave the head as it was built even if it fits.
 
     Returns:
         The names of the head's parameters if it stayed as it was built, else an empty list.
 
     Raises:
-        ValueError: A tensor is missing, has no place in the network, is of another shape, or is
-            not finite. Nothing was changed then.
+        ValueError: A tensor is missing, has no place in the network, has another shape, or is not
+            finite. Then nothing was changed.
     """
     own: dict[str, Tensor] = model.state_dict()
-    weights = _without_copy(weights, own)
-    head = _head(model)
-    if new_head and not head:
-        raise ValueError("the network has no nn.Linear, so no head to leave as it was built")
-    fits_but_for_classes = all(
-        name in weights and weights[name].shape[1:] == own[name].shape[1:] for name in head
-    )
-    other_classes = any(name in weights and weights[name].shape != own[name].shape for name in head)
-    fresh = head if fits_but_for_classes and (new_head or other_classes) else []
-
-    optional = _optional(model)
-    shared = [name for name in own if name in weights]
-    other_shape = [
-        f"{name} ({tuple(weights[name].shape)} given, {tuple(own[name].shape)} in the network)"
-        for name in shared
-        if name not in fresh
-        and weights[name].shape != own[name].shape
-        and not (name in optional and weights[name].numel() == 1)
-    ]
-    problems = [
-        _some("missing", [name for name in own if name not in weights and name not in optional]),
-        _some("unexpected", [name for name in weights if name not in own]),
-        _some("of another shape", other_shape),
-    ]
-    if any(problems):
-        raise ValueError(
-            "the weights do not fit the network: "
-            + "; ".join(filter(None, problems))
-            + ". Are they of the same architecture?"
-        )
-    infinite = [
-        name
-        for name, tensor in weights.items()
-        if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
-    if infinite:
-        raise ValueError(f"the weights cannot be used: {_some('not finite', infinite)}")
-
-    for name in shared:
-        if name not in fresh:
-            own[name].copy_(weights[name])
+    given = {name: t for name, t in weights.items() if not _is_unused(name, t, own)}
+    fresh = _head_for_other_classes(model, own, given)
+    _check_fit(own, given, fresh, _optional(model))
+    _check_finite(given)
+    for name, tensor in own.items():
+        if name in given and name not in fresh:
+            tensor.copy_(given[name])
     return fresh
 
 
-def _without_copy(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All but the block of the published wide ResNets that their forward pass does not use."""
+def _is_unused(name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor belongs to the unused copy of a published wide ResNet's first block."""
+    original = own.get(name.removeprefix("sub_"))
+    return (
+        name.startswith("sub_block1.")
+        and name not in own
+        and original is not None
+        and original.shape == tensor.shape
+    )
 
-    def is_copy(name: str, tensor: Tensor) -> bool:
-        original = own.get(name.removeprefix("sub_"))
-        return (
-            name.startswith("sub_block1.")
-            and name not in own
-            and original is not None
-            and original.shape == tensor.shape
-        )
 
-    return {name: tensor for name, tensor in weights.items() if not is_copy(name, tensor)}
+def _head_for_other_classes(
+    model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor]
+) -> list[str]:
+    """The names of the head's parameters if they fit except for the number of classes."""
+    head = _head(model)
+    shapes = [(given[name].shape, own[name].shape) for name in head if name in given]
+    same_features = len(shapes) == len(head) and all(a[1:] == b[1:] for a, b in shapes)
+    other_classes = any(a != b for a, b in shapes)
+    return head if same_features and other_classes else []
 
 
 def _head(model: nn.Module) -> list[str]:
     """The names of the last linear layer's parameters."""
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        return []
-    prefix, module = linear[-1]
-    return [f"{prefix}.{name}".lstrip(".") for name, _ in module.named_parameters(recurse=False)]
+    return [
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in linear[-1:]
+        for name, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def _optional(model: nn.Module) -> set[str]:
-    """What weights may lack: networks were normalised outside, and counters are newer than some."""
+    """The buffers that weights may lack."""
     return {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -213,8 +188,42 @@ def _optional(model: nn.Module) -> set[str]:
     }
 
 
+def _check_fit(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], fresh: Sequence[str], optional: set[str]
+) -> None:
+    """Check that names and shapes are those of the network."""
+
+    def fits(name: str) -> bool:
+        one_for_all = name in optional and given[name].numel() == 1
+        return name in fresh or given[name].shape == own[name].shape or one_for_all
+
+    problems = [
+        _some("missing", [name for name in own if name not in given and name not in optional]),
+        _some("unexpected", [name for name in given if name not in own]),
+        _some(
+            "of another shape",
+            [
+                f"{name} ({tuple(given[name].shape)} given, {tuple(own[name].shape)} needed)"
+                for name in own
+                if name in given and not fits(name)
+            ],
+        ),
+    ]
+    if any(problems):
+        raise ValueError(
+            f"the weights do not fit the network: {'; '.join(filter(None, problems))}. Do they "
+            "belong to the same architecture?"
+        )
+
+
+def _check_finite(given: Mapping[str, Tensor]) -> None:
+    infinite = [n for n, t in given.items() if t.is_floating_point() and not t.isfinite().all()]
+    if infinite:
+        raise ValueError(f"the weights cannot be used: {_some('not finite', infinite)}")
+
+
 def _some(what: str, names: Sequence[str], most: int = 4) -> str:
-    """How many, and the first of them; nothing if there are none."""
+    """The number of names and the first of them; an empty string if there are none."""
     if not names:
         return ""
     shown = ", ".join([*names[:most], *(["..."] if len(names) > most else [])])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from awp_optim._core.perturbation import arithmetic_dtype
-from awp_optim._cuda_graphs.graphs import Graphs, module_key
+from awp_optim._cuda_graphs.graphs import Graphs
+from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.attacking import perturb
 from awp_optim._utils.batches import seeded
 from awp_optim._utils.checks import describe

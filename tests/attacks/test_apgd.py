@@ -7,25 +7,16 @@ import os
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from awp_optim.attacks import APGD, FGSM, PGD, Captured
+from awp_optim.attacks import APGD, PGD, Captured
 from awp_optim.attacks.apgd import _Halving, _Sparse, _State, checkpoints
 from awp_optim.attacks.balls import BALLS
 from awp_optim.attacks.losses import LOSSES, dlr_targeted
 
+from .conftest import images, radius, small_cnn, wrong
+
 EPS = {"linf": 0.012, "l2": 0.1, "l1": 0.5}
 NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-P = {"linf": torch.inf, "l2": 2, "l1": 1}
-
-
-def wrong(model, x, y) -> Tensor:
-    with torch.no_grad():
-        return model(x).argmax(1) != y
-
-
-def size(d: Tensor, norm: str) -> Tensor:
-    return torch.linalg.vector_norm(d.double().flatten(1), P[norm], dim=1)
 
 
 class TestSchedule:
@@ -109,9 +100,12 @@ def as_the_authors_count(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", EPS)
 def test_equals_the_authors(norm, loss, solid, monkeypatch):
-    """From one seed, the same images are fooled, at the same points but for rounding."""
+    """From one seed, the same images are fooled, at the same points but for rounding.
+
+    In L1 the points differ: the authors count elements that rounding changed.
+    """
     model, x, y = solid()
     right = ~wrong(model, x, y)
     x, y = x[right], y[right]
@@ -121,6 +115,8 @@ def test_equals_the_authors(norm, loss, solid, monkeypatch):
     torch.manual_seed(3)
     ours = APGD(EPS[norm], 100, norm, loss, targets=1)(model, x, y)
     assert (wrong(model, ours, y) != fooled).sum() <= 1
+    if norm == "l1":
+        return
     as_the_authors_count(monkeypatch)
     torch.manual_seed(3)
     ours = APGD(EPS[norm], 100, norm, loss, targets=1)(model, x, y)
@@ -128,19 +124,6 @@ def test_equals_the_authors(norm, loss, solid, monkeypatch):
     apart = (ours - reference).abs().flatten(1).amax(1)[fooled]
     # A few move apart: the sign of a gradient near zero is that of its rounding.
     assert (apart < 1e-4).float().mean() > 0.75, apart
-
-
-@pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
-def test_equals_the_authors_in_l1(loss, solid):
-    """The same images are fooled. Points differ, as they count what rounding changed as changed."""
-    model, x, y = solid()
-    right = ~wrong(model, x, y)
-    x, y = x[right], y[right]
-    fooled = wrong(model, by_the_authors(model, x, y, "l1", EPS["l1"], loss), y)
-    assert 0.2 < fooled.float().mean() < 0.9
-    torch.manual_seed(3)
-    ours = APGD(EPS["l1"], 100, "l1", loss, targets=1)(model, x, y)
-    assert (wrong(model, ours, y) != fooled).sum() <= 1
 
 
 class TestClosedForms:
@@ -212,25 +195,6 @@ def l1_least(w: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 class TestContract:
-    @pytest.mark.parametrize("norm", EPS)
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-    def test_stays_in_ball_and_box(self, norm, dtype, solid):
-        model, x, y = solid(8)
-        model, x = model.to(dtype), x.to(dtype)
-        for loss in ("ce", "dlr-targeted"):
-            for drop in (False, True):
-                attack = APGD(EPS[norm], 10, norm, loss, restarts=2, drop_fooled=drop)
-                x_adv = attack(model, x, y)
-                assert (x_adv.dtype, x_adv.shape) == (x.dtype, x.shape)
-                assert (x_adv >= 0).all()
-                assert (x_adv <= 1).all()
-                assert (size(x_adv - x.double(), norm) <= EPS[norm] * (1 + 1e-6)).all()
-                assert (x_adv != x).any()
-
-    def test_eps_zero_returns_x_and_calls_nothing(self, solid):
-        _, x, y = solid(3)
-        assert torch.equal(APGD(0.0)(lambda z: 1 / 0, x, y), x)
-
     @pytest.mark.parametrize("norm", EPS)
     def test_what_is_wrong_as_it_is_comes_back_as_it_is(self, norm, solid):
         model, x, y = solid()
@@ -314,75 +278,23 @@ class TestContract:
         attack = Captured(APGD(0.03, 12, "linf", "dlr-targeted", targets=2))
         for _ in range(5):
             x_adv = attack(model, x, y)
-            assert (size(x_adv - x, "linf") <= 0.03 * (1 + 1e-6)).all()
+            assert (radius(x, x_adv, "linf") <= 0.03 * (1 + 1e-6)).all()
         assert (cpu_graphs.captures, cpu_graphs.replays) == (1, 3)
 
     @pytest.mark.parametrize("norm", EPS)
-    @pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
-    def test_costs_what_it_says(self, norm, loss, solid):
-        model, x, y = solid(4)
-        with FlopCounterMode(display=False) as one, torch.no_grad():
-            model(x)
-        for restarts in (1, 3):
-            with FlopCounterMode(display=False) as counted:
-                APGD(EPS[norm], 10, norm, loss, restarts=restarts, targets=1)(model, x, y)
-            # A backward pass to the input costs as much as a forward pass.
-            runs = restarts * (10 + 1 + 10 + (2 if norm == "l1" else 0))
-            assert counted.get_total_flops() == (1 + runs) * one.get_total_flops()
-
-    @pytest.mark.parametrize("norm", EPS)
-    @pytest.mark.parametrize("loss", ["ce", "cw", "dlr", "dlr-targeted"])
-    def test_no_value_is_read_where_that_is_not_free(self, norm, loss):
-        # On "meta" there are no values: whoever reads one fails.
-        x, y = torch.rand(4, 12, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
-        x_adv = APGD(0.1, 30, norm, loss, restarts=2)(lambda z: z[:, :5] * 2, x, y)
-        assert x_adv.shape == x.shape
-
-    @pytest.mark.parametrize("drop", [False, True])
-    @pytest.mark.parametrize("norm", EPS)
-    @pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
-    @pytest.mark.parametrize("kind", ["nan", "inf", "zero", "nan gradient"])
-    def test_a_model_that_blows_up_leaves_nothing_outside(self, drop, norm, loss, kind):
+    @pytest.mark.parametrize("kind", ["nan", "inf", "zero"])
+    def test_dropping_from_a_model_that_blows_up(self, norm, kind):
         w, x, y = torch.randn(12, 5), torch.rand(4, 12), torch.tensor([0, 1, 2, 0])
-
-        def model(z: Tensor) -> Tensor:
-            logits = z @ w
-            if kind == "nan gradient":
-                return (logits - logits.detach()).abs().sqrt()  # infinite slope times zero
-            return logits * {"nan": torch.nan, "inf": torch.inf, "zero": 0.0}[kind]
-
-        x_adv = APGD(0.1, 10, norm, loss, drop_fooled=drop)(model, x, y)
+        scale = {"nan": torch.nan, "inf": torch.inf, "zero": 0.0}[kind]
+        x_adv = APGD(0.1, 10, norm, "dlr-targeted", drop_fooled=True)(lambda z: z @ w * scale, x, y)
         assert ((x_adv >= 0) & (x_adv <= 1)).all()
-        assert (size(x_adv - x, norm) <= 0.1 * (1 + 1e-6)).all()
-
-    @pytest.mark.parametrize("norm", EPS)
-    def test_layouts(self, norm, solid):
-        model, x, y = solid(6)
-        attack = APGD(EPS[norm], 6, norm)
-        torch.manual_seed(0)
-        plain = attack(model, x, y)
-        torch.manual_seed(0)
-        last = attack(model, x.to(memory_format=torch.channels_last), y)
-        assert last.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(wrong(model, last, y), wrong(model, plain, y))
-        assert attack(model, x[::2], y[::2]).shape == x[::2].shape
-        numbers = attack(lambda z: torch.stack([z, 1 - z], 1), torch.rand(3), torch.zeros(3).long())
-        assert numbers.shape == (3,)
-
-    def test_a_loss_that_is_not_a_number_loses(self, solid):
-        model, x, y = solid(6)
-        calls = []
-
-        def at_times(z: Tensor) -> Tensor:
-            calls.append(1)
-            return model(z) * (torch.nan if len(calls) % 3 == 0 else 1)
-
-        x_adv = APGD(0.003, 9)(at_times, x, y)
-        assert x_adv.isfinite().all()
+        assert (radius(x, x_adv, norm) <= 0.1 * (1 + 1e-6)).all()
 
     @pytest.mark.parametrize("order", [(torch.nan, 1.0), (1.0, torch.nan)])
     def test_the_best_point_is_never_one_of_a_loss_that_is_not_a_number(self, order):
-        s = _State.at(torch.zeros(1, 3), torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1, 3))
+        s = _State.at(
+            torch.zeros(1, 3), torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1, 3)
+        )
         for loss in order:
             s.x_adv = torch.full((1, 3), loss)
             s.update(torch.tensor([[1.0, 0.0]]), torch.tensor([loss]), s.x_adv)
@@ -393,7 +305,7 @@ class TestContract:
 def run_from(monkeypatch, attack: APGD, model, x, y, start: Tensor) -> Tensor:
     """From a start of one's own."""
     with monkeypatch.context() as m:
-        scale = attack.eps / size(start, attack.norm).view(-1, 1, 1, 1)
+        scale = attack.eps / radius(x, x + start, attack.norm).view(-1, 1, 1, 1)
         m.setattr(APGD, "_start", lambda self, x: start * scale)
         return attack(model, x, y)
 
@@ -417,40 +329,12 @@ class TestSettings:
         with pytest.raises(error, match=words):
             APGD(**settings)
 
-    @pytest.mark.parametrize("attack", [PGD, FGSM])
-    def test_others_refuse_l1(self, attack):
-        with pytest.raises(ValueError, match="norm must be one of 'linf', 'l2', got 'l1'"):
-            attack(norm="l1")
-
-    @pytest.mark.parametrize(
-        ("loss", "classes", "least"),
-        [("cw", 1, 2), ("dlr", 2, 3), ("dlr-targeted", 3, 4), ("dlr-targeted", 1, 4)],
-    )
-    def test_too_few_classes(self, loss, classes, least, make_cnn, make_images):
-        x, y = make_images(3)
-        with pytest.raises(ValueError, match=f"compares {least} classes or more"):
-            APGD(loss=loss, steps=5)(make_cnn(classes=classes), x, y * 0)
-
-    @pytest.mark.parametrize("loss", ["dlr", "dlr-targeted"])
-    def test_too_few_classes_where_all_are_fooled(self, loss, make_images):
-        x, y = make_images(3)
-        always_1 = lambda z: z.flatten(1)[:, :2] + torch.tensor([0.0, 9.0])  # noqa: E731
-        with pytest.raises(ValueError, match="classes or more, but the model has 2"):
-            APGD(loss=loss, drop_fooled=True)(always_1, x, y * 0)
-
-    def test_as_many_targets_as_there_are_others(self, make_cnn, make_images):
-        x, _ = make_images(3)
-        model = make_cnn(classes=4)
+    def test_as_many_targets_as_there_are_wrong_classes(self):
+        model, (x, _) = small_cnn(classes=4), images(3)
         calls = []
         model.register_forward_hook(lambda *a: calls.append(1))
         APGD(loss="dlr-targeted", steps=5, targets=9)(model, x, model(x).argmax(1))
         assert len(calls) == 1 + 1 + 3 * 6
-
-    def test_a_thousand_classes(self, make_cnn, make_images):
-        x, _ = make_images(3)
-        model = make_cnn(classes=1000)
-        x_adv = APGD(0.1, 5, loss="dlr-targeted", targets=2)(model, x, model(x).argmax(1))
-        assert x_adv.shape == x.shape
 
 
 class TestTargetedLoss:

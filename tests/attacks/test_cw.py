@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 
-import numpy
 import pytest
 import torch
-from torch import nn
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import CW, PGD
@@ -18,43 +15,18 @@ from awp_optim.attacks.losses import cw
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
 
-def test_the_contract():
-    parameters = inspect.signature(CW).parameters
-    expected = {
-        "eps": 8 / 255,
-        "step_size": None,
-        "steps": 100,
-        "norm": "linf",
-        "random_start": True,
-        "restarts": 1,
-        "clip": (0, 1),
-        "model_mode": "eval",
-    }
-    assert {k: p.default for k, p in parameters.items()} == expected
-    assert list(parameters) == list(expected)
+def test_the_default_step_depends_on_the_radius_of_the_attack():
     assert CW().loss == "cw"
-    assert CW().uses_gradients
-
-
-def test_is_a_value():
-    assert CW(steps=5) == CW(steps=5) != CW(steps=6)
-    assert len({CW(), CW(), CW(norm="l2")}) == 2
     assert repr(CW(eps=0.5)).startswith("CW(eps=0.5, step_size=None, steps=100, norm='linf', ran")
     assert "loss" not in repr(CW())
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        CW().eps = 1.0  # type: ignore[misc]
-    whole = CW(steps=numpy.int64(5), restarts=numpy.int64(2), step_size=1)
-    assert repr(whole) == repr(CW(steps=5, restarts=2, step_size=1.0))
-    # The step is of the eps that there is, not of one that there was.
     assert dataclasses.replace(CW(), eps=0.1) == CW(eps=0.1)
+    with pytest.raises(TypeError, match="loss"):
+        CW(loss="ce")
 
 
 @pytest.mark.parametrize(("norm", "eps", "step"), [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 1 / 16)])
-@pytest.mark.parametrize("restarts", [1, 3])
-@pytest.mark.parametrize("random_start", [True, False])
-def test_is_pgd_of_the_margin(norm, eps, step, restarts, random_start, cnn, batch):
-    if restarts > 1 and not random_start:
-        return
+@pytest.mark.parametrize(("random_start", "restarts"), [(True, 1), (True, 3), (False, 1)])
+def test_is_pgd_of_the_margin(norm, eps, step, random_start, restarts, cnn, batch):
     torch.manual_seed(3)
     expected = PGD(eps, step, 9, norm, "cw", random_start, restarts)(cnn, *batch)
     torch.manual_seed(3)
@@ -65,8 +37,8 @@ def test_is_pgd_of_the_margin(norm, eps, step, restarts, random_start, cnn, batc
 
 @norms
 def test_reaches_the_margin_of_a_linear_model(norm):
-    # The margin's own worst case is max_k of (margin_k(x) + eps * |w_k - w_y|*), by the dual norm.
-    # Two classes have one rival, so that there is one hill.
+    # The worst margin is max_k of (margin_k(x) + eps * |w_k - w_y|*), with the dual norm; two
+    # classes have one rival, so that there is one hill.
     w = torch.randn(2, 12, dtype=torch.float64)
     x, y = torch.rand(6, 12, dtype=torch.float64) * 0.2 + 0.4, torch.tensor([0, 1, 0, 1, 1, 0])
     eps = {"linf": 0.05, "l2": 0.2}[norm]
@@ -81,35 +53,6 @@ def test_trains(mode, cnn, batch):
     optimizer = AWP(cnn.parameters(), torch.optim.SGD, lr=0.1)
     step = AdversarialStep(cnn, optimizer, CW(steps=2, model_mode=mode), ascent="attack")
     assert bool(step(*batch).loss.isfinite())
-
-
-def test_one_class_has_no_margin():
-    with pytest.raises(ValueError, match="'cw' compares 2 classes or more, but the model has 1"):
-        CW(steps=1)(nn.Linear(4, 1), torch.rand(2, 4), torch.tensor([0, 0]))
-
-
-@norms
-def test_eps_zero_returns_the_input(norm, cnn, batch):
-    assert torch.equal(CW(eps=0, norm=norm)(cnn, *batch), batch[0])
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "match"),
-    [
-        ({"step_size": 0}, ValueError, "step_size must be above 0"),
-        ({"step_size": "1"}, TypeError, "step_size must be a number"),
-        ({"steps": 1.5}, TypeError, "steps must be an integer"),
-        ({"restarts": 0}, ValueError, "restarts must be at least 1"),
-        ({"random_start": False, "restarts": 2}, ValueError, "restarts from the same point"),
-        ({"random_start": 1}, TypeError, "random_start must be True or False"),
-        ({"eps": -1}, ValueError, "eps must not be negative"),
-        ({"norm": "l1"}, ValueError, "norm must be one of"),
-        ({"loss": "ce"}, TypeError, "loss"),
-    ],
-)
-def test_bad_settings_are_refused(settings, error, match):
-    with pytest.raises(error, match=match):
-        CW(**settings)
 
 
 @pytest.mark.slow

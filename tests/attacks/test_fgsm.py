@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from awp_optim.attacks import FGSM, PGD
-
-
-def test_the_contract():
-    parameters = inspect.signature(FGSM).parameters
-    assert {k: p.default for k, p in parameters.items()} == {
-        "eps": 8 / 255,
-        "norm": "linf",
-        "loss": "ce",
-        "clip": (0, 1),
-        "model_mode": "eval",
-    }
-    assert list(parameters) == ["eps", "norm", "loss", "clip", "model_mode"]
 
 
 def gradient(model, x, y):
@@ -33,18 +19,13 @@ def gradient(model, x, y):
     return torch.cat(rows)
 
 
-def test_linf_is_equation_13(cnn64, batch64):
-    x, y = batch64
-    expected = (x + 8 / 255 * gradient(cnn64, x, y).sign()).clamp(0, 1)
-    torch.testing.assert_close(FGSM()(cnn64, x, y), expected, atol=1e-15, rtol=0)
-
-
-def test_l2_is_equation_13_with_the_normalised_gradient(cnn64, batch64):
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_is_equation_13(norm, cnn64, batch64):
     x, y = batch64
     g = gradient(cnn64, x, y)
-    expected = (x + 0.5 * g / g.flatten(1).norm(dim=1)[:, None, None, None]).clamp(0, 1)
-    x_adv = FGSM(eps=0.5, norm="l2")(cnn64, x, y)
-    torch.testing.assert_close(x_adv, expected, atol=1e-14, rtol=0)
+    step = g.sign() if norm == "linf" else g / g.flatten(1).norm(dim=1)[:, None, None, None]
+    x_adv = FGSM(0.4, norm)(cnn64, x, y)
+    torch.testing.assert_close(x_adv, (x + 0.4 * step).clamp(0, 1), atol=1e-14, rtol=0)
 
 
 @pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
@@ -65,21 +46,6 @@ def test_of_a_linear_model_and_mixed_labels_it_is_known_in_closed_form(norm):
     step = g.sign() if norm == "linf" else g / g.norm(dim=1, keepdim=True)
     x_adv = FGSM(eps=0.1, norm=norm)(lambda x: x @ a.T, x, q)
     torch.testing.assert_close(x_adv, (x + 0.1 * step).clamp(0, 1), rtol=0, atol=1e-14)
-
-
-def test_raises_the_loss(cnn, batch):
-    x, y = batch
-    with torch.no_grad():
-        before = cross_entropy(cnn(x), y, reduction="none")
-        after = cross_entropy(cnn(FGSM()(cnn, x, y)), y, reduction="none")
-    assert bool((after > before).all())
-
-
-def test_is_deterministic(cnn, batch):
-    torch.manual_seed(0)
-    first = FGSM()(cnn, *batch)
-    torch.manual_seed(1)
-    assert torch.equal(FGSM()(cnn, *batch), first)
 
 
 def test_kl_is_refused():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -144,9 +142,27 @@ def test_next_toward_is_nextafter(dtype):
     assert torch.equal(next_toward(t, x), torch.nextafter(t, x))
 
 
-def test_linf_ascent_is_the_sign():
-    g = torch.tensor([[1e-44, -3.0, 0.0, torch.nan, torch.inf, -torch.inf]])
-    assert Linf().ascent(g).tolist() == [[1.0, -1.0, 0.0, 0.0, 0.0, 0.0]]
+NAN, INF = torch.nan, torch.inf
+
+
+@pytest.mark.parametrize(
+    ("norm", "g", "step"),
+    [
+        ("linf", [1e-44, -3.0, 0.0, NAN, INF, -INF], [1.0, -1.0, 0.0, 0.0, 0.0, 0.0]),
+        ("l2", [3.0, NAN, 4.0], [0.6, 0.0, 0.8]),
+        ("l2", [INF, -2.0, 0.0], [0.0, -1.0, 0.0]),
+        ("l1", [1.0, -3.0, 2.0], [0.0, -1.0, 0.0]),
+        ("l1", [NAN, 0.5, -0.1], [0.0, 1.0, 0.0]),
+        *((norm, zero, [0.0, 0.0]) for norm in NORMS for zero in ([NAN, NAN], [0.0, 0.0])),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ascent_by_hand(norm, g, step, dtype):
+    if dtype in (torch.bfloat16, torch.float16):
+        g = [0.01 if value == 1e-44 else value for value in g]
+    ascent = BALLS[norm].ascent(torch.tensor([g], dtype=dtype))
+    assert ascent.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(ascent, torch.tensor([step], dtype=ascent.dtype))
 
 
 @pytest.mark.parametrize("scale", [1e-43, 1e-30, 1e-7, 1.0, 1e20, 3e37])
@@ -157,19 +173,6 @@ def test_l2_ascent_has_length_one_at_every_scale(scale):
     tolerance = 0.05 if scale < 1e-40 else 1e-6  # subnormal gradients have few bits themselves
     expected = torch.tensor([3.0, -4.0]).repeat(2, 8) / (5 * 8**0.5)
     torch.testing.assert_close(step, expected, rtol=tolerance, atol=0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_l2_ascent_in_every_dtype_has_length_one(dtype):
-    step = L2().ascent((torch.randn(3, 2, 5) * 1e-4).to(dtype))
-    assert step.dtype in (torch.float32, torch.float64)
-    torch.testing.assert_close(step.flatten(1).norm(dim=1), torch.ones(3).to(step.dtype))
-
-
-def test_l2_ascent_counts_what_is_not_finite_as_zero():
-    g = torch.tensor([[3.0, torch.nan, 4.0], [torch.inf, -2.0, 0.0], [torch.nan] * 3, [0.0] * 3])
-    expected = torch.tensor([[0.6, 0.0, 0.8], [0.0, -1.0, 0.0], [0.0] * 3, [0.0] * 3])
-    torch.testing.assert_close(L2().ascent(g), expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -228,14 +231,6 @@ def test_layout_is_kept(norm):
         assert t.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_balls_are_values(norm):
-    ball = BALLS[norm]
-    assert ball == type(ball)()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ball.radius = 1
-
-
 def l1_nearest(d: Tensor, room: Tensor, eps: float) -> Tensor:
     """min |z - d|_2 over |z|_1 <= eps and |z_i| <= room_i on d's side, by bisection."""
     lo, hi = 0.0, float(d.abs().max())
@@ -270,9 +265,3 @@ def test_l1_random_is_in_the_ball_in_every_direction():
     torch.testing.assert_close(d.sign().mean(0), torch.zeros(5), atol=0.1, rtol=0)
     share = d.abs().mean(0) / d.abs().mean(0).sum()
     torch.testing.assert_close(share, torch.full((5,), 0.2), atol=0.02, rtol=0)
-
-
-def test_l1_ascent_is_the_steepest_unit_step():
-    g = torch.tensor([[1.0, -3.0, 2.0], [0.0, 0.0, 0.0], [torch.nan, 0.5, -0.1]])
-    expected = torch.tensor([[0.0, -1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    assert torch.equal(L1().ascent(g), expected)

@@ -51,7 +51,7 @@ def by_hand(name, z, target):
 
 @pytest.mark.parametrize("scale", [0.01, 5.0, 1000.0])
 @pytest.mark.parametrize("name", LOSSES)
-def test_agrees_with_the_formula(name, scale):
+def test_is_the_formula(name, scale):
     z, target = data(name, scale=scale)
     torch.testing.assert_close(LOSSES[name](z, target), by_hand(name, z, target))
 
@@ -66,19 +66,22 @@ def test_low_precision_logits_are_raised_to_float32(name, dtype):
     torch.testing.assert_close(loss.double(), by_hand(name, z, target), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [*LOSSES, "ce of probabilities"])
 def test_gradients_are_right(name):
-    z, target = data(name, n=5)
-    assert gradcheck(lambda z: LOSSES[name](z, target), z.requires_grad_())
+    z, target = data(name, n=5) if name in LOSSES else (data("ce", n=5)[0], probabilities(n=5))
+    loss = LOSSES.get(name, ce)
+    assert gradcheck(lambda z: loss(z, target), z.requires_grad_())
+    if name == "kl":  # none flows into the clean logits
+        assert not kl(z.detach(), target.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_one_number_an_example_and_none_for_none(name):
+def test_one_number_for_each_example(name):
     z, target = data(name, n=7)
-    whole = LOSSES[name](z, target)
-    assert whole.shape == (7,)
+    losses = LOSSES[name](z, target)
+    assert losses.shape == (7,)
     alone = torch.cat([LOSSES[name](z[i : i + 1], target[i : i + 1]) for i in range(7)])
-    torch.testing.assert_close(whole, alone)
+    torch.testing.assert_close(losses, alone)
     assert LOSSES[name](z[:0], target[:0]).shape == (0,)
 
 
@@ -107,17 +110,6 @@ def test_kl_is_zero_and_flat_at_the_clean_logits():
     torch.testing.assert_close(loss, torch.zeros_like(loss))
     loss.sum().backward()
     assert z.grad.abs().max() < 1e-15
-
-
-def test_kl_sends_no_gradient_to_the_clean_logits():
-    clean = torch.randn(3, 5, requires_grad=True)
-    assert not kl(torch.randn(3, 5), clean).requires_grad
-
-
-def test_kl_is_the_divergence_from_clean_to_perturbed_not_the_reverse():
-    clean, z = torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, -1.0]])
-    p, q = clean.softmax(1), z.softmax(1)
-    torch.testing.assert_close(kl(z, clean), (p * (p / q).log()).sum(1))
 
 
 def test_extreme_logits_stay_finite():
@@ -149,12 +141,6 @@ def test_ce_of_probabilities_is_the_expectation_in_float32_at_least(of_logits, o
     torch.testing.assert_close(loss.double(), expected, rtol=rtol, atol=rtol)
 
 
-def test_ce_of_probabilities_has_the_right_gradient():
-    z, _ = data("ce", n=5)
-    q = probabilities(n=5)
-    assert gradcheck(lambda z: ce(z, q), z.requires_grad_())
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ce_of_certainty_is_ce_of_the_index_bit_for_bit(dtype):
     z, y = data("ce", dtype=dtype)
@@ -164,10 +150,3 @@ def test_ce_of_certainty_is_ce_of_the_index_bit_for_bit(dtype):
         loss = ce(leaf, target)
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
     assert all(map(torch.equal, *results))
-
-
-def test_too_few_classes_are_refused():
-    with pytest.raises(ValueError, match=r"'dlr' compares 3 classes or more, but the model has 2"):
-        dlr(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"'cw' compares 2 classes or more, but the model has 1"):
-        cw(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))

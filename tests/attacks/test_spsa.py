@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
 
 import pytest
@@ -46,29 +44,6 @@ class Counting(nn.Module):
     def forward(self, x):
         self.sizes.append(len(x))
         return self.model(x)
-
-
-def test_the_contract():
-    parameters = inspect.signature(SPSA).parameters
-    expected = {
-        "eps": 8 / 255,
-        "steps": 100,
-        "delta": 0.001,
-        "lr": 0.01,
-        "samples": 256,
-        "norm": "linf",
-        "loss": "cw",
-        "clip": (0, 1),
-        "model_mode": "eval",
-        "batch_size": None,
-        "drop_fooled": True,
-    }
-    assert {k: p.default for k, p in parameters.items()} == expected
-    assert list(parameters) == list(expected)
-    assert not SPSA().uses_gradients
-    assert SPSA() == SPSA()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        SPSA().eps = 1.0  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------- directions
@@ -270,16 +245,6 @@ def test_an_example_does_not_see_the_others():
     torch.testing.assert_close(together[:2], alone, atol=1e-10, rtol=0)
 
 
-def test_a_seed_repeats_it(cnn, batch):
-    attack = SPSA(steps=2, samples=4, drop_fooled=False)
-    runs = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        runs.append(attack(cnn, *batch))
-    assert torch.equal(runs[0], runs[1])
-    assert not torch.equal(runs[0], runs[2])
-
-
 class NoGradient(nn.Module):
     """Rounds its input to 8 bits, and hides from autograd."""
 
@@ -300,57 +265,6 @@ def test_needs_no_gradient(batch):
     assert bool((LOSSES["cw"](model(x_adv), y) > LOSSES["cw"](model(x), y)).all())
 
 
-@norms
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("clip", [(0.0, 1.0), (-0.5, 1.5), None])
-def test_the_result_is_in_the_ball_and_the_box(norm, dtype, clip):
-    model, (x, y) = small_cnn(dtype), images(dtype=dtype)
-    attack = SPSA(0.1, 3, 0.02, samples=4, norm=norm, clip=clip, drop_fooled=False)
-    x_adv = attack(model, x, y)
-    assert x_adv.dtype == dtype
-    delta = (x_adv.double() - x.double()).flatten(1)
-    size = delta.norm(dim=1, p=math.inf if norm == "linf" else 2)
-    assert bool((size <= 0.1 * (1 + 1e-6)).all())
-    assert size.max() > 0.01
-    lo, hi = clip or (-math.inf, math.inf)
-    assert bool((x_adv >= lo).all() & (x_adv <= hi).all())
-
-
-@pytest.mark.parametrize("shape", [(4,), (3, 7), (3, 2, 3, 3, 2)])
-def test_any_shape(shape):
-    x, y = torch.rand(shape), torch.randint(2, shape[:1])
-    w = torch.randn(math.prod(shape[1:]), 2)
-    x_adv = SPSA(steps=3, samples=5)(lambda x: x.reshape(len(x), -1) @ w, x, y)
-    assert x_adv.shape == x.shape
-
-
-@pytest.mark.parametrize("samples", [3, 40])
-def test_the_memory_format_is_the_callers(samples, cnn64, batch64):
-    # In float64: an estimate from differences of losses magnifies how a convolution rounds.
-    x = batch64[0].contiguous(memory_format=torch.channels_last)
-
-    def model(z):
-        assert z.is_contiguous(memory_format=torch.channels_last)
-        return cnn64(z)
-
-    attack = SPSA(steps=2, samples=samples, drop_fooled=False)
-    torch.manual_seed(0)
-    ours = attack(model, x, batch64[1])
-    torch.manual_seed(0)
-    torch.testing.assert_close(ours, attack(cnn64, *batch64), atol=1e-9, rtol=0)
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    view = torch.rand(12, 3, 8, 8, dtype=torch.float64)[::2].transpose(2, 3)
-    assert attack(cnn64, view, batch64[1]).shape == view.shape
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_model_that_blows_up_leaves_the_input(bad):
-    x, y = torch.rand(3, 4), torch.tensor([1, 0, 1])
-    # Where every logit is bad, argmax says class 0: two of the three are fooled as they are.
-    x_adv = SPSA(steps=3, samples=4)(lambda x: torch.full((len(x), 3), bad), x, y)
-    assert torch.equal(x_adv, x)
-
-
 def test_a_query_that_blows_up_counts_for_nothing():
     w = torch.tensor([1.0, -2.0, 3.0, 1.0])
     x, y = torch.full((2, 4), 0.5), torch.tensor([0, 0])
@@ -365,29 +279,16 @@ def test_a_query_that_blows_up_counts_for_nothing():
     assert bool(x_adv.isfinite().all())
 
 
-def test_probabilities_and_autocast(cnn, batch):
+def test_probabilities_and_small_settings(cnn, batch):
     x, y = batch
-    q = torch.eye(5)[y]
     attack = SPSA(steps=2, samples=6, loss="ce", drop_fooled=False)
     torch.manual_seed(0)
     expected = attack(cnn, x, y)
     torch.manual_seed(0)
-    torch.testing.assert_close(attack(cnn, x, q), expected, atol=1e-3, rtol=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert attack(cnn, x, y).dtype == torch.float32
-
-
-def test_ends_of_the_settings(cnn, batch):
-    x, y = batch
-    assert torch.equal(SPSA(eps=0)(cnn, x, y), x)
+    torch.testing.assert_close(attack(cnn, x, torch.eye(5)[y]), expected, atol=1e-3, rtol=0)
+    assert not torch.equal(attack(cnn, x, y), expected)  # another seed
     assert torch.equal(SPSA(steps=0)(cnn, x, y), x)
-    assert SPSA(steps=1)(cnn, x[:0], y[:0]).shape == (0, 3, 8, 8)
     assert SPSA(steps=1, samples=1)(cnn, x[:1], y[:1]).shape == (1, 3, 8, 8)
-
-
-def test_one_class_has_no_margin():
-    with pytest.raises(ValueError, match="'cw' compares 2 classes or more, but the model has 1"):
-        SPSA(steps=1)(nn.Linear(4, 1), torch.rand(2, 4), torch.tensor([0, 0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -408,7 +309,6 @@ def test_a_difference_that_the_dtype_cannot_hold_is_refused(dtype, batch):
         ({"batch_size": 1}, ValueError, "batch_size must be at least 2"),
         ({"drop_fooled": None}, TypeError, "drop_fooled must be True or False"),
         ({"loss": "kl"}, ValueError, "loss must be one of 'cw', 'ce', 'dlr'"),
-        ({"eps": -1}, ValueError, "eps must not be negative"),
     ],
 )
 def test_bad_settings_are_refused(settings, error, match):

@@ -1,4 +1,4 @@
-"""The vectorised augmentations against loops over images, and their randomness."""
+"""The vectorized augmentations against loops over images, and their randomness."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_equals_the_loop(n, c, h, w, padding, dtype, channels_last, seed):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_every_offset_and_both_flips_occur_equally_often(dtype):
-    # One bright pixel off the centre of a 5x5 image tells where the crop was taken from.
+    # One bright pixel off the center of a 5x5 image tells where the crop was taken from.
     padding, n = 1, 18_000
     x = torch.zeros(n, 1, 5, 5, dtype=dtype)
     x[:, :, 2, 1] = 7
@@ -66,7 +66,7 @@ def test_every_offset_and_both_flips_occur_equally_often(dtype):
     assert (counts - expected).abs().max() < 5 * expected.max().sqrt()
 
 
-def test_images_of_a_batch_are_treated_independently():
+def test_images_of_a_batch_are_independent():
     x = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(500, 1, 8, 8)
     out = random_crop_flip(x, 4, generator=torch.Generator().manual_seed(1))
     assert len(out.flatten(1).unique(dim=0)) > 120  # of 162 possible
@@ -132,7 +132,7 @@ def test_bad_input():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("on_device", [True, False])
-def test_cuda_without_synchronisation(on_device):
+def test_cuda_without_synchronization(on_device):
     x = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, device="cuda")
     generator = torch.Generator("cuda" if on_device else "cpu").manual_seed(0)
     random_crop_flip(x, generator=generator)
@@ -181,8 +181,8 @@ def test_cutout_equals_the_loop(n, c, h, w, length, dtype, seed):
     assert torch.equal(x, copy)
 
 
-def test_cutout_of_even_length_is_the_paper_s():
-    # The authors' code takes the rows from centre - length // 2 up to centre + length // 2.
+def test_cutout_of_even_length_is_the_papers():
+    # The authors' code takes the rows from center - length // 2 up to center + length // 2.
     out = cut_square(torch.ones(1, 1, 32, 32), torch.tensor([10]), torch.tensor([30]), 14)
     expected = torch.ones(32, 32)
     expected[3:17, 23:32] = 0
@@ -190,10 +190,10 @@ def test_cutout_of_even_length_is_the_paper_s():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_every_centre_is_as_likely(dtype):
+def test_every_center_is_as_likely(dtype):
     n = 14_000
     x = torch.ones(n, 2, 5, 7, dtype=dtype)
-    out = cutout(x, 1, generator=torch.Generator().manual_seed(0))  # the centre alone
+    out = cutout(x, 1, generator=torch.Generator().manual_seed(0))  # the center alone
     assert out.dtype == dtype
     assert torch.equal(out[:, 0], out[:, 1])
     assert ((out[:, 0] == 0).flatten(1).sum(1) == 1).all()
@@ -243,7 +243,7 @@ def test_mix_equals_the_loop(lam):
         assert torch.equal(mixed, x[partner])
 
 
-def test_the_cross_entropy_of_the_labels_is_the_paper_s():
+def test_the_cross_entropy_of_the_labels_is_the_papers():
     torch.manual_seed(0)
     x, y, logits = torch.rand(8, 3, 4, 4), torch.randint(5, (8,)), torch.randn(8, 5)
     partner, lam = torch.randperm(8), torch.tensor(0.3)
@@ -336,7 +336,7 @@ def test_mixup_is_repeatable():
 
 def test_mixup_bad_input():
     x, y = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"x must be floating, not torch.uint8: use x.float"):
+    with pytest.raises(ValueError, match=r"x must be floating-point, not torch.uint8: use x.float"):
         mixup(x.to(torch.uint8), y, 3)
     with pytest.raises(ValueError, match=r"y must be int64 of shape \(4,\)"):
         mixup(x, y.float(), 3)
@@ -349,7 +349,7 @@ def test_mixup_bad_input():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("on_device", [True, False])
-def test_cutout_and_mixup_on_cuda_without_synchronisation(on_device):
+def test_cutout_and_mixup_on_cuda_without_synchronization(on_device):
     x = torch.rand(64, 3, 32, 32, device="cuda")
     y = torch.arange(64, device="cuda") % 10
     generator = torch.Generator("cuda" if on_device else "cpu").manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -46,14 +47,14 @@ def checkpoint(tmp_path):
 
 
 class TestCheckpoint:
-    def test_says_all_itself(self, checkpoint):
+    def test_it_needs_no_arguments(self, checkpoint):
         path, model, ema = checkpoint
         assert same(from_checkpoint(path), model)
         assert not from_checkpoint(path).training
         assert same(from_checkpoint(path, ema=True), ema)
         assert settings_of(path)["eps"] == 0.1
 
-    def test_a_state_dict_needs_its_network_and_perhaps_a_normalisation(self, tmp_path):
+    def test_a_state_dict_needs_its_network_and_perhaps_a_normalization(self, tmp_path):
         path = tmp_path / "weights.pt"
         model = small()
         weights = {k: v for k, v in model.state_dict().items() if "normalize" not in k}
@@ -68,8 +69,8 @@ class TestCheckpoint:
             with pytest.raises(ValueError, match="--mean and --std: give both or none"):
                 from_checkpoint(path, arch=arch, **half)
 
-    def test_is_not_normalised_twice(self, checkpoint):
-        with pytest.raises(ValueError, match="holds its own normalisation"):
+    def test_it_is_not_normalized_twice(self, checkpoint):
+        with pytest.raises(ValueError, match="its own normalization"):
             from_checkpoint(checkpoint[0], mean=MEAN, std=STD)
 
     def test_of_another_network_or_other_classes(self, checkpoint):
@@ -169,7 +170,7 @@ class TestRobustBench:
 
     def test_without_the_package(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "robustbench", None)
-        with pytest.raises(ImportError, match="needs RobustBench: pip install"):
+        with pytest.raises(ImportError, match=r"RobustBench .*: pip install robustbench$"):
             from_robustbench("Wu2020Adversarial", "cifar10", "linf", tmp_path)
 
     def test_with_a_package_that_lacks_another(self, monkeypatch, tmp_path):
@@ -178,26 +179,33 @@ class TestRobustBench:
         monkeypatch.syspath_prepend(tmp_path)
         for name in [n for n in sys.modules if n.partition(".")[0] == "robustbench"]:
             monkeypatch.delitem(sys.modules, name)
-        words = r"installed but cannot be imported \(No module named 'not_there_at_all'\)"
-        with pytest.raises(ImportError, match=words):
+        with pytest.raises(ImportError, match="No module named 'not_there_at_all'"):
             from_robustbench("Wu2020Adversarial", "cifar10", "linf", tmp_path)
 
-    def test_that_cannot_download(self, monkeypatch, tmp_path):
-        class Unknown(Exception):
-            """Of a package for downloads, which is no OSError."""
-
+    @pytest.mark.parametrize(
+        ("problem", "message"),
+        [
+            (Exception("no route"), r"could not load A into .*: Exception: no route"),
+            (
+                pickle.UnpicklingError("set weights_only to False"),
+                r"of A in .* is damaged, or holds",
+            ),
+        ],
+    )
+    def test_that_cannot_download_or_read(self, monkeypatch, tmp_path, problem, message):
         def load_model(**kwargs):
-            raise Unknown("no route")
+            raise problem
 
         utils = types.SimpleNamespace(load_model=load_model)
         monkeypatch.setitem(sys.modules, "robustbench", types.SimpleNamespace(utils=utils))
         monkeypatch.setitem(sys.modules, "robustbench.utils", utils)
-        with pytest.raises(RuntimeError, match=r"could not load A into .*: Unknown: no route"):
+        with pytest.raises(RuntimeError, match=message) as error:
             from_robustbench("A", "cifar10", "linf", tmp_path)
+        assert "weights_only" not in str(error.value)
 
 
 class TestNormalized:
-    def test_puts_it_in_front(self):
+    def test_it_comes_first(self):
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
         x = torch.rand(2, 3, 2, 2)
         mean, std = (torch.tensor(t).view(3, 1, 1) for t in (MEAN, STD))
@@ -206,14 +214,24 @@ class TestNormalized:
         assert normalized(model, None, None) is model
 
     def test_refuses_a_second_and_half_a_one(self):
-        with pytest.raises(ValueError, match="normalises its inputs itself"):
+        with pytest.raises(ValueError, match="normalizes its inputs itself"):
             normalized(nn.Sequential(Normalize(MEAN, STD)), MEAN, STD)
         with pytest.raises(ValueError, match="both or none"):
             normalized(nn.Flatten(), MEAN, None)
 
+    def test_three_numbers_for_gray_images(self, tmp_path):
+        model = normalized(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), MEAN, STD)
+        with pytest.raises(ValueError, match="3 channels, the images 1"):
+            model(torch.rand(2, 1, 2, 2))
+        torch.save(WideResNet(10, 1, in_channels=1).state_dict(), tmp_path / "w.pt")
+        weights = {k: v for k, v in torch.load(tmp_path / "w.pt").items() if "norm" not in k}
+        torch.save(weights, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match="3 channels, the images 1"):
+            from_checkpoint(tmp_path / "w.pt", arch="WRN-10-1", in_channels=1, mean=MEAN, std=STD)
+
 
 def robustbench_architecture(name):
-    """A file of RobustBench's by itself: importing the package needs others that may be missing."""
+    """One file of RobustBench: importing the package needs others that may be missing."""
     found = importlib.util.find_spec("robustbench")
     if found is None or found.origin is None:
         pytest.skip("needs robustbench")
@@ -226,7 +244,7 @@ def robustbench_architecture(name):
 
 @pytest.mark.parametrize("unused_block", [False, True])
 def test_robustbenchs_wide_resnet_is_ours(unused_block, tmp_path):
-    """Weights of its architecture, the published TRADES' and RST's, load by our name."""
+    """The published weights of TRADES and RST have this architecture."""
     theirs = robustbench_architecture("wide_resnet")
     torch.manual_seed(0)
     model = theirs.WideResNet(10, 10, 2, sub_block1=unused_block).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import traceback
 import warnings
 
 import numpy as np
@@ -60,6 +61,15 @@ def compiled_in_part(model):
     return model
 
 
+def check_no_advice(error):
+    """Neither the message nor the printed traceback advises to disable a protection."""
+    shown = "".join(traceback.format_exception(error.value))
+    assert not any(word in shown.replace("weights_only=True", "") for word in ADVICE)
+
+
+ADVICE = ("weights_only", "allow_pickle", "unsafe", "trust")
+
+
 class TestLoad:
     @pytest.mark.parametrize("entry", [None, "model", "state_dict", "model_state_dict", "net"])
     @pytest.mark.parametrize("prefix", PREFIXES)
@@ -81,11 +91,6 @@ class TestLoad:
         torch.save(model.state_dict(), tmp_path / "w.pt")
         equal(load_weights(tmp_path / "w.pt"), model.state_dict())
 
-    def test_files_of_long_ago(self, tmp_path):
-        state = network().state_dict()
-        torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
-        equal(load_weights(str(tmp_path / "w.pt")), state)
-
     def test_parameters_become_tensors(self, tmp_path):
         torch.save(dict(network().named_parameters()), tmp_path / "w.pt")
         assert not any(t.requires_grad for t in load_weights(tmp_path / "w.pt").values())
@@ -101,7 +106,7 @@ class TestLoad:
             "row": {"epoch": 1},
             "optimizer": optimizer.state_dict(),
             "random": [torch.get_rng_state()],
-            # The one holds the average itself, the other what going on with it takes.
+            # best.pt holds the average itself, last.pt what resuming needs.
             "ema": (average.module if file == "best.pt" else average).state_dict(),
         }
         torch.save(content, tmp_path / file)
@@ -112,19 +117,19 @@ class TestLoad:
     def test_no_average(self, tmp_path):
         for content in ({"model": network().state_dict(), "row": 1}, network().state_dict()):
             torch.save(content, tmp_path / "w.pt")
-            with pytest.raises(ValueError, match=r"w\.pt has no averaged weights, ema; it has \w+"):
+            with pytest.raises(ValueError, match=r"w\.pt has no averaged weights.*; it has \w+"):
                 load_weights(tmp_path / "w.pt", ema=True)
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ({"optimizer": {}, "epoch": 3}, "w.pt has no state dict.*; it has optimizer, epoch"),
-            ({"model": {"a": torch.zeros(2), "b": 3}}, "has no state dict.*; it has model$"),
-            ({"model": {}}, "has no state dict"),
+            ({"optimizer": {}, "epoch": 3}, "w.pt is no state dict.*; it has optimizer, epoch"),
+            ({"model": {"a": torch.zeros(2), "b": 3}}, "is no state dict.*; it has model$"),
+            ({"model": {}}, "is no state dict"),
             ({}, "it has nothing"),
             ([torch.zeros(2)], "w.pt holds a list, not a state dict"),
             (torch.zeros(2), "w.pt holds a Tensor, not a state dict"),
-            ({0: torch.zeros(2)}, "has no state dict.*; it has 0$"),
+            ({0: torch.zeros(2)}, "is no state dict.*; it has 0$"),
         ],
     )
     def test_other_content(self, tmp_path, content, message):
@@ -135,11 +140,11 @@ class TestLoad:
     @pytest.mark.parametrize("zipped", [True, False])
     def test_truncated(self, tmp_path, zipped):
         file = tmp_path / "w.pt"
-        state = network().state_dict()
-        torch.save(state, file, _use_new_zipfile_serialization=zipped)
-        whole = file.read_bytes()
+        torch.save(network().state_dict(), file, _use_new_zipfile_serialization=zipped)
+        equal(load_weights(str(file)), network().state_dict())
+        complete = file.read_bytes()
         for part in (0, 0.001, 0.1, 0.5, 0.9, 0.999):
-            file.write_bytes(whole[: int(part * len(whole))])
+            file.write_bytes(complete[: int(part * len(complete))])
             with pytest.raises(ValueError, match=r"w\.pt is damaged, or not a file of torch\.save"):
                 load_weights(file)
 
@@ -147,21 +152,24 @@ class TestLoad:
         file = tmp_path / "w.pt"
         np.savez(tmp_path / "w.npz", x=np.zeros(3))
         npz = (tmp_path / "w.npz").read_bytes()
-        for content in (b"weights", b"\x80\x02}q\x00.", npz, pickle.dumps({"a": 1}, 2)):
+        strange = pickle.dumps({"a": np.float64(1)}, 4)  # an opcode that torch does not know
+        for content in (b"weights", b"\x80\x02}q\x00.", npz, pickle.dumps({"a": 1}, 2), strange):
             file.write_bytes(content)
-            with pytest.raises(ValueError, match=r"w\.pt"):
+            with pytest.raises(ValueError, match=r"w\.pt") as error:
                 load_weights(file)
+            check_no_advice(error)
         with pytest.raises(FileNotFoundError, match=r"none\.pt"):
             load_weights(tmp_path / "none.pt")
         with pytest.raises(IsADirectoryError):
             load_weights(tmp_path)
 
-    def test_a_whole_network(self, tmp_path):
+    def test_a_pickled_network(self, tmp_path):
         torch.save(network(), tmp_path / "w.pt")
-        message = r"w\.pt holds awp_optim\.lab\.models\.PreActResNet, .* save the network's state_d"
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(
+            ValueError, match=r"w\.pt holds .*\.PreActResNet, .*state_dict"
+        ) as error:
             load_weights(tmp_path / "w.pt")
-        assert "weights_only" not in str(error.value)  # no advice to do without the protection
+        check_no_advice(error)
 
     def test_it_runs_no_code(self, tmp_path):
         class Evil:
@@ -169,8 +177,9 @@ class TestLoad:
                 return os.system, (f"touch {tmp_path / 'it-ran'}",)
 
         torch.save({"model": network().state_dict(), "note": Evil()}, tmp_path / "w.pt")
-        with pytest.raises(ValueError, match=rf"w\.pt holds {os.name}\.system"):
+        with pytest.raises(ValueError, match=rf"w\.pt holds {os.name}\.system") as error:
             load_weights(tmp_path / "w.pt")
+        check_no_advice(error)
         assert not (tmp_path / "it-ran").exists()
 
 
@@ -228,24 +237,13 @@ class TestInitialize:
         assert torch.equal(model(x), source(x))
         equal(model.state_dict(), source.state_dict())
 
-    @pytest.mark.parametrize("new_head", [False, True])
     @pytest.mark.parametrize(("before", "now"), [(1000, 10), (10, 100), (1, 3)])
     @pytest.mark.parametrize("name", NETWORKS)
-    def test_other_classes(self, name, before, now, new_head):
+    def test_other_classes(self, name, before, now):
         build, head, _ = NETWORKS[name]
         source, model = another(build, 1, num_classes=before), another(build, 2, num_classes=now)
         built, given = state_of(model), source.state_dict()
-        fresh = initialize(model, given, new_head=new_head)
-        assert fresh == [f"{head}.weight".lstrip("."), f"{head}.bias".lstrip(".")]
-        for key, tensor in model.state_dict().items():
-            assert torch.equal(tensor, (built if key in fresh else given)[key]), key
-
-    @pytest.mark.parametrize("name", NETWORKS)
-    def test_a_new_head_for_the_same_classes(self, name):
-        build, head, _ = NETWORKS[name]
-        source, model = (another(build, seed, num_classes=5) for seed in (1, 2))
-        built, given = state_of(model), source.state_dict()
-        fresh = initialize(model, given, new_head=True)
+        fresh = initialize(model, given)
         assert fresh == [f"{head}.weight".lstrip("."), f"{head}.bias".lstrip(".")]
         for key, tensor in model.state_dict().items():
             assert torch.equal(tensor, (built if key in fresh else given)[key]), key
@@ -286,7 +284,7 @@ class TestInitialize:
         source = network(1)
         initialize(model, source.state_dict())
         assert torch.equal(model.normalize.mean, source.normalize.mean)
-        # Published weights have none: the network was normalised outside.
+        # Published weights have none: the network was normalized outside.
         model = network(2)
         built = state_of(model)
         published = {k: v for k, v in source.state_dict().items() if "normalize" not in k}
@@ -313,17 +311,17 @@ class TestInitialize:
             (lambda w: w.update(extra=torch.zeros(2)), "1 unexpected: extra"),
             (
                 lambda w: w.update({"conv1.weight": torch.zeros(4, 3, 3, 3)}),
-                r"1 of another shape: conv1\.weight \(\(4, 3, 3, 3\) given, \(4, 1, 3, 3\) in the",
+                r"1 of another shape: conv1\.weight \(\(4, 3, 3, 3\) given, \(4, 1, 3, 3\) needed",
             ),
             (  # in the first dimension only, but no head
                 lambda w: w.update({"bn.bias": torch.zeros(16)}),
-                r"1 of another shape: bn\.bias \(\(16,\) given, \(8,\) in",
+                r"1 of another shape: bn\.bias \(\(16,\) given, \(8,\)",
             ),
             (  # a head for other features
                 lambda w: w.update(
                     {"linear.weight": torch.zeros(3, 9), "linear.bias": torch.zeros(3)}
                 ),
-                r"2 of another shape: linear\.weight \(\(3, 9\) given, \(5, 8\) in .*linear\.bias",
+                r"2 of another shape: linear\.weight \(\(3, 9\) given, \(5, 8\) .*linear\.bias",
             ),
             (
                 lambda w: w.update({"linear.weight": torch.zeros(3, 8, 1)}),
@@ -331,10 +329,10 @@ class TestInitialize:
             ),
             (lambda w: w["conv1.weight"].fill_(float("nan")), "1 not finite: conv1.weight"),
             (lambda w: w["bn.running_var"].fill_(float("inf")), "1 not finite: bn.running_var"),
-            (lambda w: w.clear(), r"\d+ missing: conv1\.weight, .*, \.\.\.\. Are they of the same"),
+            (lambda w: w.clear(), r"\d+ missing: conv1\.weight, .*, \.\.\.\. Do they belong"),
             (
                 lambda w: [w.update({"x." + k: w.pop(k)}) for k in list(w)],
-                r"\d+ missing: .*; \d+ unexpected: x\.normalize\.mean, .*, \.\.\.\. Are",
+                r"\d+ missing: .*; \d+ unexpected: x\.normalize\.mean, .*, \.\.\.",
             ),
         ],
     )
@@ -364,7 +362,7 @@ class TestInitialize:
 
         for source in (mlp(7, 3), mlp(7, 2)):
             model = mlp(6, 3)
-            with pytest.raises(ValueError, match=r"0\.weight \(\(7, 4\) given, \(6, 4\) in"):
+            with pytest.raises(ValueError, match=r"0\.weight \(\(7, 4\) given, \(6, 4\)"):
                 initialize(model, source.state_dict())
 
     def test_a_network_without_a_linear_layer(self):
@@ -377,8 +375,6 @@ class TestInitialize:
         assert torch.equal(model[0].weight, source[0].weight)
         with pytest.raises(ValueError, match=r"another shape: 0\.weight"):
             initialize(model, build(4).state_dict())
-        with pytest.raises(ValueError, match=r"no nn\.Linear"):
-            initialize(model, source.state_dict(), new_head=True)
 
     def test_from_a_file(self, tmp_path):
         """ImageNet's classes, saved under DataParallel, to CIFAR-10's."""
@@ -398,7 +394,7 @@ class TestInitialize:
         equal({k: v.cpu() for k, v in model.state_dict().items()}, source.state_dict())
 
 
-def test_one_number_of_a_normalisation_stands_for_all_channels():
+def test_one_number_of_a_normalization_stands_for_all_channels():
     given = build_model("wide_resnet10_1", num_classes=4, in_channels=3, mean=0.5, std=0.25)
     model = build_model(
         "wide_resnet10_1", num_classes=4, in_channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)

@@ -9,11 +9,9 @@ raises :class:`~awp_optim.lab.reports.runs.NotEnough` if the runs do not allow i
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from awp_optim.lab.reports import plots
 from awp_optim.lab.reports.landscapes import Landscapes, file_name
 from awp_optim.lab.reports.runs import Groups, NotEnough, Run, by_gamma, comparable
+from awp_optim.lab.reports.sharpness import rise_differences, sharpness_table
 from awp_optim.lab.reports.summary import Cells, Runs, accuracies, spread
 from awp_optim.lab.run_folder import best
 from awp_optim.landscape import LossCurve, LossSurface
@@ -67,117 +66,114 @@ class Drawing:
 
 # --- Figures ----------------------------------------------------------------------------------
 
+Figure = Callable[[Groups, Landscapes], list[Drawing]]
+FIGURES: dict[str, Figure] = {}
+"""Every figure by name, in the order of a gallery; the docstrings say what they show."""
 
-def learning(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+
+def _figure(draw: Callable[[Groups, Landscapes], Iterator[Drawing]]) -> Figure:
+    """Adds a figure to :data:`FIGURES`, under the name of its function."""
+
+    @wraps(draw)
+    def figure(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+        return list(draw(groups, landscapes))
+
+    FIGURES[draw.__name__.replace("_", "-")] = figure
+    return figure
+
+
+@_figure
+def learning(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """Learning curves and the generalization gap."""
     labels, size = list(groups), plots.MAX_PAIRS
     pages = [labels[i : i + size] for i in range(0, len(labels), size)]
     title = "Learning curves and the robust generalization gap"
-    drawings = []
     for name, heading, page in _numbered("learning", title, pages):
         runs = {label: comparable(groups[label]) for label in page}
-        drawings.append(
-            Drawing(
-                name,
-                heading,
-                f"{_about({label: groups[label] for label in page})}; robust accuracy under PGD by"
-                " epoch (Figures 1, 7 to 11).",
-                partial(plots.learning_curves, runs),
-                [("Accuracy in %", accuracies(runs))],
-                runs,
-            )
+        yield Drawing(
+            name,
+            heading,
+            f"{_about({label: groups[label] for label in page})}; robust accuracy under PGD by"
+            " epoch (Figures 1, 7 to 11).",
+            partial(plots.learning_curves, runs),
+            [("Accuracy in %", accuracies(runs))],
+            runs,
         )
-    return drawings
 
 
-def methods(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def methods(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """Landscapes of the methods, beside their generalization gaps."""
     compared = {label: runs for label, runs in groups.items() if not runs[0].is_random}
     if len(compared) < 2:
         raise NotEnough("there is one setting alone, and nothing to compare it with")
-    return [_comparison("methods", "Landscapes of the methods", "1", compared, landscapes)]
+    yield _comparison("methods", "Landscapes of the methods", "1", compared, landscapes)
 
 
-def rwp(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
-    """Landscapes of AWP and of random weight perturbation."""
-    if not any(runs[0].is_random for runs in groups.values()):
-        raise NotEnough("no run has random weight perturbation: train with --direction random")
-    compared = {label: runs for label, runs in groups.items() if runs[0].config.method == "at"}
-    return [_comparison("rwp", "Landscapes of AWP and RWP", "3 (b)", compared, landscapes)]
-
-
-def epochs(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def epochs(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """A run's landscapes, before and after its best epoch."""
     candidates = {label: _most_checkpoints(runs) for label, runs in groups.items()}
     subjects = {label: run for label, run in candidates.items() if len(run.checkpoints()) > 1}
     if not subjects:
         raise NotEnough("no run has two checkpoints: train with --save-every N")
-    drawings = []
     for label, run in subjects.items():
         curves = {n: landscapes.curve(run, file) for n, file in run.checkpoints().items()}
         named = {f"epoch {epoch}": [curve] for epoch, curve in curves.items()}
         rows = comparable([run])[0]
-        drawings.append(
-            Drawing(
-                f"epochs-{file_name(label)}",
-                f"Landscapes by epoch: {label}",
-                f"{landscapes.describe(run)}; the run in {run.path.name}, whose best epoch is"
-                f" {int(best(list(rows))['epoch']) + 1} (Figures 1, 7 to 10).",
-                partial(plots.landscapes_by_epoch, rows, curves),
-                [_sharpness(named, landscapes.how.at)],
-                named,
-            )
+        yield Drawing(
+            f"epochs-{file_name(label)}",
+            f"Landscapes by epoch: {label}",
+            f"{landscapes.describe(run)}; the run in {run.path.name}, whose best epoch is"
+            f" {int(best(list(rows))['epoch']) + 1} (Figures 1, 7 to 10).",
+            partial(plots.landscapes_by_epoch, rows, curves),
+            [sharpness_table(named, landscapes.how.at)],
+            named,
         )
-    return drawings
 
 
-def gamma(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def gamma(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """Landscapes by the size of AWP's perturbation in training."""
     families = [family["AWP"] for family in by_gamma(groups) if len(family["AWP"]) > 2]
     _need_three_gammas(families)
-    drawings = []
     for name, heading, family in _numbered("gamma", "Landscapes by gamma", families):
         curves = {g: [landscapes.curve(run) for run in family[g]] for g in sorted(family)}
         runs = {g: comparable(family[g]) for g in sorted(family)}
         named = {f"gamma {g:g}": of_gamma for g, of_gamma in curves.items()}
         first = next(iter(family.values()))[0]
-        drawings.append(
-            Drawing(
-                name,
-                heading,
-                f"{first.config.method.upper()}; {landscapes.describe(first)}; gamma 0 is without"
-                " AWP (Figure 2 (c), (d)).",
-                partial(plots.landscapes_by_gamma, curves, runs),
-                [_sharpness(named, landscapes.how.at)],
-                named,
-            )
+        yield Drawing(
+            name,
+            heading,
+            f"{first.config.method.upper()}; {landscapes.describe(first)}; gamma 0 is without AWP"
+            " (Figure 2 (c), (d)).",
+            partial(plots.landscapes_by_gamma, curves, runs),
+            [sharpness_table(named, landscapes.how.at)],
+            named,
         )
-    return drawings
 
 
-def sizes(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def sizes(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """Robust accuracy by the size of AWP and of random weight perturbation."""
     families = [f for f in by_gamma(groups) if any(len(runs) > 2 for runs in f.values())]
     _need_three_gammas(families)
     title = "Robust accuracy by the size of the perturbation"
-    drawings = []
     for name, heading, family in _numbered("sizes", title, families):
         runs = _rows_by_gamma(family)
         named = {f"{kind}, gamma {g:g}": runs[kind][g] for kind in runs for g in sorted(runs[kind])}
-        drawings.append(
-            Drawing(
-                name,
-                heading,
-                f"{_about(groups)} (Figures 2 (b), 3 (c)).",
-                partial(plots.perturbation_sizes, runs),
-                [("Accuracy in %", accuracies(named))],
-                named,
-            )
+        yield Drawing(
+            name,
+            heading,
+            f"{_about(groups)} (Figures 2 (b), 3 (c)).",
+            partial(plots.perturbation_sizes, runs),
+            [("Accuracy in %", accuracies(named))],
+            named,
         )
-    return drawings
 
 
-def perturbed(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def perturbed(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """One model's loss under AWP and under random weight perturbation, by gamma."""
     without = [label for label, runs in groups.items() if not runs[0].config.gamma]
     label = [*without, *groups][0]
@@ -188,21 +184,29 @@ def perturbed(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     cells = [["gamma", *(f"loss, {kind}" for kind in curves)], ["0", *unperturbed]]
     for g, row in zip(landscapes.how.gammas, losses, strict=True):
         cells.append([f"{g:g}", *(f"{loss:.3f}" for loss in row)])
-    return [
-        Drawing(
-            "perturbed",
-            f"Adversarial and random perturbation of the weights: {label}",
-            f"{landscapes.describe(run)}; the run in {run.path.name}. Its weights are perturbed by"
-            " gamma in AWP's direction for these images, and in random directions of the same"
-            " length (Figure 3 (a)).",
-            partial(plots.perturbed_weights, curves),
-            [("Adversarial loss, mean over directions", cells)],
-            curves,
-        )
-    ]
+    yield Drawing(
+        "perturbed",
+        f"Adversarial and random perturbation of the weights: {label}",
+        f"{landscapes.describe(run)}; the run in {run.path.name}. Its weights are perturbed by"
+        " gamma in AWP's direction for these images, and in random directions of the same length"
+        " (Figure 3 (a)).",
+        partial(plots.perturbed_weights, curves),
+        [("Adversarial loss, mean over directions", cells)],
+        curves,
+    )
 
 
-def histogram(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def rwp(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
+    """Landscapes of AWP and of random weight perturbation."""
+    if not any(runs[0].is_random for runs in groups.values()):
+        raise NotEnough("no run has random weight perturbation: train with --direction random")
+    compared = {label: runs for label, runs in groups.items() if runs[0].config.method == "at"}
+    yield _comparison("rwp", "Landscapes of AWP and RWP", "3 (b)", compared, landscapes)
+
+
+@_figure
+def histogram(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """The distribution of the last convolution's weights."""
     weights: dict[str, list[Array]] = {label: [] for label in groups}
     layer = ""
@@ -215,18 +219,17 @@ def histogram(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
         pooled = np.concatenate(arrays)
         values = pooled.std(), np.abs(pooled).max()
         cells.append([label, *(f"{v:.4g}" for v in values), f"{_skewness(pooled):+.2f}"])
-    return [
-        Drawing(
-            "histogram",
-            f"Weights of {layer}",
-            f"{_about(groups)}; the last convolution's weights at the last checkpoint (Figure 4).",
-            partial(plots.weight_histograms, weights, layer=layer),
-            [("Weights", cells)],
-        )
-    ]
+    yield Drawing(
+        "histogram",
+        f"Weights of {layer}",
+        f"{_about(groups)}; the last convolution's weights at the last checkpoint (Figure 4).",
+        partial(plots.weight_histograms, weights, layer=layer),
+        [("Weights", cells)],
+    )
 
 
-def directions(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def directions(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """How much a landscape depends on the direction."""
     subjects = _side_by_side(groups, plots.MAX_PAIRS)
     count, at = max(DIRECTIONS, landscapes.how.directions), landscapes.how.at
@@ -238,24 +241,20 @@ def directions(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     for label, curve in curves.items():
         rises = curve.rises(at).mean(1).tolist()
         cells.append([label, spread(rises, 3), f"{min(rises):.3f}", f"{max(rises):.3f}"])
-    title = (
-        f"Rise of the adversarial loss at |alpha| = {at:g}, mean ± standard deviation over"
-        " directions"
+    title = f"Rise of the adversarial loss at |alpha| = {at:g}; mean ± deviation over directions"
+    yield Drawing(
+        "directions",
+        f"{count} random directions",
+        f"{_describe_first(subjects, landscapes)}; one run of each, along {count}"
+        " filter-normalized directions (Figure 5).",
+        partial(plots.directions, curves),
+        [(title, cells)],
+        curves,
     )
-    return [
-        Drawing(
-            "directions",
-            f"{count} random directions",
-            f"{_describe_first(subjects, landscapes)}; one run of each, along {count}"
-            " filter-normalized directions (Figure 5).",
-            partial(plots.directions, curves),
-            [(title, cells)],
-            curves,
-        )
-    ]
 
 
-def surface(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def surface(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """The landscape on a plane."""
     subjects = _side_by_side(groups, COLUMNS)
     surfaces = {label: landscapes.surface(run, file) for label, (run, file) in subjects.items()}
@@ -263,54 +262,34 @@ def surface(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
     for label, s in surfaces.items():
         values = s.adv_center, s.relative.mean(), s.relative.max()
         cells.append([label, *(f"{value:.3f}" for value in values)])
-    return [
-        Drawing(
-            "surface",
-            "Landscapes on a plane",
-            f"{_describe_first(subjects, landscapes)}; one run of each (Figure 6). The color scale"
-            " ends at the 95th percentile of the heights.",
-            partial(plots.surfaces, surfaces),
-            [("|g(a, b) - g(0, 0)| over the plane", cells)],
-            surfaces,
-        )
-    ]
+    yield Drawing(
+        "surface",
+        "Landscapes on a plane",
+        f"{_describe_first(subjects, landscapes)}; one run of each (Figure 6). The color scale ends"
+        " at the 95th percentile of the heights.",
+        partial(plots.surfaces, surfaces),
+        [("|g(a, b) - g(0, 0)| over the plane", cells)],
+        surfaces,
+    )
 
 
-def on_the_fly(groups: Groups, landscapes: Landscapes) -> list[Drawing]:
+@_figure
+def on_the_fly(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """What adversarial examples generated only once would hide."""
     label, (run, *_) = next(iter(groups.items()))
     curves = {
         "for each perturbed model": landscapes.curve(run),
         "pre-generated": landscapes.curve(run, pregenerated=True),
     }
-    named = {how: [curve] for how, curve in curves.items()}
-    return [
-        Drawing(
-            "on-the-fly",
-            f"Adversarial examples for each perturbed model, and pre-generated: {label}",
-            f"{landscapes.describe(run)}; pre-generated: once, for the unperturbed model; the run"
-            f" in {run.path.name} (Section 3).",
-            partial(plots.on_the_fly, curves),
-            [_sharpness(named, landscapes.how.at)],
-            curves,
-        )
-    ]
-
-
-FIGURES: dict[str, Callable[[Groups, Landscapes], list[Drawing]]] = {
-    "learning": learning,
-    "methods": methods,
-    "epochs": epochs,
-    "gamma": gamma,
-    "sizes": sizes,
-    "perturbed": perturbed,
-    "rwp": rwp,
-    "histogram": histogram,
-    "directions": directions,
-    "surface": surface,
-    "on-the-fly": on_the_fly,
-}
-"""Every figure by name, in the order of a gallery."""
+    yield Drawing(
+        "on-the-fly",
+        f"Adversarial examples for each perturbed model, and pre-generated: {label}",
+        f"{landscapes.describe(run)}; pre-generated: once, for the unperturbed model; the run in"
+        f" {run.path.name} (Section 3).",
+        partial(plots.on_the_fly, curves),
+        [sharpness_table({how: [curve] for how, curve in curves.items()}, landscapes.how.at)],
+        curves,
+    )
 
 
 # --- Which runs -------------------------------------------------------------------------------
@@ -335,7 +314,7 @@ def _most_checkpoints(runs: Sequence[Run]) -> Run:
 
 
 def _side_by_side(groups: Groups, most: int) -> dict[str, tuple[Run, Path]]:
-    """At most so many checkpoints: the last of each setting; or, of a single setting, over time."""
+    """At most so many checkpoints: the last of each setting, or several of a single setting."""
     if len(groups) > 1:
         firsts = {label: runs[0] for label, runs in list(groups.items())[:most]}
         return {label: (run, run.last_checkpoint()) for label, run in firsts.items()}
@@ -370,7 +349,7 @@ def _describe_first(subjects: Mapping[str, tuple[Run, Path]], landscapes: Landsc
     return landscapes.describe(run)
 
 
-# --- What is measured, and its tables ---------------------------------------------------------
+# --- What is measured -------------------------------------------------------------------------
 
 
 def _comparison(
@@ -393,58 +372,9 @@ def _comparison(
         f"{landscapes.describe(first)}; the last checkpoints, {along}; bands from the lowest to"
         f" the highest run and direction (Figure {figure}).",
         partial(plots.landscapes, curves, runs),
-        [_sharpness(curves, at), *_differences(groups, curves, at)],
+        [sharpness_table(curves, at), *rise_differences(groups, curves, at)],
         curves,
     )
-
-
-def _sharpness(curves: Mapping[str, Sequence[LossCurve]], at: float) -> tuple[str, Cells]:
-    """A row for each label: mean and standard deviation over its curves."""
-    title = (
-        "Adversarial loss of the unperturbed model, g(0); its rise, g(alpha) - g(0), at |alpha| ="
-        f" {at:g}: mean over directions and signs, standard error due to the sample of images,"
-        " the worst, and the mean of |rise|; flat width: the range of alpha around 0 in which the"
-        " loss rises by less than 10%"
-    )
-    cells = [["", "g(0)", "rise", "± images", "worst rise", "|rise|", "flat width"]]
-    for label, of_label in curves.items():
-        sharpness = [curve.sharpness(at) for curve in of_label]
-        widths = [curve.flat_width() for curve in of_label]
-        cells.append(
-            [
-                label,
-                spread([curve.adv_center for curve in of_label], 3),
-                spread([s.mean for s in sharpness], 3),
-                f"{statistics.mean(s.stderr for s in sharpness):.3f}",
-                f"{max(s.worst for s in sharpness):.3f}",
-                spread([s.relative for s in sharpness], 3),
-                spread(widths, 3) if all(map(math.isfinite, widths)) else "beyond the curve",
-            ]
-        )
-    return title, cells
-
-
-def _differences(groups: Groups, curves: Mapping[str, Sequence[LossCurve]], at: float) -> Tables:
-    """The rise of each label less that of the first, seed by seed, if they share several seeds."""
-    rises = {
-        label: {
-            run.config.seed: curve.sharpness(at).mean
-            for run, curve in zip(groups[label], curves[label], strict=True)
-        }
-        for label in curves
-    }
-    (first, base), *others = rises.items()
-    cells = [["", "rise", "by seed", "as a ratio"]]
-    for label, of_label in others:
-        seeds = sorted(base.keys() & of_label.keys())
-        if len(seeds) > 1:
-            less = [of_label[s] - base[s] for s in seeds]
-            ratio = sum(of_label[s] for s in seeds) / sum(base[s] for s in seeds)
-            by_seed = ", ".join(f"{difference:+.3f}" for difference in less)
-            mean = spread(less, 3, signed=True)
-            cells.append([f"{label} less {first}", mean, by_seed, f"{ratio:.2f}"])
-    title = "The rise compared seed by seed, mean ± standard deviation"
-    return [(title, cells)] if len(cells) > 1 else []
 
 
 def _last_layer(model: nn.Module) -> tuple[str, Tensor]:

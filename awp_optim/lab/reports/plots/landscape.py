@@ -14,6 +14,7 @@ import numpy as np
 
 from awp_optim.lab.reports.plots.runs import robust_curves
 from awp_optim.lab.reports.plots.style import (
+    DASHED,
     MARKERS,
     MAX_PAIRS,
     Array,
@@ -274,7 +275,7 @@ def _shaded_by_epoch(axes: Axes, curves: Mapping[int, LossCurve], shades: str, t
 
 def _learning_curve(axes: Axes, rows: Sequence[Row], best_epoch: int) -> None:
     epochs, train, test = robust_curves([rows])
-    band(axes, epochs, train, "C0", "training images", linestyle="--")
+    band(axes, epochs, train, "C0", "training images", **DASHED)
     band(axes, epochs, test, "C1", "test images")
     band(axes, epochs, train - test, "C2", "gap (points)", linestyle="-.")
     axes.axvline(best_epoch, color="0.4", linestyle=":", label=f"best epoch, {best_epoch}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from awp_optim.lab.reports.plots.style import (
+    DASHED,
     MARKERS,
     MAX_PAIRS,
     Array,
@@ -130,7 +131,7 @@ def robust_curves(seeds: Runs) -> tuple[list[float], Array, Array]:
 
 def _train_and_test(axes: Axes, seeds: Runs, color: str, label: str) -> None:
     epochs, train, test = robust_curves(seeds)
-    band(axes, epochs, train, color, f"{label}, training images", linestyle="--")
+    band(axes, epochs, train, color, f"{label}, training images", **DASHED)
     band(axes, epochs, test, color, f"{label}, test images")
 
 
@@ -166,15 +167,9 @@ def _cost_bars(axes: Axes, strategies: Mapping[str, Mapping[str, tuple[Runs, flo
 
 def _lines_by_gamma(axes: Axes, sizes: Sizes, names: Mapping[str, str]) -> None:
     """One or two figures of :func:`summary` by gamma: the first solid, the second dashed."""
-    styles = [
-        (part, name, {"linestyle": line, "markerfacecolor": face})
-        for (part, name), line, face in zip(
-            names.items(), ("-", "--"), (None, "white"), strict=False
-        )
-    ]
     for i, (color, (label, runs)) in enumerate(colored(sizes, MAX_PAIRS)):
         gammas = sorted(gamma for gamma in runs if gamma > 0)
-        for j, (part, name, style) in enumerate(styles):
+        for j, (part, name) in enumerate(names.items()):
             error_bars(
                 axes,
                 [gamma * 1.03 ** (2 * i + j) for gamma in gammas],  # so that no bars overlap
@@ -183,7 +178,7 @@ def _lines_by_gamma(axes: Axes, sizes: Sizes, names: Mapping[str, str]) -> None:
                 marker=MARKERS[i],
                 elinewidth=1,
                 label=f"{label}, {part}" if part else label,
-                **style,
+                **(DASHED if j else {}),
             )
     _lines_without(axes, sizes, list(names.values()))
     axes.plot([], [], color="0.4", linewidth=0.9, label=r"horizontal: $\gamma$ = 0")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "DASHED",
     "MARKERS",
     "MAX_LABELS",
     "MAX_PAIRS",
@@ -38,6 +39,8 @@ MAX_LABELS = 8
 """How many labels a reader can tell apart in one panel; their colors are "C0" to "C7"."""
 MAX_PAIRS = 4
 """The same where each label has two lines, a solid and a dashed one."""
+DASHED: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"}
+"""The second line of a pair; the first has filled markers."""
 
 
 @contextmanager
@@ -100,7 +103,7 @@ def mean_and_deviation(sample: Sequence[float]) -> tuple[float, float]:
 def by_epoch(axes: Axes) -> None:
     """Epochs on the x axis, labeled at integers."""
     axes.set_xlabel("epoch")
-    axes.locator_params(axis="x", integer=True)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
 def note(axes: Axes, text: str) -> None:

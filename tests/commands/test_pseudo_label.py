@@ -152,7 +152,7 @@ def test_a_bare_state_dict_of_a_network_without_statistics(start, folder):
     np.save("x.npy", x)
     args = ("--images", "x.npy", "--checkpoint", "w.pt", "--out", "xy.npz")
     status, _ = start(*args)
-    assert status == "error: w.pt does not say of which network it is: give --arch"
+    assert status == "error: w.pt does not name its network: give --arch"
     status, said = start(*args, "--arch", "preact_resnet_small")
     assert status is None
     assert "agree" not in said
@@ -215,7 +215,7 @@ def test_a_function_of_ones_own(start, folder):
     ("changes", "message"),
     [
         ({"--images": "none.npz"}, r"No such file.*none\.npz"),
-        ({"--images": "best.pt"}, r"best\.pt has no images, x or data; it has \S+data\.pkl"),
+        ({"--images": "best.pt"}, r"best\.pt has no images, .*; it has \S+data\.pkl"),
         ({"--images": "y.npz"}, r"y\.npz has 60 images and 3 labels"),
         (
             {"--images": "grey.npy"},
@@ -223,10 +223,10 @@ def test_a_function_of_ones_own(start, folder):
         ),
         ({"--checkpoint": "x.npz"}, r"x\.npz"),
         ({"--checkpoint": "nan.pt"}, r"nan\.pt, as preact_resnet_small: .*not finite: linear"),
-        ({"--checkpoint": "other.pt"}, r"other\.pt does not say how many classes there are: give"),
+        ({"--checkpoint": "other.pt"}, r"other\.pt does not show the number of classes: give"),
         ({"--arch": "magic"}, "no model 'magic'"),
         ({"--arch": "vgg19"}, r"best\.pt, as vgg19: the weights do not fit the network"),
-        ({"--num-classes": "3"}, "head for 4 classes, not 3: leave --num-classes away"),
+        ({"--num-classes": "3"}, "head for 4 classes, not 3: leave out --num-classes"),
         ({"--batch-size": "0"}, "batch_size must be at least 1"),
         ({"--min-confidence": "1"}, r"confidence is below 1 for all 60 images"),
         ({"--out": "x.npz"}, "--out would take the place of --images"),

@@ -1,0 +1,131 @@
+"""Networks for small images, by name, with the normalization inside."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from awp_optim.lab.models.common import Activation, Normalize
+from awp_optim.lab.models.preact import PreActBlock, PreActBottleneck, PreActResNet
+from awp_optim.lab.models.vgg import VGG
+from awp_optim.lab.models.wide import WideResNet
+
+__all__ = [
+    "ACTIVATIONS",
+    "MODELS",
+    "VGG",
+    "Normalize",
+    "PreActBlock",
+    "PreActBottleneck",
+    "PreActResNet",
+    "WideResNet",
+    "build_model",
+]
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "preact_resnet18": partial(PreActResNet, (2, 2, 2, 2)),
+    "preact_resnet34": partial(PreActResNet, (3, 4, 6, 3)),
+    "preact_resnet50": partial(PreActResNet, (3, 4, 6, 3), block=PreActBottleneck),
+    "preact_resnet_small": partial(PreActResNet, (1, 1, 1), width=16),  # for 8x8 digits, on a CPU
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "wide_resnet28_10": partial(WideResNet, 28, 10),
+    "wide_resnet34_10": partial(WideResNet, 34, 10),
+    "wide_resnet34_20": partial(WideResNet, 34, 20),
+    "wide_resnet70_16": partial(WideResNet, 70, 16),
+}
+"""The networks that papers train, for :func:`build_model`."""
+
+ACTIVATIONS: dict[str, Activation] = {
+    f.__name__: f
+    for f in (F.relu, F.leaky_relu, F.elu, F.celu, F.gelu, F.silu, F.mish, F.softplus, torch.tanh)
+}
+"""Activations by name, for :func:`build_model`."""
+
+TORCHVISION = "torchvision/"
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
+    activation: str | Activation = "relu",
+    **settings: Any,
+) -> nn.Module:
+    """Build a new network by name, for images in [0, 1].
+
+    Args:
+        name: A name in :data:`MODELS`; ``"wide_resnet16_4"`` and so on, of depth 16 and width 4;
+            or ``"torchvision/resnet18"`` and so on: any classifier of ``torchvision.models``,
+            untrained, after :class:`Normalize`. Those are made for RGB images of about 224x224;
+            not all of them accept small ones.
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        mean: For :class:`Normalize`.
+        std: For :class:`Normalize`.
+        activation: A name in :data:`ACTIVATIONS`, or any function of a tensor, in place of ReLU.
+            The networks of torchvision have their own.
+        settings: Other arguments of the network.
+
+    Raises:
+        ImportError: A network of torchvision was asked for, and torchvision is not installed.
+        ValueError: There is no such name (the message lists the names), or a network of
+            torchvision was asked for with other images than RGB, or another activation.
+    """
+    settings |= {
+        "num_classes": num_classes, "in_channels": in_channels, "mean": mean, "std": std
+    }  # fmt: skip
+    if name.startswith(TORCHVISION):
+        if activation not in ("relu", F.relu):
+            raise ValueError(f"{name} has its own activation: {activation!r} cannot be set")
+        return _torchvision_model(name.removeprefix(TORCHVISION), **settings)
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
+        activation = ACTIVATIONS[activation]
+    if name in MODELS:
+        return MODELS[name](activation=activation, **settings)
+    if sizes := re.fullmatch(r"wide_resnet(\d+)_(\d+)", name):
+        return WideResNet(int(sizes[1]), int(sizes[2]), activation=activation, **settings)
+    raise ValueError(
+        f"no model {name!r}; there are: {', '.join(sorted(MODELS))}; wide_resnetDEPTH_WIDTH; and "
+        f"{TORCHVISION}NAME"
+    )
+
+
+def _torchvision_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+    **settings: Any,
+) -> nn.Module:
+    """torchvision's classifier ``name``, untrained: its parameters have the prefix ``model.``."""
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise ImportError(
+            f"{TORCHVISION}{name} needs torchvision: pip install torchvision"
+        ) from error
+
+    names = models.list_models(module=models)  # detection and the like are in modules below
+    if name not in names:
+        raise ValueError(f"torchvision has no classifier {name!r}; it has: {', '.join(names)}")
+    if in_channels != 3:
+        raise ValueError(f"the networks of torchvision need RGB images, not {in_channels} channels")
+    if name in ("googlenet", "inception_v3"):
+        # Without the auxiliary heads, whose logits would be returned too in train mode.
+        settings = {"aux_logits": False, "init_weights": True, **settings}
+    net = models.get_model(name, weights=None, num_classes=num_classes, **settings)
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std, in_channels), model=net))

@@ -1,0 +1,111 @@
+"""Wide residual networks.
+
+Zagoruyko & Komodakis, "Wide Residual Networks", 2016 (https://arxiv.org/abs/1605.07146): as
+:mod:`awp_optim.lab.models.preact`, but deeper, wider and in three stages. Names of parameters
+(``conv1``, ``block1.layer.0.bn1``, ..., ``bn1``, ``fc``) and initialization are those usual in
+adversarial training.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from awp_optim.lab.models.common import Activation, Normalize, check_sizes
+
+__all__ = ["WideBlock", "WideResNet"]
+
+
+class WideBlock(nn.Module):
+    """The basic block of :mod:`awp_optim.lab.models.preact` under the names usual here.
+
+    (N, in_planes, H, W) -> (N, planes, H / stride, W / stride).
+    """
+
+    def __init__(
+        self, in_planes: int, planes: int, stride: int = 1, activation: Activation = F.relu
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.convShortcut = None
+        if stride != 1 or in_planes != planes:
+            self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.activation(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(out)
+        out = self.conv1(out)
+        out = self.conv2(self.activation(self.bn2(out)))
+        return out + shortcut
+
+
+def _stage(
+    blocks: int, in_planes: int, planes: int, stride: int, activation: Activation
+) -> nn.Sequential:
+    """``blocks`` wide blocks in a row, the first of them with the stride."""
+    first = WideBlock(in_planes, planes, stride, activation)
+    rest = [WideBlock(planes, planes, 1, activation) for _ in range(blocks - 1)]
+    # The outer one is for the usual parameter names.
+    return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width without dropout; images in [0, 1] to logits.
+
+    (N, in_channels, H, W) -> (N, num_classes), for any H and W: the pooling is global.
+
+    Args:
+        depth: Number of 3x3 convolutions and projections, 6n + 4: a stem of 16 channels and three
+            stages of n blocks.
+        width: k; the stages have 16k, 32k and 64k channels, and the second and third halve height
+            and width.
+        num_classes, in_channels, mean, std: As in :func:`~awp_optim.lab.models.build_model`.
+        activation: The activation of all blocks and before the pooling. The initialization is
+            ReLU's throughout.
+
+    Raises:
+        ValueError: ``depth`` is not 6n + 4, a size is below 1, or ``mean`` and ``std`` do not fit
+            ``in_channels``.
+    """
+
+    def __init__(
+        self,
+        depth: int = 34,
+        width: int = 10,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+        activation: Activation = F.relu,
+    ) -> None:
+        super().__init__()
+        if depth < 10 or depth % 6 != 4:
+            raise ValueError(f"depth must be 6n + 4 with n at least 1 (10, 16, ...), got {depth}")
+        check_sizes(width=width, num_classes=num_classes, in_channels=in_channels)
+        n = (depth - 4) // 6
+        self.activation = activation
+        self.normalize = Normalize(mean, std, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.block1 = _stage(n, 16, 16 * width, 1, activation)
+        self.block2 = _stage(n, 16 * width, 32 * width, 2, activation)
+        self.block3 = _stage(n, 32 * width, 64 * width, 2, activation)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv1(self.normalize(x))
+        out = self.block3(self.block2(self.block1(out)))
+        logits: Tensor = self.fc(self.activation(self.bn1(out)).mean((2, 3)))
+        return logits

@@ -1,0 +1,651 @@
+"""A captured step equals the eager one: with CUDA graphs, or with their stand-in on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from awp_optim import AWP, AdversarialStep, frozen_batch_norm
+from awp_optim._cuda_graphs.graphs import CaptureError
+from awp_optim.attacks import FGSM, PGD
+from awp_optim.objectives import AT, MART, TRADES
+
+from .conftest import (
+    SGD,
+    assert_captured_equals_eager,
+    assert_same,
+    attack,
+    awp,
+    batches,
+    graphs_of,
+    mixed,
+    network,
+    run,
+    trained,
+)
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"ascent": "attack"},
+        {"clip_grad_norm": 0.5},
+        {"objective": TRADES(), "attack": PGD(0.1, 0.04, steps=2, loss="kl")},
+        {"objective": MART()},
+        {"attack": PGD(0.1, 0.04, steps=2, random_start=False, model_mode="train")},
+        {"attack": FGSM(0.1, norm="l2")},
+    ],
+    ids=str,
+)
+def test_captured_equals_the_readable_step(graph_device, kwargs):
+    device, counts = graph_device
+    if device == "cuda" and kwargs.get("objective") == TRADES():
+        pytest.skip("the random start decides")
+    data = batches(10, device)
+    readable, truth, _ = trained(device, False, data, lambda m: awp(m, foreach=False), **kwargs)
+    model, outputs, _ = trained(device, True, data, **kwargs)
+    assert_same(model, readable, outputs, truth)
+    assert counts.captures == 1
+    assert counts.replays >= 5
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"ascent": "attack"},
+        {"objective": AT(0.1)},
+        {"objective": TRADES(6.0, 0.1), "attack": PGD(0.1, 0.04, steps=2, loss="kl")},
+        {"objective": MART(6.0, 0.1)},
+        {"attack": PGD(0.1, 0.04, steps=2, restarts=2)},
+    ],
+    ids=str,
+)
+def test_captured_with_mixed_labels(graph_device, kwargs):
+    device, _ = graph_device
+    if device == "cuda" and "attack" in kwargs:
+        pytest.skip("the random start decides")
+    assert_captured_equals_eager(graph_device, mixed(batches(10, device)), replays=5, **kwargs)
+
+
+def test_each_kind_of_labels_has_its_graph(graph_device):
+    device, _ = graph_device
+    data = batches(24, device)
+    kinds = data[:8], mixed(data[8:16]), mixed(data[16:], torch.float64)
+    turns = [batch for turn in zip(*kinds) for batch in turn]
+    assert_captured_equals_eager(graph_device, turns, captures=3, replays=15)
+
+
+def test_labels_that_require_gradients_get_none_from_a_graph(graph_device):
+    device, counts = graph_device
+    data = mixed(batches(8, device))
+    eager, truth, _ = trained(device, False, data)
+    model, outputs, step = trained(device, True, [(x, y.clone().requires_grad_()) for x, y in data])
+    assert_same(model, eager, outputs, truth)
+    assert counts.replays >= 4
+    (graph,) = graphs_of(step)._graphs.values()
+    assert not any(t.requires_grad for t in graph._inputs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda m: SGD(m.parameters(), lr=0.125),
+        lambda m: SGD(m.parameters(), lr=0.125, momentum=0.5, nesterov=True, weight_decay=0.125),
+        lambda m: awp(m, momentum=0.0, norm="l1"),
+        lambda m: awp(m, ascent_steps=2),
+        lambda m: AWP(m.parameters(), torch.optim.Adam, gamma=0.0625, lr=0.0625),
+        lambda m: AWP(m.parameters(), torch.optim.RMSprop, gamma=0.0625, lr=0.0625),
+        lambda m: AWP(
+            [{"params": [m[0].weight], "gamma": 0.25, "lr": 0.5}, {"params": m[4].parameters()}],
+            SGD,
+            gamma=0.0,
+            lr=0.125,
+        ),
+    ],
+)
+def test_any_optimizer(graph_device, make):
+    data = batches(8, graph_device[0])
+    assert_captured_equals_eager(graph_device, data, make=make, rtol=1e-7)
+
+
+def test_algorithm_2_with_alternations(graph_device):
+    data, make = batches(8, graph_device[0]), lambda m: awp(m, ascent_steps=4)
+    assert_captured_equals_eager(graph_device, data, make=make, alternations=2)
+
+
+def test_learning_rate_and_gamma_change_without_a_new_graph(graph_device):
+    def before(i, opt, model):
+        opt.param_groups[0]["lr"] = 2.0**-i
+        opt.param_groups[0]["gamma"] = 0.25 if i % 2 else 0.03125
+
+    data = batches(10, graph_device[0])
+    step = assert_captured_equals_eager(graph_device, data, before=before)
+    assert step.optimizer.param_groups[0]["lr"] == 2.0**-9  # the caller's number, not a tensor
+    assert step.optimizer.param_groups[0]["fused"] is None
+
+
+def test_a_scheduler_drives_a_captured_step(graph_device):
+    device, counts = graph_device
+    results = []
+    for mode in (False, True):
+        model = network(device)
+        opt = awp(model)
+        step = AdversarialStep(model, opt, attack(device), cuda_graph=mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+            torch.manual_seed(3)
+            for x, y in batches(8, device):
+                step(x, y)
+                scheduler.step()
+        results.append(model)
+    assert_same(*results)
+    assert counts.captures == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tensors_as_learning_rate_and_gamma_are_read_at_every_replay(graph_device, dtype):
+    """The fused update reads float32; with other learning rates it is not captured."""
+    device, _ = graph_device
+    lr, gamma = (torch.tensor(v, device=device, dtype=dtype) for v in (0.125, 0.0625))
+
+    def make(model):
+        return AWP(model.parameters(), SGD, gamma=gamma, lr=lr, momentum=0.875)
+
+    def before(i, opt, model):
+        lr.fill_(2.0**-i)
+        gamma.fill_(2.0 ** -(i + 2))
+
+    data = batches(8, device)
+    assert_captured_equals_eager(graph_device, data, make=make, before=before)
+
+
+def test_another_setting_moves_the_update_out_of_the_graph(graph_device):
+    def before(i, opt, model):
+        opt.param_groups[0]["weight_decay"] = 0.25 if i >= 5 else 0.0
+        opt.param_groups[0]["momentum"] = 0.5 + 2.0**-i if i >= 10 else 0.875
+
+    data = batches(16, graph_device[0])
+    # From then on every change is free.
+    assert_captured_equals_eager(graph_device, data, captures=2, replays=9, before=before)
+
+
+def test_hooks_on_the_update_run_at_every_step(graph_device):
+    device, counts = graph_device
+    model, seen = network(device), []
+    opt = awp(model)
+    opt.base_optimizer.register_step_post_hook(lambda *a: seen.append("base"))
+    opt.register_step_pre_hook(lambda *a: seen.append("awp"))
+    run(AdversarialStep(model, opt, attack(device), cuda_graph=True), batches(8, device))
+    assert seen == ["awp", "base"] * 8
+    assert counts.replays >= 4
+    eager, _, _ = trained(device, False, batches(8, device))
+    assert_same(model, eager)
+
+
+def test_an_awp_with_a_step_of_its_own(graph_device):
+    device, counts = graph_device
+    calls = []
+
+    class Own(AWP):
+        def step(self, closure=None):
+            calls.append(1)
+            return super().step(closure)
+
+    trained(device, True, batches(8, device), lambda m: Own(m.parameters(), SGD, lr=0.125))
+    assert len(calls) == 8
+    assert counts.replays >= 4
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_first_step_is_never_replayed(graph_device, loaded):
+    """Without momenta an update starts them; it must not do so again and again."""
+    device, counts = graph_device
+
+    def before(i, opt, model):
+        if i % 5 == 0 and loaded:
+            opt.load_state_dict({**opt.state_dict(), "state": {}})
+        elif i % 5 == 0:
+            opt.state.clear()
+
+    data = batches(25, device)
+    eager, truth, _ = trained(device, False, data, before=before)
+    model, outputs, _ = trained(device, True, data, before=before)
+    assert_same(model, eager, outputs, truth)
+    assert counts.replays
+
+
+class Capturable(torch.optim.Optimizer):
+    """SGD with momentum as an optimizer of the caller's own, which says that it is capturable."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "capturable": True})
+
+    @torch.no_grad()
+    def step(self):
+        self._accelerator_graph_capture_health_check()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p]["momentum"] = p.grad.clone()
+                else:
+                    self.state[p]["momentum"].mul_(0.875).add_(p.grad)
+                p.sub_(self.state[p]["momentum"] * group["lr"])
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check"),
+    reason="this torch has another name for the check",
+)
+def test_an_optimizer_that_says_it_is_capturable(cpu_graphs, monkeypatch, recwarn):
+    """It starts its state outside of the graph, and is not warned of the steps before the first."""
+    gpu, stream = torch.device("cuda"), types.SimpleNamespace(is_capturing=lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **kwargs: gpu)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
+
+    def make(model):
+        return copy.deepcopy(AWP.wrap(Capturable(model.parameters(), lr=0.125), gamma=0.0625))
+
+    def before(i, opt, model):
+        opt.param_groups[0]["params"][:] = model.parameters()  # after the copy
+        if i % 5 == 0:
+            opt.state.clear()
+
+    data = batches(20)
+    model, outputs, _ = trained("cpu", True, data, make, before)
+    assert not [w for w in recwarn if "capturable" in str(w.message)]
+    assert cpu_graphs.captures >= 1
+    eager, truth, _ = trained("cpu", False, data, make, before)
+    assert_same(model, eager, outputs, truth)
+
+
+@pytest.mark.parametrize("moved", ["weights", "state"])
+def test_momenta_laid_out_unlike_the_weights(graph_device, moved):
+    """More than the fused update can do; plain SGD can."""
+    device, counts = graph_device
+
+    def before(i, opt, model):
+        if i == 4 and moved == "weights":
+            model.to(memory_format=torch.channels_last)
+        elif i == 4:
+            saved = opt.state_dict()
+            for state in saved["state"].values():
+                buffer = state["momentum_buffer"]
+                if buffer.ndim == 4:
+                    strided = torch.empty_strided(buffer.shape, (9, 9, 1, 3), dtype=buffer.dtype)
+                    state["momentum_buffer"] = strided.to(device).copy_(buffer)
+            opt.load_state_dict(saved)
+
+    data = batches(12, device)
+    eager, truth, _ = trained(device, False, data, before=before)
+    model, outputs, _ = trained(device, True, data, before=before)
+    assert_same(model, eager, outputs, truth)
+    assert counts.replays >= 4
+
+
+def test_a_weight_that_joins_later(graph_device):
+    """Some momenta are there, others not: more than the fused update can do."""
+
+    def before(i, opt, model):
+        model[0].weight.requires_grad_(i >= 6)
+
+    data = batches(12, graph_device[0])
+    assert_captured_equals_eager(graph_device, data, captures=2, before=before)
+
+
+def test_a_smaller_last_batch(graph_device):
+    device, _ = graph_device
+    data = [(x[:n], y[:n]) for (x, y), n in zip(batches(16, device), [8, 8, 8, 5] * 4)]
+    # A graph each, once they have come often enough.
+    assert_captured_equals_eager(graph_device, data, captures=2)
+
+
+def test_what_the_caller_changes_meanwhile(graph_device):
+    """Modes, frozen weights, gamma switched on, state loaded: each asks for other kernels."""
+    device, counts = graph_device
+    data = batches(40, device)
+    names = awp(network(device)).state_dict()["param_groups"][0].keys()
+
+    def before(i, opt, model):
+        if i in (5, 10):
+            model.train(i != 5)
+        if i in (15, 20):
+            model[0].weight.requires_grad_(i != 15)
+            opt.zero_grad()
+        if i in (25, 30):
+            opt.param_groups[0]["gamma"] = 0.0 if i == 25 else 0.0625
+        if i == 35:
+            state = opt.state_dict()
+            opt.load_state_dict(copy.deepcopy(state))  # the same numbers in other memory
+            for p in model.parameters():
+                p.data = p.data.clone()
+        assert names == opt.state_dict()["param_groups"][0].keys()
+
+    eager, truth, _ = trained(device, False, data, before=before)
+    model, outputs, _ = trained(device, True, data, before=before)
+    assert_same(model, eager, outputs, truth)
+    assert counts.captures >= 5
+
+
+class Weighted:
+    """An objective with a number that the caller changes in training."""
+
+    needs_natural = False
+    factor = 1.0
+
+    def __call__(self, logits_adv, logits_nat, y):
+        return self.factor * nn.functional.cross_entropy(logits_adv, y)
+
+
+@pytest.mark.parametrize("what", ["objective", "momentum", "dropout", "frozen"])
+def test_numbers_of_the_host_are_part_of_the_key(graph_device, what):
+    device, counts = graph_device
+    if device == "cuda" and what == "dropout":
+        pytest.skip("a graph may draw other random numbers")
+    results = []
+    for mode in (False, True):
+        model = network(device)
+        model.insert(3, nn.Dropout(0.0))
+        objective = Weighted()
+        step = AdversarialStep(model, awp(model), attack(device), objective, cuda_graph=mode)
+        torch.manual_seed(3)
+        for i, (x, y) in enumerate(batches(12, device)):
+            if i == 6 and what == "objective":
+                objective.factor = 0.25
+            elif i == 6 and what == "dropout":
+                model[3].p = 0.5
+            elif i == 6 and what == "momentum":
+                model[1].momentum = 0.5
+            if i >= 6 and what == "frozen":
+                with frozen_batch_norm(model):
+                    step(x, y)
+            else:
+                step(x, y)
+        results.append(model)
+    assert_same(*results)
+    assert counts.captures == 2
+
+
+@pytest.mark.parametrize("surrounding", [False, True])
+def test_bf16_and_channels_last(graph_device, surrounding):
+    """By the step's own autocast or by one around it, whose cache of weights must not be used."""
+    device, counts = graph_device
+    results = []
+    for mode in (False, True):
+        model = network(device, torch.float32).to(memory_format=torch.channels_last)
+        kwargs = {} if surrounding else {"autocast": torch.bfloat16}
+        step = AdversarialStep(model, awp(model), attack(device), cuda_graph=mode, **kwargs)
+        torch.manual_seed(3)
+        for x, y in batches(8, device):
+            x = x.float().to(memory_format=torch.channels_last)
+            with torch.autocast(device, torch.bfloat16, enabled=surrounding):
+                model(x).sum()  # fills the cache
+                out = step(x, y)
+        assert out.x_adv.is_contiguous(memory_format=torch.channels_last)
+        assert out.logits.dtype == torch.bfloat16
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+    assert counts.captures == 1
+
+
+def test_several_steps_in_one_autocast_region(graph_device):
+    """What the caller computes between them uses the present weights."""
+    device, counts = graph_device
+    model = network(device, torch.float32)
+    step = AdversarialStep(model, awp(model), attack(device), cuda_graph=True)
+    with torch.autocast(device, torch.bfloat16):
+        for x, y in batches(8, device):
+            step(x.float(), y)
+            ours = model(x.float())  # its autograd graph is there when the next step is captured
+            with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+                assert torch.equal(ours, model(x.float()))
+    assert counts.replays >= 4
+
+
+def test_autocast_switched_on_meanwhile(graph_device):
+    device, counts = graph_device
+    model = network(device, torch.float32)
+    step = AdversarialStep(model, awp(model), attack(device), cuda_graph=True)
+    for i, (x, y) in enumerate(batches(12, device)):
+        with torch.autocast(device, torch.bfloat16, enabled=i >= 6):
+            out = step(x.float(), y)
+        assert out.logits.dtype == (torch.bfloat16 if i >= 6 else torch.float32)
+    assert counts.captures == 2
+
+
+def test_every_replay_draws_fresh_random_numbers(graph_device):
+    device, counts = graph_device
+    model = network(device)
+    opt = awp(model, lr=0.0, momentum=0.0)
+    step = AdversarialStep(model, opt, PGD(0.1, steps=0), cuda_graph=True)
+    (x, y), *_ = batches(1, device)
+    x_advs = [step(x, y).x_adv for _ in range(8)]
+    assert counts.replays >= 5
+    deltas = torch.stack([x_adv - x for x_adv in x_advs])
+    assert len(torch.unique(deltas[:, 0, 0, 2, 2])) == 8  # and outputs are the caller's own
+    assert deltas.abs().max() <= 0.1 + 1e-12
+
+
+def test_a_replay_leaves_the_host_as_a_step_does(graph_device):
+    device, _ = graph_device
+    data = batches(7, device)
+    eager, _, _ = trained(device, False, data)
+    model, outputs, step = trained(device, True, data)
+    for p, q in zip(model.parameters(), eager.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-9)
+    step.optimizer.zero_grad()
+    step(*data[0])
+    assert all(p.grad is not None for p in model.parameters())
+    assert not step.optimizer.is_perturbed
+    assert model[1].num_batches_tracked == 8
+    assert not any(t.requires_grad for t in outputs[-1])
+    step.optimizer.state_dict()  # refuses while perturbed
+
+
+def test_autograd_sees_that_a_replay_changed_the_weights(graph_device):
+    device, counts = graph_device
+    model, _, step = trained(device, True, batches(6, device))
+    replays = counts.replays
+    (x, y), *_ = batches(1, device)
+    loss = model(x.requires_grad_()).sum()
+    step(x.detach(), y)
+    assert counts.replays > replays
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_capture_that_fails_changes_nothing(graph_device, inside, monkeypatch):
+    device, _ = graph_device
+    model = network(device)
+    opt = awp(model)
+    if not inside:
+        opt.register_step_pre_hook(lambda *a: None)
+    step = AdversarialStep(model, opt, attack(device), cuda_graph=True)
+    run(step, batches(2, device))
+    backpropagate = step._backpropagate
+
+    def failing(*args):
+        if step._captured.is_recording and opt.is_perturbed:
+            raise ValueError("a reason")
+        return backpropagate(*args)
+
+    monkeypatch.setattr(step, "_backpropagate", failing)
+    with pytest.raises(CaptureError, match=r"training step cannot be captured.*a reason"):
+        for x, y in batches(2, device):
+            before = copy.deepcopy((model.state_dict(), opt.state_dict()["state"]))
+            step(x, y)
+    assert not opt.is_perturbed
+    after = model.state_dict(), opt.state_dict()["state"]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+def test_auto_does_without_where_capturing_fails(graph_device):
+    device, _ = graph_device
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            if step._captured.is_recording:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return super().forward(x)
+
+    eager, truth, _ = trained(device, False, batches(8, device))
+    model = Net(*network(device))
+    step = AdversarialStep(model, awp(model), attack(device))
+    with pytest.warns(UserWarning, match="not permitted when stream is capturing") as warned:
+        outputs = run(step, batches(8, device))
+    assert len(warned) == 1
+    assert_same(model, eager, outputs, truth)
+
+
+def test_an_error_in_the_update_after_a_replay_restores_the_weights(graph_device):
+    device, counts = graph_device
+    model, fail = network(device), []
+    opt = awp(model)
+
+    def hook(*args):
+        if fail:
+            raise KeyboardInterrupt
+
+    opt.register_step_pre_hook(hook)
+    step = AdversarialStep(model, opt, attack(device), cuda_graph=True)
+    run(step, batches(6, device))
+    assert counts.replays
+    before = copy.deepcopy([*model.parameters()])
+    fail.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        step(*batches(1, device)[0])
+    assert not opt.is_perturbed
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_ctrl_c_before_a_replay_takes_nothing_back(graph_device):
+    device, counts = graph_device
+    model = network(device)
+    opt = awp(model)
+    opt.register_step_pre_hook(lambda *a: None)  # the update is not in the graph
+    step = AdversarialStep(model, opt, attack(device), cuda_graph=True)
+    run(step, batches(6, device))
+    assert counts.replays
+    before = copy.deepcopy(model.state_dict())
+
+    class Interrupted:
+        def copy_(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    (graph,) = graphs_of(step)._graphs.values()
+    graph._inputs[0] = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        step(*batches(1, device)[0])
+    assert not opt.is_perturbed
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_settings_are_checked_before_a_replay(graph_device):
+    device, _ = graph_device
+    model, _, step = trained(device, True, batches(6, device))
+    before = copy.deepcopy([*model.parameters()])
+    step.optimizer.param_groups[0]["gamma"] = -1.0
+    with pytest.raises(ValueError, match="gamma"):
+        step(*batches(1, device)[0])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_a_graph_where_there_are_none_is_an_error():
+    model = network()
+    step = AdversarialStep(model, awp(model), attack("cpu"), cuda_graph=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="no CUDA graphs"):
+        step(*batches(1)[0])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_distributed_models_run_eagerly(cpu_graphs, compiled):
+    net = network()
+    model = nn.DataParallel(net)
+    model = torch.compile(model) if compiled else model
+    with pytest.raises(ValueError, match="DataParallel"):
+        AdversarialStep(model, awp(net), attack("cpu"), cuda_graph=True)
+    step = AdversarialStep(model, awp(net), attack("cpu"))
+    assert not step._captured.applies_to(torch.device("cpu"))
+
+
+def test_auto_does_not_capture_functions_or_sparse_gradients(graph_device):
+    device, counts = graph_device
+    data, calls = batches(6, device), []
+
+    def own(model, x, y):
+        calls.append(1)
+        return x
+
+    trained(device, "auto", data, attack=own)
+    assert len(calls) == 6
+    model = network(device)
+    model.embedding = nn.Embedding(2, 2, sparse=True)
+    step = AdversarialStep(model, awp(model), attack(device))
+    assert not step._captured.applies_to(torch.device(device))
+    assert counts.captures == 0
+    trained(device, "auto", data)
+    assert counts.captures == 1
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize(
+        "spoil", [lambda x: x.sum().item(), lambda x: torch.cuda.synchronize()]
+    )
+    def test_after_a_spoiled_capture_the_device_is_as_before(self, spoil):
+        class Net(nn.Sequential):
+            def forward(self, x):
+                spoil(x)
+                return super().forward(x)
+
+        eager, truth, _ = trained("cuda", False, batches(8, "cuda"))
+        stream, reserved = torch.cuda.current_stream(), torch.cuda.memory_reserved()
+        model = Net(*network("cuda"))
+        step = AdversarialStep(model, awp(model), attack("cuda"))
+        with pytest.warns(UserWarning, match="runs without one from now on"):
+            outputs = run(step, batches(8, "cuda"))
+        assert_same(model, eager, outputs, truth)
+        assert torch.cuda.current_stream() == stream
+        assert torch.cuda.get_sync_debug_mode() == 0
+        assert len(torch.rand(9, device="cuda").unique()) == 9
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= reserved + 2**25  # the pool was released
+        trained("cuda", True, batches(8, "cuda"))  # others can be captured
+
+    def test_the_callers_autograd_graph_does_not_spoil_a_capture(self):
+        model, data = network("cuda"), batches(8, "cuda")
+        logits = model(data[0][0])  # holds the weights' AccumulateGrad nodes, on another stream
+        step = AdversarialStep(model, awp(model), attack("cuda"), cuda_graph=True)
+        run(step, data)
+        assert logits.requires_grad
+        assert graphs_of(step)._graphs
+
+    def test_inside_a_graph_of_the_callers_own(self):
+        model, (x, y) = network("cuda"), batches(1, "cuda")[0]
+        step = AdversarialStep(model, awp(model), attack("cuda"))
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step(x, y)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            assert not step._captured.applies_to(x.device)
+            x_adv = attack("cuda")(model, x, y)
+        graph.replay()
+        torch.testing.assert_close(x_adv, attack("cuda")(model, x, y), rtol=1e-9, atol=1e-9)

@@ -1,0 +1,94 @@
+"""The settings of a run: their ranges, what they stand for, older versions of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+
+from awp_optim.attacks import PGD
+from awp_optim.lab.config import METHODS, Config
+from awp_optim.lab.models import ACTIVATIONS
+from awp_optim.lab.schedules import SCHEDULES
+from awp_optim.objectives import AT, MART, TRADES
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        *((name, "nope", "must be one of") for name in ("method", "schedule", "precision")),
+        *((name, "nope", "must be one of") for name in ("activation", "select_on", "norm")),
+        *((name, "momentum", "must be one of") for name in ("direction", "ascent")),
+        *((name, 0, "at least 1") for name in ("epochs", "batch_size", "alternations")),
+        *((name, -1, "at least 0") for name in ("patience", "save_every", "awp_start")),
+        *((name, 1.0, r"in \[0, 1\)") for name in ("momentum", "ema", "label_smoothing")),
+        ("attack_mode", "both", "must be one of"),
+        ("mixup", -1.0, "finite and >= 0"),
+        ("lr", math.nan, "finite and >= 0"),
+        ("l2", math.inf, "finite and >= 0"),
+        ("unlabeled_share", 1.0, r"in \(0, 1\)"),
+        ("seed", 10**20, "2"),
+    ],
+)
+def test_bad_settings_are_named(name, value, match):
+    with pytest.raises(ValueError, match=f"{name} must be .*{match}|{name} {match}"):
+        Config(**{name: value})
+
+
+def test_mixup_needs_pairs():
+    with pytest.raises(ValueError, match="batch_size"):
+        Config(mixup=1.0, batch_size=1)
+
+
+def test_each_method_has_its_published_attack_and_objective():
+    of = {method: Config(method=method, beta=3.0, label_smoothing=0.1) for method in METHODS}
+    assert {m: c.objective for m, c in of.items()} == {
+        "at": AT(label_smoothing=0.1),
+        "trades": TRADES(beta=3.0, label_smoothing=0.1),
+        "mart": MART(lam=3.0, label_smoothing=0.1),
+        "rst": TRADES(beta=3.0, label_smoothing=0.1),
+        "pretrain": AT(label_smoothing=0.1),
+    }
+    attacks = {m: c.training_attack for m, c in of.items()}
+    assert attacks["at"] == attacks["pretrain"] == PGD(model_mode="train")
+    assert attacks["trades"] == attacks["rst"] == PGD(loss="kl", start_std=0.001)
+    assert attacks["mart"] == PGD(start_std=0.001)
+    assert {c.test_attack for c in of.values()} == {PGD(steps=20)}
+    assert Config(attack_mode="eval").training_attack == PGD()
+
+
+def test_every_activation_can_be_chosen():
+    assert {Config(activation=name).activation for name in ACTIVATIONS} == set(ACTIVATIONS)
+
+
+def test_settings_of_an_older_version():
+    config = Config(gamma=0.01, epochs=3)
+    saved = {**asdict(config), "interval": 1, "dataset": "digits"}
+    del saved["precision"]
+    assert Config.from_saved(saved) == config
+    with pytest.raises(ValueError, match=r"interval=4.*removed"):
+        Config.from_saved({**saved, "interval": 4})
+    with pytest.raises(ValueError, match="ascent must be one of"):
+        Config.from_saved({**saved, "ascent": "momentum"})
+
+
+def test_it_is_read_from_a_command_line():
+    tyro = pytest.importorskip("tyro")
+    args = ["--gamma", "0.02", "--attack-mode", "eval", "--no-augment", "--schedule", "cosine"]
+    expected = Config(gamma=0.02, attack_mode="eval", augment=False, schedule="cosine", seed=5)
+    assert tyro.cli(Config, args=args, default=Config(seed=5)) == expected
+    assert tyro.cli(Config, args=[], default=replace(expected)) == expected
+
+
+def test_schedules_are_the_papers():
+    rate = {name: [0.1 * f(t / 200) for t in range(200)] for name, f in SCHEDULES.items()}
+    assert rate["piecewise"][99] == 0.1
+    assert rate["piecewise"][100] == pytest.approx(0.01)
+    assert rate["piecewise"][149:151] == pytest.approx([0.01, 0.001])
+    for t in (0, 50, 120, 199):
+        assert rate["cosine"][t] == pytest.approx(0.05 * (math.cos(math.pi * t / 200) + 1))
+    assert rate["cyclic"][0] == 0
+    assert max(rate["cyclic"]) == rate["cyclic"][80] == pytest.approx(0.1)
+    assert [rate["cyclic"][t] for t in (40, 140)] == pytest.approx([0.05, 0.05])
+    assert set(rate["constant"]) == {0.1}
