@@ -9,6 +9,7 @@ import re
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,7 +75,7 @@ def names_of_the_reader() -> dict[str, Any]:
         "loss_fn": F.cross_entropy,
         "attack": PGD(eps=0.1, step_size=0.05, steps=2),
         "opt": opt,
-        "scheduler": torch.optim.lr_scheduler.LinearLR(opt),
+        "scheduler": SimpleNamespace(step=lambda: None),
         "epochs": 2,
         "awp_warmup": 1,
     }
