@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "awp_optim" / "__init__.py").read_text())[1]
 
 EXAMPLES = ["torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "jinja2", "rich"]
-EVAL = ["pyautoattack"]
+EVAL = ["numpy", "pyautoattack"]
 BENCH = [
     *EXAMPLES,
     "pytest",
