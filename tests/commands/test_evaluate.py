@@ -161,7 +161,7 @@ def test_warnings_are_printed_with_what_to_do(start, run_folder, monkeypatch):
         (("--eps=-1/255",), "eps must not be negative"),
         (("--image-size", "8"), "--image-size is for --dataset folder"),
         (("--attacks", "pgd20", "--norm", "l1"), "norm must be one of 'linf', 'l2'"),
-        (("--mean", "0.5", "--std", "0.5"), "holds its own normalisation"),
+        (("--mean", "0.5", "--std", "0.5"), "its own normalization"),
         (("--arch", "preact_resnet18"), "do not fit"),
         (("--ema",), "no averaged weights"),
         (("--dataset", "cifar10", "--data-dir", "nowhere/at/all.txt"), ""),
