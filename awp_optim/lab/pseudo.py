@@ -191,7 +191,7 @@ def load_pseudo_labeled(file: str | os.PathLike[str]) -> PseudoLabeled:
     x, y = load_images(file)
     if y is None:
         raise ValueError(
-            f"{file} has no labels, {' or '.join(LABELS)}; examples/pseudo_label.py makes them with "
+            f"{file} has no labels, {' or '.join(LABELS)}; examples/pseudo_label.py makes them by "
             "a classifier"
         )
     return PseudoLabeled(x, y)
