@@ -288,11 +288,11 @@ def _learning_curve(axes: Axes, rows: Sequence[Row], best_epoch: int) -> None:
 def _accuracy_bars(axes: Axes, runs: Mapping[str, Runs]) -> None:
     """Last robust accuracy on training and test images, and the gap between them."""
     for i, (color, (_, seeds)) in enumerate(colored(runs)):
-        samples = {name: values_of(seeds, name) for name in (TRAIN, TEST)}
+        top = 0.0
         for x, name, alpha in ((i - 0.2, TRAIN, 0.35), (i + 0.2, TEST, 0.9)):
-            axes.bar(x, np.mean(samples[name]), 0.38, color=color, alpha=alpha)
-            error_bars(axes, [x], [samples[name]], color="black")
-        top = max(sum(mean_and_deviation(sample)) for sample in samples.values())
+            mean, deviation = mean_and_deviation(values_of(seeds, name))
+            axes.bar(x, mean, 0.38, yerr=deviation or None, color=color, alpha=alpha)
+            top = max(top, mean + deviation)
         gap = f"gap {np.mean(values_of(seeds, GAP)):.1f}"
         place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
         axes.annotate(gap, (i, top), (0, 4), **place)

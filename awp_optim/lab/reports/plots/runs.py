@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -121,12 +121,12 @@ def perturbation_sizes(sizes: Sizes, path: Path | str, title: str = "") -> None:
 def robust_curves(seeds: Runs) -> tuple[list[float], Array, Array]:
     """The epochs evaluated; robust accuracies in % on training and test images, (runs, epochs)."""
     evaluated = [[row for row in rows if "test_robust_acc" in row] for rows in seeds]
-    train, test = (
-        100
-        * np.array([[row.get(f"{part}_robust_acc", np.nan) for row in rows] for rows in evaluated])
-        for part in ("train", "test")
-    )
-    return [row["epoch"] + 1 for row in evaluated[0]], train, test
+
+    def percent(name: str) -> Array:
+        return 100 * np.array([[row.get(name, np.nan) for row in rows] for rows in evaluated])
+
+    epochs = [row["epoch"] + 1 for row in evaluated[0]]
+    return epochs, percent("train_robust_acc"), percent("test_robust_acc")
 
 
 def _train_and_test(axes: Axes, seeds: Runs, color: str, label: str) -> None:
@@ -142,23 +142,20 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 def _cost_bars(axes: Axes, strategies: Mapping[str, Mapping[str, tuple[Runs, float]]]) -> None:
     """A group of bars for each setting: best robust test accuracy, labeled with the cost."""
-    x, ticks, tops, bottoms = 0.0, {}, [], []
+    x, ticks, ends = 0.0, {}, []
     for color, (setting, values) in colored(strategies, MAX_PAIRS):
         for name, (seeds, cost) in values.items():
-            accuracies = values_of(seeds, "robust, best")
-            mean, deviation = mean_and_deviation(accuracies)
-            axes.bar(x, mean, 0.8, color=color, alpha=0.75)
-            error_bars(axes, [x], [accuracies], color="black", capsize=3)
-            above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-            axes.annotate(f"x {cost:.2f}", (x, mean + deviation), (0, 4), **above)
+            mean, deviation = mean_and_deviation(values_of(seeds, "robust, best"))
+            bar = axes.bar(x, mean, yerr=deviation or None, color=color, alpha=0.75)
+            axes.bar_label(bar, [f"x {cost:.2f}"], padding=4, fontsize=9)
             ticks[x] = f"{setting} = {name}"
-            bottoms.append(mean - deviation)
-            tops.append(mean + deviation)
+            ends += [mean - deviation, mean + deviation]
             x += 1
         x += 0.5
     # Bars from 0 would all look alike; the label on the axis says that these do not begin there.
-    room = max(max(tops) - min(bottoms), 1.0)
-    axes.set_ylim(max(0.0, min(bottoms) - 2 * room), min(110.0, max(tops) + room))
+    low, high = min(ends), max(ends)
+    room = max(high - low, 1.0)
+    axes.set_ylim(max(0.0, low - 2 * room), min(110.0, high + room))
     axes.set_xticks(list(ticks), list(ticks.values()), fontsize=8, rotation=30)
     axes.set_xlabel("on the bars: cost of a step in passes, AT = 1")
     axes.set_ylabel("robust test accuracy, best (%; not from 0)")
