@@ -19,10 +19,10 @@ from awp_optim.lab.reports.plots.style import (
     Array,
     band,
     by_epoch,
-    colored,
     error_bars,
     mean_and_deviation,
     picture,
+    with_colors,
 )
 from awp_optim.lab.reports.summary import Runs, values_of
 
@@ -40,7 +40,7 @@ def learning_curves(runs: Mapping[str, Runs], path: Path | str, title: str = "")
     """Robust accuracy and its generalization gap by epoch, for at most 4 labels (Figure 1)."""
     with picture(path, title, 10, 4 + 0.2 * len(runs)) as figure:
         robust, gap = figure.subplots(1, 2)
-        for color, (label, seeds) in colored(runs, MAX_PAIRS):
+        for color, label, seeds in with_colors(runs, MAX_PAIRS):
             _train_and_test(robust, seeds, color, label)
             epochs, train, test = robust_curves(seeds)
             band(gap, epochs, train - test, color, label)
@@ -67,7 +67,7 @@ def curve_panels(
     with picture(path, title, max(6, 1 + 2.6 * columns), 0.8 + 2.4 * rows) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for i, (axes, (name, runs)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-            for color, (label, seeds) in colored(runs, MAX_PAIRS):
+            for color, label, seeds in with_colors(runs, MAX_PAIRS):
                 _train_and_test(axes, seeds, color, label)
             axes.set_title(name)
             by_epoch(axes)
@@ -143,7 +143,7 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 def _cost_bars(axes: Axes, strategies: Mapping[str, Mapping[str, tuple[Runs, float]]]) -> None:
     """A group of bars for each setting: best robust test accuracy, labeled with the cost."""
     x, ticks, ends = 0.0, {}, []
-    for color, (setting, values) in colored(strategies, MAX_PAIRS):
+    for color, setting, values in with_colors(strategies, MAX_PAIRS):
         for name, (seeds, cost) in values.items():
             mean, deviation = mean_and_deviation(values_of(seeds, "robust, best"))
             bar = axes.bar(x, mean, yerr=deviation or None, color=color, alpha=0.75)
@@ -164,7 +164,7 @@ def _cost_bars(axes: Axes, strategies: Mapping[str, Mapping[str, tuple[Runs, flo
 
 def _lines_by_gamma(axes: Axes, sizes: Sizes, names: Mapping[str, str]) -> None:
     """One or two figures of :func:`summary` by gamma: the first solid, the second dashed."""
-    for i, (color, (label, runs)) in enumerate(colored(sizes, MAX_PAIRS)):
+    for i, (color, label, runs) in enumerate(with_colors(sizes, MAX_PAIRS)):
         gammas = sorted(gamma for gamma in runs if gamma > 0)
         for j, (part, name) in enumerate(names.items()):
             error_bars(
