@@ -263,7 +263,7 @@ def _shades(name: str, count: int, low: float, high: float) -> Array:
 
 def _shaded_by_epoch(axes: Axes, curves: Mapping[int, LossCurve], shades: str, title: str) -> None:
     colors = _shades(shades, len(curves), 0.35, 1.0)
-    for color, epoch, curve in zip(colors, curves.items(), strict=True):
+    for color, (epoch, curve) in zip(colors, curves.items(), strict=True):
         band(axes, *_losses([curve]), color, f"epoch {epoch}")
     axes.set_title(title)
     _label_loss_axes(axes)
