@@ -8,10 +8,19 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "awp_optim" / "__init__.py").read_text())[1]
 
-EXAMPLES = ["torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "jinja2", "rich"]
+LAB = [
+    "torchvision",
+    "numpy",
+    "scikit-learn",
+    "pillow",
+    "matplotlib",
+    "jinja2",
+    "rich",
+    "tyro>=0.9",
+]
 EVAL = ["pyautoattack"]
 BENCH = [
-    *EXAMPLES,
+    *LAB,
     "pytest",
     "pytest-benchmark",
     "torchattacks",
@@ -28,7 +37,7 @@ FRAMEWORKS = [
     "skorch",
 ]
 TEST = [
-    *EXAMPLES,
+    *LAB,
     *EVAL,
     *FRAMEWORKS,
     "pytest",
@@ -36,6 +45,8 @@ TEST = [
     "pytest-timeout",
     "pytest-xdist",
     "hypothesis",
+    "dask",
+    "distributed",
     "ruff",
     "tensorboard",
     "torchattacks",
@@ -52,13 +63,15 @@ setup(
     packages=find_packages(include=["awp_optim", "awp_optim.*"]),
     package_data={"awp_optim": ["py.typed", "lab/reports/*/*.html", "lab/reports/*/*.mplstyle"]},
     install_requires=["torch>=2.6"],
+    entry_points={"console_scripts": ["awp = awp_optim.cli:main"]},
     extras_require={
-        "examples": EXAMPLES,
+        "lab": LAB,
+        "examples": LAB,
         "eval": EVAL,
         "bench": BENCH,
         "frameworks": FRAMEWORKS,
         "test": TEST,
-        "all": sorted({*EXAMPLES, *EVAL, *BENCH, *TEST}),
+        "all": sorted({*LAB, *EVAL, *BENCH, *TEST}),
     },
     classifiers=[
         "Intended Audience :: Science/Research",

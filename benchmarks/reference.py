@@ -1,8 +1,8 @@
 """AT and AT-AWP as they are usually implemented: eager, with a proxy network.
 
 Written from the description in Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust
-Generalization" (NeurIPS 2020): Algorithm 2, Eq. (10) and (11), with K2 = A = 1. This is the baseline
-for :class:`awp_optim.AdversarialStep`, so it keeps the habits that cost time:
+Generalization" (NeurIPS 2020): Algorithm 2, Eq. (10) and (11), with K2 = A = 1. This is the
+baseline for :class:`~awp_optim.AdversarialStep`, with the habits that cost time:
 
 * the attack calls ``loss.backward()``, which also computes the gradients of all weights;
 * v comes from a proxy network, a copy of the model that takes an SGD step in ascent direction;

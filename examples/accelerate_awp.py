@@ -1,7 +1,7 @@
-"""AWP in an Accelerate loop, with gradient accumulation that is exact.
+"""AWP in an Accelerate loop, with exact gradient accumulation.
 
     python examples/accelerate_awp.py                  # or: accelerate launch examples/...
-    python examples/accelerate_awp.py --accumulate 1   # the same weights, to rounding
+    python examples/accelerate_awp.py --accumulate 1   # the same weights, up to rounding
 
 scikit-learn's digits (no download). Needs `pip install -e ".[examples,frameworks]"`.
 """
@@ -9,6 +9,7 @@ scikit-learn's digits (no download). Needs `pip install -e ".[examples,framework
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -28,7 +29,7 @@ BATCH = 100
 
 
 def windows(loader: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """The batches of one update, together: AWP passes them twice."""
+    """Lists of the batches of one update, which AWP passes twice."""
     batches = iter(loader)
     while window := list(islice(batches, size)):
         yield window
@@ -56,11 +57,11 @@ def train(
             n = sum(len(y) for _, y in window)
 
             def closure(window: list[Any] = window, n: int = n) -> Tensor:
-                """The whole update's gradients; AWP calls it at w and at w + v."""
+                """The gradients of one update; AWP calls it at w and at w + v."""
                 opt.zero_grad()
                 total = torch.zeros((), device=accelerator.device)
                 for i, (x, y) in enumerate(window, 1):
-                    # Processes exchange gradients once, with the last batch.
+                    # Processes exchange gradients once, after the last batch.
                     with nullcontext() if i == len(window) else accelerator.no_sync(model):
                         loss = F.cross_entropy(model(x), y, reduction="sum") / n
                         accelerator.backward(loss)
@@ -86,8 +87,10 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=4, help="batches an update (%(default)s)")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="(%(default)s)")
     args = parser.parse_args()
-    if BATCH % args.accumulate:
+    if args.accumulate < 1 or BATCH % args.accumulate:
         parser.error(f"--accumulate must divide {BATCH}")
+    if args.epochs < 1 or not args.gamma >= 0:
+        parser.error("--epochs must be at least 1, --gamma at least 0")
     accelerator = Accelerator(mixed_precision=args.precision)
     accelerator.print(
         f"1,000 digits, {args.epochs} epochs, updates of {BATCH} in {args.accumulate} batches, "
@@ -101,4 +104,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(2)

@@ -1,8 +1,8 @@
-"""Adversarial training with AWP in Lightning: automatic optimisation, no loop of one's own.
+"""Adversarial training with AWP in Lightning, with automatic optimization.
 
     python examples/lightning_awp.py
 
-scikit-learn's digits (no download), PGD-7 at eps 0.15 in L_inf, with AWP and without.
+Trains on scikit-learn's digits (no download) with PGD-7 at eps 0.15 in L_inf, with AWP and without.
 Needs `pip install -e ".[examples,frameworks]"`.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -50,7 +51,7 @@ class Robust(L.LightningModule):
         if opt.is_perturbed:
             return F.cross_entropy(self.net(self.x_adv), y)
         self.x_adv = TRAIN_ATTACK(self.net, x, y)  # one attack for both passes
-        # BatchNorm counts the pass at w + v alone; with gamma 0 there is none.
+        # BatchNorm counts only the pass at w + v; with gamma 0 there is no such pass.
         with frozen_batch_norm(self.net) if opt.directions else nullcontext():
             loss = F.cross_entropy(self.net(self.x_adv), y)
         self.log("loss", loss, on_epoch=True, on_step=False)
@@ -75,9 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=15, help="(%(default)s)")
     parser.add_argument("--gamma", type=float, default=1e-2, help="(%(default)s)")
-    parser.add_argument("--limit", type=int, help="so many digits to train and to test on")
+    parser.add_argument("--limit", type=int, help="use only this many digits")
     parser.add_argument("--seeds", type=int, default=1, help="(%(default)s)")
     args = parser.parse_args()
+    if min(args.epochs, args.seeds, 1 if args.limit is None else args.limit) < 1:
+        parser.error("--epochs, --seeds and --limit must be at least 1")
+    if not args.gamma >= 0:
+        parser.error("--gamma must be at least 0")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*num_workers|.*log_every_n_steps|.*LeafSpec")
 
@@ -107,8 +112,12 @@ def main() -> None:
                 f"{label:12} {seed:5} {on_test.natural:9.1%} {on_test.robust['pgd20']:23.1%} "
                 f"{on_train.robust['pgd20']:10.1%} {trainer.callback_metrics['loss']:11.3f}"
             )
-    print("\nOne small task: a sign that it runs, not a measurement of AWP; see the README.")
+    print("\nOne small task shows that it runs; for measurements see docs/results.md.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(2)

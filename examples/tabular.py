@@ -1,10 +1,10 @@
-"""AWP on a table: no images, with and without adversarial inputs, several seeds.
+"""AWP on tabular data, with and without adversarial inputs, over several seeds.
 
     python examples/tabular.py                  # breast cancer: 569 rows, 30 columns, 2 classes
     python examples/tabular.py --data wine      # 178 rows, 13 columns, 3 classes
 
-scikit-learn's data (no download), standardised columns, a small MLP trained on half of the rows.
-The attack moves every column by up to eps standard deviations.
+The data come with scikit-learn (no download). The columns are standardized, and a small MLP is
+trained on half of the rows. The attack moves every column by up to eps standard deviations.
 
 Needs `pip install -e ".[examples]"`.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ class Split:
 
 
 def load(name: str, seed: int) -> Split:
-    """Half of the rows to train on; standardised by these alone."""
+    """Half of the rows for training; their mean and deviation standardize both halves."""
     x, y = LOADERS[name](return_X_y=True)
     x, x_test, y, y_test = train_test_split(x, y, test_size=0.5, stratify=y, random_state=seed)
     scaler = StandardScaler().fit(x)
@@ -47,7 +48,7 @@ def load(name: str, seed: int) -> Split:
 
 
 def train(data: Split, eps: float, gamma: float, epochs: int, seed: int) -> nn.Module:
-    """eps 0 is training on the rows as they are; gamma 0 is the base optimizer."""
+    """Train a network; eps 0 is training without an attack, gamma 0 without AWP."""
     generator = torch.manual_seed(seed)
     classes = int(data.y.max()) + 1
     model = nn.Sequential(nn.Linear(data.x.shape[1], 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
@@ -70,8 +71,12 @@ def main() -> None:
     add("--seeds", type=int, default=5, help="splits and initial weights (%(default)s)")
     add("--epochs", type=int, default=30, help="(%(default)s)")
     add("--gamma", type=float, default=1e-2, help="(%(default)s)")
-    add("--eps", type=float, default=0.2, help="of the attack, in deviations (%(default)s)")
+    add("--eps", type=float, default=0.2, help="radius of the attack (%(default)s)")
     args = parser.parse_args()
+    if args.seeds < 1 or args.epochs < 1:
+        parser.error("--seeds and --epochs must be at least 1")
+    if not (args.gamma >= 0 and args.eps > 0):
+        parser.error("--gamma must be at least 0, --eps greater than 0")
     methods = {
         "SGD": (0.0, 0.0),
         "AWP": (0.0, args.gamma),
@@ -99,8 +104,8 @@ def main() -> None:
         print(f"{name:14}{row(runs)}")
     for name, base in (("AWP", "SGD"), ("PGD-5 + AWP", "PGD-5")):
         pairs = zip(found[name], found[base], strict=True)
-        differences = [tuple(a - b for a, b in zip(run, of, strict=True)) for run, of in pairs]
-        print(f"{'difference':14}{row(differences, sign='+')}   {name} less {base}, by seed")
+        differences = [tuple(a - b for a, b in zip(*pair, strict=True)) for pair in pairs]
+        print(f"{'difference':14}{row(differences, sign='+')}   {name} minus {base}, by seed")
 
 
 def row(runs: list[tuple[float, float, float]], sign: str = "") -> str:
@@ -113,4 +118,8 @@ def row(runs: list[tuple[float, float, float]], sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(2)

@@ -1,15 +1,16 @@
-"""A language model trained with AWP by Hugging Face's Trainer: everywhere, on chosen names, later.
+"""AWP in Hugging Face's Trainer: on all weights, on some names only, and from a later epoch on.
 
     python examples/transformers_awp.py
 
-A small GPT-2 from a config reads the Python manual, letter by letter (no download: the text is
-Python's own help()). Needs `pip install -e ".[frameworks]"`.
+A small, untrained GPT-2 learns the text of Python's own help(), letter by letter (no download).
+Needs `pip install -e ".[frameworks]"`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from pydoc_data.topics import topics
 
@@ -27,27 +28,29 @@ LETTERS = 128
 
 
 class AWPTrainer(AWPTrainerMixin, Trainer):
-    """That is all."""
+    """Hugging Face's Trainer with AWP."""
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
-        """Keep what would be printed."""
+        """Record the log instead of printing it."""
         self.state.log_history.append(logs)
 
 
 def lines(start: int, n: int) -> list[dict[str, Tensor]]:
-    """n pieces of the manual, from one of its topics on."""
+    """n pieces of the text, beginning with one of its topics; fewer at its end."""
     text = "".join(topics[name] for name in sorted(topics)[start:])
     letters = torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8)
-    pieces = letters[: n * LENGTH].view(n, LENGTH).long()
-    return [{"input_ids": piece, "labels": piece} for piece in pieces]
+    pieces = letters[: len(letters) // LENGTH * LENGTH].view(-1, LENGTH).long()
+    return [{"input_ids": piece, "labels": piece} for piece in pieces[:n]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pieces", type=int, default=1200, help="to train on (%(default)s)")
+    parser.add_argument("--pieces", type=int, default=1200, help="for training (%(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--gamma", type=float, default=5e-3, help="(%(default)s)")
     args = parser.parse_args()
+    if args.pieces < 1 or args.epochs < 1 or not args.gamma >= 0:
+        parser.error("--pieces and --epochs must be at least 1, --gamma at least 0")
     logging.set_verbosity_error()
     train, test = lines(0, args.pieces), lines(50, 500)
     half = args.epochs // 2
@@ -55,7 +58,7 @@ def main() -> None:
         "AdamW": AWPArguments(gamma=0.0),
         "AWP": AWPArguments(gamma=args.gamma),
         "AWP, embeddings only": AWPArguments(gamma=args.gamma, perturb=["wte", "wpe"]),
-        f"AWP from epoch {half} on": AWPArguments(gamma=args.gamma, start_epoch=half),
+        f"AWP after {half} epochs": AWPArguments(gamma=args.gamma, start_epoch=half),
     }
     print(
         f"{len(train)} pieces of {LENGTH} letters, {args.epochs} epochs, gamma {args.gamma:g}; "
@@ -103,8 +106,12 @@ def main() -> None:
             loss = trainer.evaluate()["eval_loss"]
         at_w = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
         print(f"{label:24} {loss:10.3f} {at_w:16.3f}")
-    print("\nOne small task and seed: a sign that it runs, not a measurement of AWP.")
+    print("\nOne small task shows that it runs; for measurements see docs/results.md.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(2)

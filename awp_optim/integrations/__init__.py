@@ -1,6 +1,6 @@
-"""AWP where its users train: which weights to perturb, from when on, and in which framework.
+"""Which weights AWP perturbs, from when on, and AWP in training frameworks.
 
-Nothing here is imported by the core, and importing it needs torch alone.
+Nothing in the core imports this package, and importing it needs torch alone.
 """
 
 from awp_optim.integrations.groups import perturb_only

@@ -1,14 +1,14 @@
-"""Which weights are perturbed, chosen by their names, as parameter groups."""
+"""Parameter groups in which only the weights with chosen names are perturbed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["perturb_only"]
+__all__ = ["compile_names", "perturb_only"]
 
 
 def perturb_only(
@@ -20,25 +20,23 @@ def perturb_only(
     groups: Iterable[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Parameter groups in which only the chosen weights are perturbed, by ``gamma``.
-
-    The others get a gamma of 0: they are trained, at their centre.
+    """Parameter groups in which only the chosen weights are perturbed; the others have gamma 0.
 
     Args:
-        model: gives the parameters their names; those that need no gradient are left out.
-        names: a regular expression, or several. A parameter is chosen in whose name, such as
-            "bert.embeddings.word_embeddings.weight", one of them is found (``re.search``).
+        model: gives the parameters their names; those that require no gradient are left out.
+        names: one regular expression or several. A parameter is chosen if one of them is found in
+            its name (``re.search``), such as "bert.embeddings.word_embeddings.weight".
         gamma: as for AWP.
         min_ndim: as for AWP; with 1 also biases and the scales of norm layers.
-        groups: groups with settings of their own (weight decay, learning rates), each of which is
-            split in two where it has both kinds; an optimizer's ``param_groups``, for example.
-        **settings: more for the groups that are perturbed, such as ``norm="l1"``.
+        groups: groups with settings of their own (weight decay, learning rates), for example an
+            optimizer's ``param_groups``. Each one that has both kinds of weights is split in two.
+        **settings: more settings of the perturbed groups, such as ``norm="l1"``.
 
     Returns:
-        Groups for AWP or for any torch optimizer, in the order of ``groups``, chosen first.
+        Groups for AWP or any torch optimizer, in the order of ``groups``, perturbed ones first.
 
     Raises:
-        ValueError: if nothing would be perturbed.
+        ValueError: a name is not a regular expression, or no weight would be perturbed.
 
     Example:
         >>> model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
@@ -47,30 +45,48 @@ def perturb_only(
         0.01 [(5, 4)]
         0.0 [(2, 4), (2,)]
     """
-    patterns = [re.compile(name) for name in ([names] if isinstance(names, str) else names)]
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    chosen = [(n, p) for n, p in named if any(pattern.search(n) for pattern in patterns)]
-    if not any(p.ndim >= min_ndim for _, p in chosen):
-        found = ", ".join(n for n, _ in (chosen or named)[:4])
-        raise ValueError(
-            f"no weight would be perturbed: {names!r} "
-            + (
-                f"chooses tensors of fewer than min_ndim={min_ndim} dimensions alone ({found}, ...)"
-                if chosen
-                else f"is found in none of the names ({found}, ...)"
-            )
-        )
-    ids = {id(p) for _, p in chosen}
-    given: Iterable[dict[str, Any]] = [{"params": [p for _, p in named]}]
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    chosen = _choose(named, names, min_ndim)
     split = []
-    for group in given if groups is None else groups:
-        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for p in params:
-            parts[id(p) not in ids].append(p)
-        on, off = parts
+    for group in [{"params": list(named.values())}] if groups is None else groups:
+        on, off = _partition(group["params"], chosen)
         if on:
             split.append({**group, "params": on, "gamma": gamma, "min_ndim": min_ndim, **settings})
         if off:
             split.append({**group, "params": off, "gamma": 0.0})
     return split
+
+
+def compile_names(names: str | Sequence[str]) -> list[re.Pattern[str]]:
+    """The names as patterns.
+
+    Raises:
+        ValueError: a name is not a regular expression.
+    """
+    patterns = []
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            patterns.append(re.compile(name))
+        except re.error as error:
+            raise ValueError(f"{name!r} is not a regular expression: {error}") from None
+    return patterns
+
+
+def _choose(named: Mapping[str, Tensor], names: str | Sequence[str], min_ndim: int) -> set[int]:
+    """The ids of the chosen parameters, at least one of which will be perturbed."""
+    patterns = compile_names(names)
+    chosen = {n: p for n, p in named.items() if any(pattern.search(n) for pattern in patterns)}
+    if any(p.ndim >= min_ndim for p in chosen.values()):
+        return {id(p) for p in chosen.values()}
+    reason = f"only matches tensors with fewer than min_ndim={min_ndim} dimensions"
+    reason = reason if chosen else "matches none of the names"
+    examples = ", ".join(list(chosen or named)[:4])
+    raise ValueError(f"no weight would be perturbed: {names!r} {reason} ({examples}, ...)")
+
+
+def _partition(
+    params: Tensor | Iterable[Tensor], ids: set[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters with these ids, and the others."""
+    params = [params] if isinstance(params, Tensor) else list(params)
+    return [p for p in params if id(p) in ids], [p for p in params if id(p) not in ids]

@@ -1,4 +1,4 @@
-"""From when on the weights are perturbed."""
+"""A condition for when the weights begin to be perturbed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from awp_optim.optimizer import AWP
 
 __all__ = ["StartWhen"]
 
-_AWAITED = "awaited_gamma"
+_AWAITED = "awaited_gamma"  # in a parameter group: its gamma before the start, None afterwards
 
 
 @dataclass(frozen=True)
 class StartWhen:
-    """Keeps gamma at 0 until all conditions that are set hold at once; from then on it is gamma.
+    """Keeps gamma at 0 until all given conditions hold at the same time, then sets it for good.
 
-    Until then AWP is its base optimizer, at its price. What is awaited lies in the parameter groups
-    and so in the optimizer's checkpoints: a run that is resumed neither waits again nor starts
-    early.
+    Until then AWP is its base optimizer, at its cost. Whether it has started is kept in the
+    parameter groups, and so in the optimizer's checkpoints: a resumed run neither waits again nor
+    starts early.
 
     Args:
-        epoch: the first epoch with perturbation, counted as you count in the call.
-        step: the first step, likewise.
+        epoch: the first epoch with perturbation, counted as in the calls.
+        step: the first step with perturbation, counted as in the calls.
         loss_below: start once the loss is below this.
 
     Example:
@@ -47,38 +47,42 @@ class StartWhen:
         step: int | None = None,
         loss: float | None = None,
     ) -> bool:
-        """Call it before the first step, and whenever what it waits for may have changed.
+        """Set gamma; call it before the first step and whenever a condition may have changed.
 
         Args:
-            optimizer: whose groups are switched on, at the centre.
-            epoch: where training is now.
-            step: where training is now.
-            loss: a training or validation loss, NaN counts as not below. None where there is none
-                yet.
+            optimizer: an AWP whose weights are not perturbed.
+            epoch: the current epoch.
+            step: the current step.
+            loss: a training or validation loss; None if there is none yet. NaN is not below.
 
         Returns:
             Whether the weights are perturbed from now on.
 
         Raises:
-            TypeError: if ``optimizer`` is no AWP.
-            ValueError: if a condition waits for an epoch or a step that is not given.
-            RuntimeError: between a first and a second step.
+            TypeError: ``optimizer`` is not an AWP.
+            ValueError: a condition waits for an epoch or a step that is not given.
+            RuntimeError: the weights are perturbed.
         """
         if not isinstance(optimizer, AWP):
             raise TypeError(f"StartWhen takes an AWP, got {type(optimizer).__name__}")
-        for name, wanted, now in (("epoch", self.epoch, epoch), ("step", self.step, step)):
-            if wanted is not None and now is None:
-                raise ValueError(f"the start waits for {name} {wanted}: pass {name}=")
         if optimizer.is_perturbed:
             raise RuntimeError("StartWhen while the weights are perturbed: call it before a step")
-        holds = (
-            (self.epoch is None or (epoch is not None and epoch >= self.epoch))
-            and (self.step is None or (step is not None and step >= self.step))
-            and (self.loss_below is None or (loss is not None and loss < self.loss_below))
-        )
+        conditions = [
+            _reached("epoch", self.epoch, epoch),
+            _reached("step", self.step, step),
+            self.loss_below is None or (loss is not None and loss < self.loss_below),
+        ]
         for group in optimizer.param_groups:
             if _AWAITED not in group:
                 group[_AWAITED], group["gamma"] = group["gamma"], 0.0
-            if holds and group[_AWAITED] is not None:  # None: it has started
+            if all(conditions) and group[_AWAITED] is not None:
                 group["gamma"], group[_AWAITED] = group[_AWAITED], None
         return all(group[_AWAITED] is None for group in optimizer.param_groups)
+
+
+def _reached(name: str, wanted: float | None, now: float | None) -> bool:
+    if wanted is None:
+        return True
+    if now is None:
+        raise ValueError(f"the start waits for {name} {wanted}: pass {name}=")
+    return now >= wanted

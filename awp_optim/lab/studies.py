@@ -18,15 +18,15 @@ from awp_optim.lab.reports.summary import Runs
 
 __all__ = ["STUDIES", "Study", "passes"]
 
-# With AT that of the published runs, else the paper's; no value was chosen by its result.
+# With AT the published runs' gamma, else the paper's; no value was chosen by its result.
 AT_GAMMA, GAMMA = 1e-2, 5e-3
 GAMMAS = (1e-4, 1e-3, 5e-3, 1e-2, 2e-2)
 RWP_GAMMAS = (1e-3, 1e-2, 0.1, 0.3, 0.6, 1.0, 2.0)
 FINE_TUNING: dict[str, Any] = {"lr": 0.03, "schedule": "cosine"}
-"""Of pre-trained weights on the digits.
+"""Settings of fine-tuning on the digits, from pre-trained weights.
 
-Of 0.001 (the paper's), 0.01, 0.03 and 0.1 the rate with which plain pre-training, without AWP, came
-out best (robust test accuracy 20.1, 59.6, 69.3 and 68.9%) on another seed than those reported.
+The rate is the best of 0.001 (the paper's), 0.01, 0.03 and 0.1 for plain pre-training, without AWP:
+robust test accuracy 20.1, 59.6, 69.3 and 68.9%, on a seed that is not among those reported.
 """
 
 
@@ -38,8 +38,8 @@ class Study:
         title: what is compared.
         configs: the settings by label.
         compared_with: for the label of each change, the label of what was changed.
-        draw: draws the runs of all labels into a file, under a title.
-        note: what a reader of the figures must know about the settings.
+        draw: draws the runs of all labels to a file, under a title.
+        note: what a reader of the tables must know about the settings.
     """
 
     title: str
@@ -49,21 +49,25 @@ class Study:
     note: str
 
 
-def methods(base: Config, digits: bool) -> Study:
-    """Every method with and without AWP."""
-    plain = {name: replace(base, method=name.lower()) for name in ("AT", "TRADES", "MART")}
+def methods(base: Config, *, digits: bool) -> Study:
+    """Each method with and without AWP."""
+    plain = {
+        "AT": base,
+        "TRADES": replace(base, method="trades"),
+        "MART": replace(base, method="mart"),
+    }
     note = f"gamma {AT_GAMMA:g} with AT, as in the published runs, and {GAMMA:g} with the others."
     if digits:
         plain["RST"] = replace(base, method="rst")
         plain["Pre-training"] = replace(base, method="pretrain", **FINE_TUNING)
         note += (
-            " RST: the other training images, with the labels that a natural classifier of the"
-            " labelled ones gives them. Pre-training: adversarial, without AWP, on the other images"
-            f" as odd or even; then a cosine schedule from {FINE_TUNING['lr']:g}."
+            " RST: the other training images, with the labels of a classifier trained naturally on"
+            " the labeled ones. Pre-training: adversarial, without AWP, on the other images as odd"
+            f" or even; then a cosine schedule from {FINE_TUNING['lr']:g}."
         )
     else:
         rst, pretrain = (RECIPES[f"{m}/cifar10-linf-wrn28-10"].needs for m in ("rst", "pretrain"))
-        note += f" Left out, see cifar10.py: RST needs {rst}; pre-training needs {pretrain}."
+        note += f" Left out, see awp train: RST needs {rst}; pre-training needs {pretrain}."
     configs = {}
     for name, config in plain.items():
         configs[name] = config
@@ -78,7 +82,7 @@ def methods(base: Config, digits: bool) -> Study:
     )
 
 
-def figure2(base: Config, digits: bool) -> Study:
+def figure2(base: Config, *, digits: bool) -> Study:
     """How often the weights are perturbed, how far, and in which norm."""
     configs = {"AT": base, "TRADES": replace(base, method="trades")}
     changed = {"AT-AWP": base, "TRADES-AWP": configs["TRADES"]}
@@ -98,15 +102,15 @@ def figure2(base: Config, digits: bool) -> Study:
     def draw(runs: Mapping[str, Runs], file: Path, title: str) -> None:
         cost = {label: passes(config) / passes(base) for label, config in configs.items()}
         bars = {n: {v: (runs[k], cost[k]) for v, k in of.items()} for n, of in steps.items()}
-        ablations(bars, _looked_up(runs, sizes), file, title)
+        ablations(bars, _by_gamma(runs, sizes), file, title)
 
     compared_with = {label: label.split("-AWP")[0] for label in configs if "-AWP" in label}
     note = f"K2 and A are varied at gamma {AT_GAMMA:g}; where they are not given they are 1."
     return Study("The perturbation's steps, size and norm", configs, compared_with, draw, note)
 
 
-def regularisers(base: Config, digits: bool) -> Study:
-    """AWP, other regularisation of weights, and data augmentation."""
+def regularizers(base: Config, *, digits: bool) -> Study:
+    """AWP, other regularization of weights, and data augmentation."""
     changes: dict[str, dict[str, Any]] = {
         "AT-AWP": {"gamma": AT_GAMMA},
         "RWP": {"gamma": 0.3, "direction": "random"},
@@ -126,43 +130,44 @@ def regularisers(base: Config, digits: bool) -> Study:
         for name, change in changes.items()
     )
     note = f'{values}. Early stopping is AT\'s "best". Label smoothing is not in the paper.'
-    return Study("AWP and other regularisation", configs, dict.fromkeys(changes, "AT"), draw, note)
+    return Study("AWP and other regularization", configs, dict.fromkeys(changes, "AT"), draw, note)
 
 
-def rwp(base: Config, digits: bool) -> Study:
+def rwp(base: Config, *, digits: bool) -> Study:
     """Adversarial and random perturbation of every size."""
-    both = {"AWP": ("gradient", GAMMAS), "RWP": ("random", RWP_GAMMAS)}
+    kinds = {"AWP": (base, GAMMAS), "RWP": (replace(base, direction="random"), RWP_GAMMAS)}
     configs, sizes = {"AT": base}, {}
-    for name, (direction, gammas) in both.items():
+    for name, (config, gammas) in kinds.items():
         labels = {gamma: f"{name}, gamma {gamma:g}" for gamma in gammas}
-        configs |= {k: replace(base, gamma=g, direction=direction) for g, k in labels.items()}
+        configs |= {label: replace(config, gamma=g) for g, label in labels.items()}
         sizes[name] = {0.0: "AT", **labels}
 
     def draw(runs: Mapping[str, Runs], file: Path, title: str) -> None:
-        perturbation_sizes(_looked_up(runs, sizes), file, title)
+        perturbation_sizes(_by_gamma(runs, sizes), file, title)
 
     compared_with = {label: "AT" for label in configs if label != "AT"}
-    note = "RWP: along a random direction, in every layer of the length gamma |w|."
+    note = "RWP: along a random direction, of length gamma |w| in every layer."
     return Study("Adversarial and random weight perturbation", configs, compared_with, draw, note)
 
 
-STUDIES: dict[str, Callable[[Config, bool], Study]] = {
-    study.__name__: study for study in (methods, figure2, regularisers, rwp)
+STUDIES: dict[str, Callable[..., Study]] = {
+    study.__name__: study for study in (methods, figure2, regularizers, rwp)
 }
-"""By name: from plain adversarial training, and whether it is on the quickstart's digits."""
+"""By name: a function of the settings of plain adversarial training, and of whether these are the
+quickstart's (``digits``)."""
 
 
-def _looked_up(
+def _by_gamma(
     runs: Mapping[str, Runs], labels: Mapping[str, Mapping[float, str]]
 ) -> dict[str, dict[float, Runs]]:
     return {name: {g: runs[label] for g, label in of.items()} for name, of in labels.items()}
 
 
 def passes(config: Config) -> int:
-    """What a training step costs with an exact v: 23 for AT with PGD-10, 26 for AT-AWP.
+    """The cost of a training step with an exact v: 23 for AT with PGD-10, 26 for AT-AWP.
 
-    A forward pass, a backward pass to the inputs and one to the weights count 1 each, an objective
-    that looks at natural images beside the adversarial ones makes two of each.
+    A forward pass, a backward pass to the inputs and one to the weights count 1 each; an objective
+    of natural and adversarial images makes two of each.
     """
     attack = 2 * config.train_steps + (config.training_attack.loss == "kl")
     update = 6 if config.objective.needs_natural else 3

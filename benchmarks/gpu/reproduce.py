@@ -81,32 +81,38 @@ def train(options: Options, record: Record) -> Details:
 
 def summarize(record: Record, rows: list[dict[str, float]], config: Any) -> None:
     """Add the figures of a run so far. Nothing is extrapolated."""
-    method = "at-awp" if config.gamma else "at"
     record.figure("epochs done", len(rows))
     if not rows:
         return
+    method = "at-awp" if config.gamma else "at"
     training = [row["train_seconds"] for row in rows]
     testing = [row["eval_seconds"] for row in rows if "eval_seconds" in row]
+    robust = {int(row["epoch"]) + 1: 100 * row["test_robust_acc"] for row in rows}
     record.figure("seconds an epoch, training", statistics.median(training))
     record.figure("seconds an epoch, testing", statistics.median(testing))
-    robust = {int(row["epoch"]) + 1: row["test_robust_acc"] for row in rows}
-    published = {e: acc for e, acc in published_curve(method).items() if e in robust}
-    if published:
-        epoch = max(published)
-        record.figure(f"robust accuracy after {epoch} epochs, %", 100 * robust[epoch])
-        record.figure("published log at that epoch, %", 100 * published[epoch])
+    compare_with_published(record, robust, published_curve(method))
     if len(rows) == config.epochs:
         paper = PAPER[method] if config.gamma in (0, 1e-2) else {}
-        record.figure("best, %", 100 * max(robust.values()), at_least=paper.get("best"))
-        record.figure("last, %", 100 * robust[len(rows)], at_least=paper.get("last"))
+        record.figure("best, %", max(robust.values()), at_least=paper.get("best"))
+        record.figure("last, %", robust[len(rows)], at_least=paper.get("last"))
         record.figure("minutes in all", (sum(training) + sum(testing)) / 60, at_most=20)
 
 
+def compare_with_published(
+    record: Record, robust: dict[int, float], published: dict[int, float]
+) -> None:
+    """Add robust accuracies after the latest epoch that the published log has, too."""
+    epoch = max(robust.keys() & published.keys(), default=None)
+    if epoch is not None:
+        record.figure(f"robust accuracy after {epoch} epochs, %", robust[epoch])
+        record.figure("published log at that epoch, %", published[epoch])
+
+
 def published_curve(method: str) -> dict[int, float]:
-    """Robust test accuracy in [0, 1] by epochs done."""
+    """Robust test accuracy in % by epochs done."""
     with PUBLISHED.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["method"] == method]
-    return {int(row["epochs"]): float(row["test_robust_acc"]) for row in rows}
+    return {int(row["epochs"]): 100 * float(row["test_robust_acc"]) for row in rows}
 
 
 def load_data(options: Options) -> Any:

@@ -1,0 +1,65 @@
+"""The command line: ``awp COMMAND``, and ``python -m awp_optim COMMAND``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import awp_optim
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "train": "train a classifier adversarially, with or without AWP",
+    "evaluate": "measure its robust accuracy, from FGSM to AutoAttack",
+    "landscape": "draw weight loss landscapes of training runs",
+    "compare": "train many settings with several seeds: the paper's comparisons",
+    "recipes": "list the settings of the paper's runs",
+    "pseudo-label": "label images with a classifier, for robust self-training",
+}
+RESUME = {
+    "evaluate": "the same command with --resume continues",
+    "landscape": "the same command continues",
+    "compare": "the same command continues",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: its name and options; None for those of the program.
+
+    Raises:
+        SystemExit: it has failed, or was stopped.
+    """
+    name, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+    elif name == "--version":
+        print(f"awp_optim {awp_optim.__version__}")
+    elif name in COMMANDS:
+        _run(name, options)
+    else:
+        print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(name: str, options: Sequence[str]) -> None:
+    # Here, not above: this takes seconds.
+    from awp_optim.lab.commands.ending import run
+
+    def command(ranks: object) -> None:
+        module = import_module(f"awp_optim.lab.commands.{name.replace('-', '_')}")
+        module.main(options, ranks)
+
+    run(command, RESUME.get(name, ""))
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
+    return (
+        "usage: awp COMMAND [OPTIONS]\n\nAdversarial weight perturbation.\n\n"
+        f"{commands}\n\nawp COMMAND --help lists the options of a command."
+    )

@@ -1,0 +1,1 @@
+"""The commands of ``awp``, one a module: each has ``main(arguments, ranks)``."""

@@ -1,0 +1,224 @@
+"""``awp compare``: the paper's comparisons, several seeds of each setting."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.table import Table
+
+from awp_optim.lab.commands.options import Device, Positive, one_of, parse, terminal, write, writing
+from awp_optim.lab.commands.train import fast_kernels
+from awp_optim.lab.config import Config
+from awp_optim.lab.data import ImageData, load
+from awp_optim.lab.job import Job
+from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES, RECIPES
+from awp_optim.lab.reports.summary import Runs, accuracies, differences, markdown
+from awp_optim.lab.run_folder import Row
+from awp_optim.lab.self_training import pseudo_label_rest
+from awp_optim.lab.studies import STUDIES, Study
+from awp_optim.lab.sweep import sweep
+from awp_optim.lab.trainer import fit
+
+__all__ = ["Options", "Task", "compare", "main", "train"]
+
+HELP = """The paper's comparisons: many settings, several seeds of each, tables and a picture.
+
+    methods        five methods, each with and without AWP: Table 2
+    figure2        steps, size and norm of the perturbation: Figure 2
+    regularizers   other regularization: Figure 3 (d), Tables 4 and 5
+    rwp            random perturbation: Figure 3 (c)
+
+Without a recipe the task is the quickstart's: 450 of scikit-learn's digits, a small network, a CPU.
+--out gets STUDY.json, STUDY.md and STUDY.png. A run is in STUDY.json as soon as it has finished:
+the same command continues where it was interrupted, with a recipe also within a run.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``awp compare`` is asked for."""
+
+    study: Annotated[str, tyro.conf.Positional, one_of(STUDIES)]
+    """The comparison."""
+    seeds: Positive = 3
+    """Runs of each setting."""
+    epochs: Positive | None = None
+    """Epochs of each run; else 40, or the recipe's."""
+    recipe: (
+        Annotated[str, one_of([k for k, recipe in RECIPES.items() if not recipe.needs], "NAME")]
+        | None
+    ) = None
+    """The setting to start from; awp recipes lists them."""
+    data_dir: Path = Path("data")
+    """Folder of a recipe's images."""
+    limit: Positive | None = None
+    """Use at most this many training and test images."""
+    device: Device = "cpu"
+    """Device to train on."""
+    workers: Positive | None = None
+    """Runs at a time; else one for each core, or one on a GPU."""
+    out: Path = Path("runs/compare")
+    """Folder of the results."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all runs of a study have in common."""
+
+    recipe: str | None
+    base: Config
+    data_dir: Path
+    limit: int | None
+    device: str
+    out: Path
+
+    def load(self) -> tuple[ImageData, int]:
+        """All images, and how many of the training images have labels."""
+        data = load(RECIPES[self.recipe].dataset if self.recipe else "digits", self.data_dir)
+        labeled = len(data.x_train) if self.recipe else QUICKSTART_IMAGES
+        if self.limit:
+            data = data.limit(None, min(self.limit, len(data.x_test)))
+        return data.to(self.device), min(self.limit or labeled, labeled)
+
+    def folder(self, config: Config) -> Path | None:
+        """The checkpoints of a run of hours, named after what differs from the recipe."""
+        base = asdict(self.base)
+        changes = [f"{k}={v}" for k, v in asdict(config).items() if v != base[k]]
+        return self.out / "runs" / (",".join(changes) or "base") if self.recipe else None
+
+
+def train(task: Task, config: Config, report: Callable[[int, int], None]) -> list[Row]:
+    """One run, and before it what it needs: pseudo-labels for RST, pre-trained weights."""
+    if task.device.startswith("cuda"):
+        fast_kernels()
+    data, labeled = task.load()
+    unlabeled, init = None, None
+    more: Row = {}
+    stages = 2 if config.method in ("rst", "pretrain") else 1
+
+    def on_step(done: int, steps: int, stage: int = 1) -> None:
+        report((stage - 1) * steps + done, stages * steps)
+
+    if config.method == "rst":
+        made = pseudo_label_rest(config, data, labeled, on_step=on_step)
+        assert made is not None  # nothing stops it
+        data, unlabeled, more["pseudo_labels_right"] = made
+    elif config.method == "pretrain":
+        before = replace(task.base, seed=config.seed, eval_every=config.epochs)
+        init = fit(before, _parity(data, labeled), on_step=on_step)[0].state_dict()
+    if unlabeled is None and labeled < len(data.x_train):
+        data = data.limit(labeled)
+    folder = task.folder(config)
+    _, (*rows, end) = fit(
+        config,
+        data,
+        folder,
+        unlabeled=unlabeled,
+        init=init,
+        resume=folder is not None,
+        on_step=partial(on_step, stage=stages),
+    )
+    return [*rows, {**end, **more}]
+
+
+def _parity(data: ImageData, labeled: int) -> ImageData:
+    """The other images, as odd or even: what weights are pre-trained on."""
+    rest, _ = data.split(labeled)
+    y_train, y_test = rest.y_train % 2, rest.y_test % 2
+    return replace(rest, y_train=y_train, y_test=y_test, classes=("even", "odd"))
+
+
+def main(arguments: Sequence[str], ranks: Job) -> None:
+    """Compare what the command line says."""
+    # The study's name of earlier versions.
+    arguments = ["regularizers" if word == "regularisers" else word for word in arguments]
+    options = parse(Options, arguments, "awp compare", HELP)
+    compare(options, command=shlex.join(["awp", "compare", *arguments]))
+
+
+def compare(options: Options, *, executor: Executor | None = None, command: str = "") -> None:
+    """Train all runs of a study, and write its tables and its picture.
+
+    Args:
+        options: which study, and how.
+        executor: trains the runs, as of :func:`~awp_optim.lab.sweep.sweep`: on a cluster,
+            ``dask.distributed.Client(address).get_executor()``.
+        command: how to repeat it, for the file of tables.
+    """
+    task, data, labeled = _task(options)
+    study = STUDIES[options.study](task.base, digits=options.recipe is None)
+    seeds = range(options.seeds)
+    rows = sweep(
+        {f"{k}, seed {s}": replace(c, seed=s) for s in seeds for k, c in study.configs.items()},
+        partial(train, task),
+        file=options.out / f"{options.study}.json",
+        about={"dataset": data.name, "images": labeled, "test_images": len(data.x_test)},
+        workers=options.workers or (1 if options.device.startswith("cuda") else None),
+        executor=executor,
+        console=terminal(),
+    )
+    runs = {label: [rows[f"{label}, seed {seed}"] for seed in seeds] for label in study.configs}
+    about = _about(task.base, study, runs, data, labeled)
+    machine = f"torch {torch.__version__}, {options.device}" + (f"; `{command}`" if command else "")
+    _write(options, study, runs, about, machine)
+
+
+def _task(options: Options) -> tuple[Task, ImageData, int]:
+    """What the runs have in common, their images, and how many have labels."""
+    base = RECIPES[options.recipe].config if options.recipe else QUICKSTART
+    base = replace(base, method="at", gamma=0.0, epochs=options.epochs or base.epochs)
+    task = Task(options.recipe, base, options.data_dir, options.limit, options.device, options.out)
+    data, labeled = task.load()
+    if not options.recipe:  # as many steps, also with more images
+        task = replace(task, base=replace(base, epoch_images=labeled))
+    return task, data, labeled
+
+
+def _about(
+    base: Config, study: Study, runs: Mapping[str, Runs], data: ImageData, labeled: int
+) -> str:
+    """What a reader must know of the figures."""
+    seeds = len(next(iter(runs.values())))
+    about = (
+        f"{data.name}, {labeled} labeled training and {len(data.x_test)} test images, {base.arch}, "
+        f"{base.norm} {base.eps:.3g}, training attack PGD-{base.train_steps}, test attack "
+        f"PGD-{base.test_steps}, epochs: {base.epochs}, seeds: {seeds}. {study.note} "
+        f'"best" is the epoch with the highest robust test accuracy of those evaluated (every '
+        f'{base.eval_every}), "gap" robust accuracy on training images minus that on test images.'
+    )
+    if right := [rows[-1]["pseudo_labels_right"] for rows in runs.get("RST", ())]:
+        about += f" Of the pseudo-labels {100 * sum(right) / len(right):.1f}% are right."
+    return about
+
+
+def _write(
+    options: Options, study: Study, runs: Mapping[str, Runs], about: str, machine: str
+) -> None:
+    """The tables, in a file and on the terminal, and the picture."""
+    console = terminal()
+    text = [f"# {study.title}", about]
+    for title, cells in (
+        ("Accuracy in %, mean ± standard deviation over seeds", accuracies(runs)),
+        ("Differences seed by seed, in points", differences(runs, study.compared_with)),
+    ):
+        table = Table(title=title)
+        for i, name in enumerate(cells[0]):
+            table.add_column(name, justify="right" if i else "left", no_wrap=not i)
+        for row in cells[1:]:
+            table.add_row(*row)
+        console.print(table)
+        text += [f"{title}:", markdown(cells)]
+    console.out(about)
+    text += [f"![{study.title}]({options.study}.png)", machine, ""]
+    with writing(options.out / f"{options.study}.png") as picture:
+        study.draw(runs, picture, study.title)
+    write(options.out / f"{options.study}.md", "\n\n".join(text))
+    console.out(f"All in {options.out}/{options.study}.md, .json and .png.")

@@ -1,0 +1,387 @@
+"""``awp evaluate``: robust accuracy, the columns of the paper's Table 2."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+import platform
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tyro.constructors import PrimitiveConstructorSpec
+
+import awp_optim
+from awp_optim._utils.checks import check_choice, check_real
+from awp_optim.attacks import APGD, CW, FGSM, PGD, Attack
+from awp_optim.evaluation import Evaluation, EvaluationWarning, evaluate
+from awp_optim.lab.commands.attacks import NAMES, make_attack, make_attacks
+from awp_optim.lab.commands.options import (
+    DataOptions,
+    Device,
+    Flag,
+    Number,
+    Positive,
+    default_device,
+    number,
+    one_of,
+    parse,
+    terminal,
+    write,
+    writing,
+)
+from awp_optim.lab.data import DATASETS, ImageData
+from awp_optim.lab.job import Job
+from awp_optim.lab.loading import (
+    from_checkpoint,
+    from_function,
+    from_robustbench,
+    normalized,
+    settings_of,
+)
+from awp_optim.lab.reports.plots import accuracy_by_radius, adversarial_images
+from awp_optim.lab.reports.tables import (
+    as_csv,
+    as_json,
+    as_report,
+    findings,
+    per_attack,
+    per_example,
+    radius,
+    title,
+)
+
+__all__ = ["Options", "main"]
+
+HELP = """Robust accuracy of a classifier, from FGSM to AutoAttack.
+
+The classifier is a checkpoint of awp train or a state dict (--checkpoint), what a function of your
+own returns (--model MODULE:FUNCTION: this imports the module and calls the function, so it runs
+that code), or a model of RobustBench (--robustbench NAME). The data set, the network and the threat
+are those in the checkpoint, unless options say otherwise.
+
+--out gets results.json, results.csv, results.md, record.csv (an image a line) and, with --plot,
+pictures. After an interruption --resume continues at the attack and batch it was at.
+"""
+
+NORMS = ("linf", "l2", "l1")
+CURVE = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Radii of --plot, as multiples of eps."""
+CURVE_IMAGES, GRID_IMAGES = 200, 8
+PIPED_SECONDS = 30
+"""Where the output is no terminal: the time from one line of progress to the next."""
+
+CLASSIFIER = tyro.conf.create_mutex_group(required=True, title="classifier")
+
+
+def _radii(words: Sequence[str]) -> tuple[float, ...]:
+    values = tuple(sorted({number(part) for word in words for part in word.split(",")}))
+    if values and values[0] < 0:
+        raise ValueError("radii must not be negative")
+    return values
+
+
+_RADII: PrimitiveConstructorSpec[tuple[float, ...]] = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[EPS,EPS,...]",
+    instance_from_str=_radii,
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``awp evaluate`` is asked for."""
+
+    checkpoint: Annotated[Path | None, CLASSIFIER] = None
+    """A checkpoint of awp train, or a state dict."""
+    model: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
+    """A function to import and call, which returns a torch module of images in [0, 1]."""
+    robustbench: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="NAME")] = None
+    """A model of RobustBench."""
+    arch: str | None = None
+    """The checkpoint's network, also as in papers (WideResNet-34-10); else what it says itself."""
+    num_classes: Positive | None = None
+    """The checkpoint's classes; else as many as its head has."""
+    ema: Flag = False
+    """Evaluate the checkpoint's averaged weights."""
+    mean: tuple[float, ...] | None = None
+    """Mean to normalize with, a number for each channel, if the model does not normalize."""
+    std: tuple[float, ...] | None = None
+    """The same for the standard deviation; give both or none."""
+    attacks: Annotated[str, tyro.conf.arg(help=f"With commas between them, of {NAMES}.")] = (
+        "fgsm,pgd20,pgd100,cw"
+    )
+    eps: Number | None = None
+    """Radius, for images in [0, 1]; else the run's, or 8/255."""
+    norm: Annotated[str | None, one_of(NORMS)] = None
+    """Norm of the radius; else the run's, or linf. l1 is for APGD and AutoAttack."""
+    backend: Annotated[str, one_of(("reference", "native"))] = "reference"
+    """AutoAttack by its authors' package, or with the faster APGD of this package."""
+    skip_broken: Flag = False
+    """Spare attacks the images that were broken before, for a sooner worst case."""
+    seed: int = 0
+    """Seed of the attacks."""
+    batch_size: Positive = 128
+    """Images at a time."""
+    device: Device = field(default_factory=default_device)
+    """Device to evaluate on."""
+    out: Path = Path("evaluation")
+    """Folder of the results."""
+    resume: Flag = False
+    """Continue the evaluation in --out."""
+    plot: Annotated[tuple[float, ...] | None, _RADII] = None
+    """Draw curves.png, accuracy by radius (0 to 8 times --eps, or those given), and images.png."""
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+    """Which images are used; else the test images of the run, or of cifar10."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None and (self.arch or self.num_classes or self.ema):
+            raise ValueError("--arch, --num-classes and --ema go with --checkpoint")
+        if self.robustbench is not None and (self.mean or self.std):
+            raise ValueError(
+                "RobustBench's models take images in [0, 1] and normalize them themselves: leave "
+                "--mean and --std out"
+            )
+
+    @property
+    def name(self) -> str:
+        """What is evaluated."""
+        return self.robustbench or self.model or str(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """An evaluation with nothing left open."""
+
+    options: Options
+    dataset: str
+    eps: float
+    norm: str
+    attacks: dict[str, Attack]
+
+    def attack(self, name: str, eps: float) -> Attack:
+        """An attack at another radius."""
+        return make_attack(name, eps, self.norm, self.options.backend)
+
+
+def main(arguments: Sequence[str], ranks: Job) -> None:
+    """Evaluate as the command line says."""
+    options = parse(Options, arguments, "awp evaluate", HELP)
+    # What needs no images is checked before they are loaded, or even downloaded.
+    task = _complete(options)
+    if not options.resume:
+        _refuse(options.out)
+    given = None if options.model is None else from_function(options.model)
+    data = replace(options.data, dataset=task.dataset).load()
+    model = _model(task, data, given).to(options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = _evaluate(task, model, data)
+    console = terminal()
+    _write(task, data.name, result, shlex.join(["awp", "evaluate", *arguments]), console)
+    if options.plot is not None:
+        _draw_curves(task, model, data, result)
+        _draw_images(task, model, data, result)
+    console.out(f"All in {options.out}.")
+
+
+def _complete(options: Options) -> _Task:
+    """What is not given, from the settings in the checkpoint."""
+    run = {} if options.checkpoint is None else settings_of(options.checkpoint)
+    norm = options.norm or run.get("norm", "linf")
+    eps = run.get("eps", 8 / 255) if options.eps is None else options.eps
+    dataset = options.data.dataset or run.get("dataset", "cifar10")
+    try:
+        check_choice("norm", norm, NORMS)
+        check_real("eps", eps)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{options.checkpoint}: {error}" if run else str(error)) from error
+    if dataset not in DATASETS:
+        raise ValueError(
+            f"the checkpoint's data set {dataset!r} cannot be loaded by its name: give --dataset "
+            "folder or npz, and its place with --data-dir"
+        )
+    attacks = make_attacks(options.attacks, eps, norm, options.backend)
+    return _Task(options, dataset, eps, norm, attacks)
+
+
+def _refuse(out: Path) -> None:
+    """Raise ValueError if a folder holds results; remove a state file that holds none."""
+    state = out / "state.jsonl"
+    if not state.exists():
+        return
+    content = state.read_bytes()
+    only_settings = content.count(b"\n") <= 1 and content.startswith(b'{"evaluation":')
+    if content and not only_settings:
+        raise ValueError(
+            f"{out} already holds an evaluation: continue it with --resume, or choose another --out"
+        )
+    state.unlink()
+
+
+def _model(task: _Task, data: ImageData, given: nn.Module | None) -> nn.Module:
+    options = task.options
+    if options.checkpoint is not None:
+        return from_checkpoint(
+            options.checkpoint,
+            arch=options.arch,
+            num_classes=options.num_classes,
+            in_channels=data.in_channels,
+            ema=options.ema,
+            mean=options.mean,
+            std=options.std,
+        )
+    if given is not None:
+        return normalized(given, options.mean, options.std)
+    folder = options.data.data_dir / "robustbench"
+    assert options.robustbench is not None
+    model: nn.Module = from_robustbench(options.robustbench, task.dataset, task.norm, folder)
+    return model
+
+
+class _Batches:
+    """Images as floats in [0, 1], a batch at a time; reports where stderr is not a terminal."""
+
+    def __init__(self, x: Tensor, y: Tensor, size: int) -> None:
+        self._x, self._y, self._size = x, y, size
+
+    def __len__(self) -> int:
+        return -(-len(self._x) // self._size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        reported = -math.inf
+        for i, start in enumerate(range(0, len(self._x), self._size)):
+            if not sys.stderr.isatty() and time.monotonic() > reported + PIPED_SECONDS:
+                reported = time.monotonic()
+                print(f"evaluating: batch {i + 1} of {len(self)}", file=sys.stderr, flush=True)
+            part = slice(start, start + self._size)
+            yield self._x[part].float() / 255, self._y[part]
+
+
+def _evaluate(task: _Task, model: nn.Module, data: ImageData) -> Evaluation:
+    options = task.options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EvaluationWarning)  # the report has them
+        return evaluate(
+            model,
+            _Batches(data.x_test, data.y_test, options.batch_size),
+            task.attacks,
+            device=options.device,
+            skip_broken=options.skip_broken,
+            seed=options.seed,
+            state=options.out / "state.jsonl",
+        )
+
+
+def _write(task: _Task, dataset: str, r: Evaluation, command: str, console: Console) -> None:
+    """The results, in files and on the terminal."""
+    out, name, norm = task.options.out, task.options.name, task.norm
+    what = f"{name} on {dataset}: {r.n} test images, {norm}, eps {radius(task.eps)}"
+    if r.skip_broken:
+        what += "; each attack on what those before left"
+    write(out / "results.json", as_json(r, _about(task, command)))
+    write(out / "results.csv", as_csv(r))
+    write(out / "results.md", as_report(r, what, name, norm))
+    write(out / "record.csv", per_example(r))
+    head, *rows = per_attack(r, norm)
+    table = Table(title=what)
+    for i, column in enumerate(head):
+        widest = max(len(row[i]) for row in rows)  # only the head is broken on a narrow terminal
+        table.add_column(column, justify="right" if i else "left", min_width=widest)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == title("worst_case") else None)
+    console.print(table)
+    if r.warnings:
+        console.print("Warnings, which make these figures doubtful:", style="bold")
+        console.out(findings(r))
+
+
+def _about(task: _Task, command: str) -> dict[str, Any]:
+    """What was measured, with what, for results.json."""
+    checkpoint, checksum = task.options.checkpoint, None
+    if checkpoint is not None:
+        checksum = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    return {
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "checkpoint_sha256": checksum,
+        "dataset": task.dataset,
+        "eps": task.eps,
+        "norm": task.norm,
+        "device": task.options.device,
+        "awp_optim": awp_optim.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cheap(task: _Task) -> list[str]:
+    """Up to four attacks that can be repeated at several radii."""
+    cheap = [k for k, attack in task.attacks.items() if isinstance(attack, (FGSM, PGD, CW, APGD))]
+    return cheap[:4] or (["apgd"] if task.norm == "l1" else ["pgd20"])
+
+
+def _draw_curves(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) -> None:
+    """Accuracy by radius."""
+    options, names = task.options, _cheap(task)
+    few = data.x_test[:CURVE_IMAGES].float() / 255, data.y_test[:CURVE_IMAGES]
+    settings: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "device": options.device,
+        "seed": options.seed,
+    }
+    scaled = [scale * task.eps for scale in CURVE]
+    points: dict[str, dict[float, float]] = {title(name, task.norm): {} for name in names}
+    for eps in options.plot or [eps for eps in scaled if eps <= 1 or task.norm != "linf"]:
+        attacks = {name: task.attack(name, eps) for name in names}
+        at_eps = evaluate(model, few, attacks, checks=False, **settings)
+        for name, accuracy in at_eps.robust.items():
+            points[title(name, task.norm)][eps] = accuracy
+    with writing(options.out / "curves.png") as file:
+        accuracy_by_radius(
+            points,
+            file,
+            f"{options.name}: {min(CURVE_IMAGES, r.n)} images, {task.norm}",
+            chance=1 / data.num_classes,
+            marked=task.eps,
+        )
+
+
+def _draw_images(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) -> None:
+    """Some images and their adversarial examples, one half of them broken."""
+    options, norm, name = task.options, task.norm, _cheap(task)[-1]
+    broken = [i for i, by in enumerate(r.broken_by) if by not in ("", "natural")]
+    stood = [i for i, by in enumerate(r.broken_by) if by == ""]
+    half = max(GRID_IMAGES // 2, GRID_IMAGES - len(stood))
+    shown = (broken[:half] + stood)[:GRID_IMAGES]
+    if not shown:
+        return
+    x = data.x_test[shown].to(options.device).float() / 255
+    y = data.y_test[shown].to(options.device)
+    torch.manual_seed(options.seed)
+    x_adv = task.attack(name, task.eps)(model, x, y)
+    with torch.no_grad():
+        predicted = [model(z).argmax(1).tolist() for z in (x, x_adv)]
+    labels = [
+        tuple(data.classes[k] for k in image) for image in zip(y.tolist(), *predicted, strict=True)
+    ]
+    with writing(options.out / "images.png") as file:
+        adversarial_images(
+            x.cpu().numpy(),
+            x_adv.cpu().numpy(),
+            labels,
+            file,
+            f"{title(name, norm)}, eps {radius(task.eps)}, {norm}: predictions, wrong ones orange",
+        )

@@ -1,0 +1,227 @@
+"""``awp landscape``: weight loss landscapes of run folders, the paper's Figures 1 to 8 and 11."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from awp_optim.lab.commands.options import (
+    Device,
+    Flag,
+    Number,
+    Positive,
+    default_device,
+    one_of,
+    parse,
+    terminal,
+    write,
+    writing,
+)
+from awp_optim.lab.job import Job
+from awp_optim.lab.reports.figures import FIGURES, Drawing
+from awp_optim.lab.reports.gallery import Picture, write_gallery
+from awp_optim.lab.reports.landscapes import Landscapes, Measuring
+from awp_optim.lab.reports.runs import NotEnough, Run, find_runs, grouped, select
+
+__all__ = ["Options", "main"]
+
+HELP = """Weight loss landscapes of training runs.
+
+Runs are what awp train --out, awp compare --out and examples/quickstart.py --runs leave; those that
+differ in the seed alone are drawn as one. Every point is on disk as soon as it is measured: after
+Ctrl-C or a kill the same command continues, and with more alphas or directions only the new points
+are measured. Under torchrun the processes share the points.
+
+Figures:
+
+""" + "\n".join(
+    f"    {name:12}{' '.join((figure.__doc__ or '').split())}" for name, figure in FIGURES.items()
+)
+
+GAMMAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 0.6, 1.0)
+WHAT = tyro.conf.create_mutex_group(required=True, title="what to draw")
+Figure = Annotated[str, one_of(FIGURES, "NAME")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``awp landscape`` is asked for."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUNS [RUNS ...]")
+    ]
+    """Run folders, or folders of them."""
+    figure: Annotated[tyro.conf.UseAppendAction[tuple[Figure, ...]], WHAT] = ()
+    """One of the figures above."""
+    gallery: Annotated[Flag, WHAT] = False
+    """All figures that the runs allow, and index.html."""
+    select: str | None = None
+    """Regular expression: of the settings found, draw those whose label matches."""
+    out: Path = Path("landscapes")
+    """Folder of the figures."""
+    reach: Number = 1.0
+    """Alphas go from -REACH to REACH."""
+    points: Positive = 21
+    """Alphas on a curve, an odd number."""
+    grid: Positive = 11
+    """Alphas on a side of a surface, an odd number."""
+    directions: Positive = 3
+    """Random directions of a curve."""
+    at: Number | None = None
+    """Alpha at which curves are compared in numbers; else REACH / 2."""
+    gammas: tuple[float, ...] = GAMMAS
+    """Sizes of the perturbations of --figure perturbed."""
+    limit: Positive | None = None
+    """Use at most this many training images; their sampling error is shown."""
+    steps: Positive | None = None
+    """Steps of the attack; else as many as in training."""
+    recompute_bn: Flag = False
+    """Recompute BatchNorm's statistics at each point."""
+    batch_size: Positive = 128
+    """Images at a time."""
+    seed: int = 0
+    """Seed of directions and attacks."""
+    data_dir: Path = Path("data")
+    """Folder of the data sets."""
+    device: Device = field(default_factory=default_device)
+    """Device to measure on."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("name one run folder or more")
+        for name in ("points", "grid"):
+            if getattr(self, name) < 3 or getattr(self, name) % 2 == 0:
+                raise ValueError(f"--{name} must be an odd number, 3 or more, so that 0 is one")
+        if not 0 < self.reach < math.inf:
+            raise ValueError(f"--reach must be above 0, not {self.reach:g}")
+        if not 0 < self.alpha <= self.reach:
+            raise ValueError(f"--at must be above 0 and within --reach, not {self.alpha:g}")
+        if not self.gammas or not all(0 < gamma < math.inf for gamma in self.gammas):
+            raise ValueError("--gammas must be above 0")
+
+    @property
+    def alpha(self) -> float:
+        """Where curves are compared."""
+        return self.reach / 2 if self.at is None else self.at
+
+
+def main(arguments: Sequence[str], ranks: Job) -> None:
+    """Draw what the command line says."""
+    options = parse(Options, arguments, "awp landscape", HELP)
+    start = time.perf_counter()
+    console = terminal()
+    groups = grouped(find_runs(options.runs))
+    if options.select is not None:
+        groups = select(groups, options.select)
+    for label, runs in groups.items():
+        console.out(f"{label}: {len(runs)} run{'s' * (len(runs) > 1)}")
+    names = list(FIGURES if options.gallery else dict.fromkeys(options.figure))
+    pictures, left_out = _draw(names, groups, options, ranks, console)
+    if left_out and not options.gallery:
+        raise NotEnough("; ".join(f"--figure {name}: {why}" for name, why in left_out.items()))
+    if options.gallery and ranks.rank == 0:
+        command = shlex.join(["awp", "landscape", *arguments])
+        _write_gallery(options, groups, command, pictures, left_out, console)
+    console.out(f"{time.perf_counter() - start:.0f} s in all")
+
+
+def _draw(
+    names: Sequence[str],
+    groups: dict[str, list[Run]],
+    options: Options,
+    ranks: Job,
+    console: Console,
+) -> tuple[list[Picture], dict[str, str]]:
+    """The figures that the runs allow, each written as soon as it is measured; why not others."""
+    landscapes = Landscapes(
+        _measuring(options, ranks),
+        options.out / "points",
+        lambda text: console.print(f"measuring {text}", style="dim"),
+    )
+    pictures: list[Picture] = []
+    left_out: dict[str, str] = {}
+    for name in names:
+        try:
+            drawings = FIGURES[name](groups, landscapes)
+        except NotEnough as error:
+            left_out[name] = str(error)
+            continue
+        if ranks.rank == 0:
+            pictures += [_write(drawing, options.out, console) for drawing in drawings]
+    return pictures, left_out
+
+
+def _measuring(options: Options, ranks: Job) -> Measuring:
+    def axis(count: int) -> tuple[float, ...]:
+        return tuple(np.linspace(-options.reach, options.reach, count).round(12).tolist())
+
+    return Measuring(
+        alphas=axis(options.points),
+        grid=axis(options.grid),
+        gammas=tuple(sorted(options.gammas)),
+        directions=options.directions,
+        at=options.alpha,
+        limit=options.limit,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        recompute_bn=options.recompute_bn,
+        seed=options.seed,
+        device=ranks.device(options.device),
+        data_dir=options.data_dir,
+    )
+
+
+def _write(drawing: Drawing, out: Path, console: Console) -> Picture:
+    """The picture, and its numbers beside it; the tables also on the terminal."""
+    with writing(out / f"{drawing.name}.png") as file:
+        drawing.draw(file, drawing.title)
+    content = {
+        "title": drawing.title,
+        "caption": drawing.caption,
+        "tables": list(drawing.tables),
+        "data": drawing.data,
+    }
+    write(file.with_suffix(".json"), json.dumps(content, indent=1))
+    for title, (head, *rows) in drawing.tables:
+        console.out(f"{drawing.title}. {title}.")
+        table = Table()
+        for i, name in enumerate(head):
+            table.add_column(name, justify="right" if i else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    console.out(drawing.caption)
+    console.out(f"{file}\n")
+    return Picture(drawing.title, drawing.caption, file, drawing.tables)
+
+
+def _write_gallery(
+    options: Options,
+    groups: dict[str, list[Run]],
+    command: str,
+    pictures: list[Picture],
+    left_out: dict[str, str],
+    console: Console,
+) -> None:
+    page = options.out / "index.html"
+    about = (
+        f"{sum(map(len, groups.values()))} runs: {'; '.join(groups)}. torch {torch.__version__}, "
+        f"{torch.device(options.device).type}."
+    )
+    with writing(page):
+        write_gallery(page, "Weight loss landscapes", about, command, pictures, [*left_out.items()])
+    for name, why in left_out.items():
+        console.out(f"left out: {name}: {why}")
+    console.out(f"The gallery is {page}.")

@@ -1,0 +1,226 @@
+"""What the commands have in common: types of options, parsing, the terminal, images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args
+
+import torch
+import tyro
+from rich.console import Console
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from awp_optim._utils.io import atomic_write
+from awp_optim.lab.data import DATASETS, ImageData, load
+
+__all__ = [
+    "DataOptions",
+    "Dataset",
+    "Device",
+    "Flag",
+    "Number",
+    "Positive",
+    "check_writable",
+    "default_device",
+    "number",
+    "one_of",
+    "parse",
+    "peek",
+    "terminal",
+    "write",
+    "writing",
+]
+
+T = TypeVar("T")
+
+
+def number(text: str) -> float:
+    """A number or a fraction.
+
+    >>> number("51/255"), number("1e-3")
+    (0.2, 0.001)
+    """
+    try:
+        return float(Fraction(text)) if "/" in text else float(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{text!r} is not a number or a fraction such as 8/255") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"must be an integer above 0, not {text}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ValueError(f"{text!r} is not a device such as cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"this machine has {torch.cuda.device_count()} CUDA devices, not {text}")
+    return text
+
+
+def _spec(
+    metavar: str, read: Callable[[str], Any], show: str = ""
+) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [format(value, show)],
+    )
+
+
+def one_of(names: Iterable[str], metavar: str | None = None) -> PrimitiveConstructorSpec[str]:
+    """One of a few words. The help lists them, or with ``metavar`` shows that."""
+    names = tuple(names)
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar or "{" + ",".join(names) + "}",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: value in names,
+        str_from_instance=lambda value: [value],
+        choices=names,
+    )
+
+
+_NUMBER = _spec("NUMBER", number, "g")
+Number = Annotated[float, _NUMBER]
+Positive = Annotated[int, _spec("N", _positive)]
+Device = Annotated[str, _spec("DEVICE", _device)]
+Dataset = Annotated[str, one_of(DATASETS)]
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+_registry = ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+    """Every float can be given as a fraction."""
+    return _NUMBER if info.type is float else None
+
+
+@_registry.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """An option that may be None is None when it is absent; nobody has to type that."""
+    kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
+    if info.type_origin not in (Union, UnionType) or len(kinds) != 1:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return replace(
+        spec,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: (
+            ["None"] if value is None else spec.str_from_instance(value)
+        ),
+    )
+
+
+def parse(
+    options: Callable[..., T],
+    arguments: Sequence[str],
+    prog: str,
+    help: str,
+    default: T | None = None,
+) -> T:
+    """Read a command line; a mistake in it ends the program with exit status 2.
+
+    Args:
+        options: a dataclass, whose fields are the options.
+        arguments: the words of the command line.
+        prog: what stands before them.
+        help: what ``--help`` says above the options.
+        default: the options that are not given; None for the defaults of the fields.
+    """
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    read: T = tyro.cli(
+        options, args=arguments, prog=prog, description=help, registry=_registry, **defaults
+    )
+    return read
+
+
+def peek(function: Callable[..., T], arguments: Sequence[str], prog: str) -> T:
+    """Call a function with those options that it takes; others are left to be parsed later."""
+    result: T
+    result, _ = tyro.cli(
+        function,
+        args=arguments,
+        prog=prog,
+        registry=_registry,
+        add_help=False,
+        return_unknown_args=True,
+    )
+    return result
+
+
+def default_device() -> str:
+    """A GPU, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def terminal() -> Console:
+    """The standard output. It prints strings unchanged: brackets in a path are no markup."""
+    width = None if sys.stdout.isatty() else 130
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def check_writable(path: Path) -> None:
+    """Raise an OSError for a file that cannot be written, before there is what to write."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Inside, an OSError is one of this file: that of a full disk names none."""
+    try:
+        yield path
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror or error})") from error
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    with writing(path), atomic_write(path) as file:
+        file.write(text.encode())
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images are used."""
+
+    dataset: Dataset | None = None
+    """Name of the data set."""
+    data_dir: Path = Path("data")
+    """Folder of the data sets; of folder and npz the images themselves."""
+    image_size: Positive | None = None
+    """Side to which the images of a folder are resized."""
+    limit: Positive | None = None
+    """Use at most this many training and test images."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.dataset != "folder":
+            raise ValueError("--image-size is for --dataset folder")
+
+    def load(self) -> ImageData:
+        """The images of the data set, within the limit."""
+        assert self.dataset is not None
+        size = {} if self.image_size is None else {"size": self.image_size}
+        data = load(self.dataset, self.data_dir, **size)
+        if self.limit is None:
+            return data
+        return data.limit(min(self.limit, len(data.x_train)), min(self.limit, len(data.x_test)))

@@ -1,0 +1,128 @@
+"""``awp pseudo-label``: label images with a classifier, for robust self-training (RST)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from awp_optim.lab.commands.options import (
+    Device,
+    Number,
+    Positive,
+    check_writable,
+    default_device,
+    parse,
+    terminal,
+)
+from awp_optim.lab.job import Job
+from awp_optim.lab.loading import from_checkpoint, from_function
+from awp_optim.lab.progress import StepBar, step_bars
+from awp_optim.lab.pseudo import (
+    PseudoLabeled,
+    classify,
+    confident,
+    load_images,
+    load_labels,
+    save_pseudo_labeled,
+)
+
+__all__ = ["Options", "main"]
+
+HELP = """Label images with a classifier, for robust self-training (RST, Carmon et al., 2019).
+
+Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If the
+file holds labels as well (y), the share that agrees is printed. The classifier is a checkpoint of
+awp train, a state dict with --arch, or what a function of your own returns (--model
+MODULE:FUNCTION: this runs that code).
+"""
+
+CLASSIFIER = tyro.conf.create_mutex_group(required=True, title="classifier")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``awp pseudo-label`` is asked for."""
+
+    images: Path
+    """The images, .npy or .npz."""
+    out: Path
+    """The .npz file to write: x and y."""
+    checkpoint: Annotated[Path | None, CLASSIFIER] = None
+    """The classifier's weights."""
+    model: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
+    """A function to import and call, which returns a torch module of images in [0, 1]."""
+    arch: str | None = None
+    """The checkpoint's network; else what it says itself."""
+    num_classes: Positive | None = None
+    """The checkpoint's classes; else as many as its head has."""
+    min_confidence: Number = 0.0
+    """Drop images with a lower probability of their label."""
+    batch_size: Positive = 512
+    """Images at a time."""
+    device: Device = field(default_factory=default_device)
+    """Device to classify on."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_confidence <= 1:
+            raise ValueError(f"--min-confidence must be in [0, 1], not {self.min_confidence:g}")
+        if self.out.resolve() == self.images.resolve():
+            raise ValueError("--out would replace --images: choose another file")
+
+
+def main(arguments: Sequence[str], ranks: Job) -> None:
+    """Label images as the command line says."""
+    options = parse(Options, arguments, "awp pseudo-label", HELP)
+    given = None if options.model is None else from_function(options.model)
+    x, truth = load_images(options.images), load_labels(options.images)
+    if truth is not None and len(truth) != len(x):
+        raise ValueError(f"{options.images} has {len(x)} images and {len(truth)} labels")
+    model = _classifier(options, x.shape[1]) if given is None else given
+    check_writable(options.out)
+    console = terminal()
+    y, confidence = _classify(options, model.to(options.device), x, console)
+    kept = confident(confidence, options.min_confidence)
+    labeled = PseudoLabeled(x[kept], y[kept])
+    save_pseudo_labeled(labeled, options.out)
+    _report(console, labeled)
+    shape = "x".join(map(str, x.shape[1:]))
+    console.out(
+        f"{len(x)} images of {shape}, {len(labeled)} kept ({len(labeled) / len(x):.2%}), with a "
+        f"mean confidence of {confidence[kept].double().mean().item():.2%}. All in {options.out}."
+    )
+    if truth is not None:
+        right = (labeled.y == truth[kept]).double().mean().item()
+        console.out(f"Of those kept, {right:.2%} agree with the labels in {options.images}.")
+
+
+def _classifier(options: Options, channels: int) -> nn.Module:
+    assert options.checkpoint is not None
+    return from_checkpoint(
+        options.checkpoint,
+        arch=options.arch,
+        num_classes=options.num_classes,
+        in_channels=channels,
+    )
+
+
+def _classify(
+    options: Options, model: nn.Module, x: Tensor, console: Console
+) -> tuple[Tensor, Tensor]:
+    with step_bars(console) as progress:
+        bar = StepBar(progress, options.images.name)
+        return classify(model, x, options.batch_size, on_step=bar)
+
+
+def _report(console: Console, labeled: PseudoLabeled) -> None:
+    table = Table(title="Images by label")
+    for column in ("label", "images", "share"):
+        table.add_column(column, justify="right")
+    for label, n in enumerate(labeled.y.bincount().tolist()):
+        table.add_row(str(label), str(n), f"{n / len(labeled):.1%}")
+    console.print(table)

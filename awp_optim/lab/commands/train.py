@@ -1,0 +1,257 @@
+"""``awp train``: adversarial training with AWP, as in Section 4.4 of the paper."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+
+from awp_optim.attacks import PGD
+from awp_optim.lab.commands import recipes
+from awp_optim.lab.commands.options import (
+    DataOptions,
+    Dataset,
+    Device,
+    Flag,
+    Number,
+    Positive,
+    default_device,
+    one_of,
+    parse,
+    peek,
+    terminal,
+)
+from awp_optim.lab.config import THREATS, Config, Method
+from awp_optim.lab.data import ImageData
+from awp_optim.lab.interrupt import StopRequest, graceful_stop
+from awp_optim.lab.job import Job
+from awp_optim.lab.progress import StepBar, step_bars
+from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
+from awp_optim.lab.recipes import RECIPES, defaults
+from awp_optim.lab.reports.plots import learning_curves
+from awp_optim.lab.run_folder import Row, best, refuse_run
+from awp_optim.lab.self_training import pseudo_label_rest
+from awp_optim.lab.trainer import fit, is_over
+from awp_optim.lab.weights import load_weights
+
+__all__ = ["Options", "main", "train"]
+
+HELP = """Adversarial training with or without AWP (--gamma 0).
+
+A recipe, a data set, a method and a threat decide the defaults of the settings; every setting can
+be changed by its option. The run folder gets config.json, metrics.csv, best.pt, last.pt, curves.png
+and, where TensorBoard is installed, its logs. Ctrl-C or SIGTERM finishes the step and saves;
+--resume continues the run. Numbers can be fractions: --eps 8/255.
+
+Under torchrun, the same command and the same results, within rounding; the batch size is that of
+all processes together.
+"""
+
+Recipe = Annotated[str, one_of(RECIPES, "NAME")]
+Threat = Annotated[str, one_of(sorted(THREATS))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What ``awp train`` is asked for."""
+
+    out: Path
+    """The run folder."""
+    resume: Flag = False
+    """Continue the run in --out."""
+    recipe: Recipe | None = None
+    """A run of the paper; awp recipes lists them."""
+    threat: Threat | None = None
+    """Norm, eps and step size of the paper's threat model."""
+    unlabeled: Path | None = None
+    """Images with pseudo-labels, an .npz file."""
+    labeled: Positive | None = None
+    """Keep the labels of this many training images; a classifier labels the others."""
+    init: Path | None = None
+    """Checkpoint to start from, with its normalization if it holds one."""
+    max_minutes: Number = math.inf
+    """Stop after this time, to continue with --resume."""
+    device: Device = field(default_factory=default_device)
+    """Device to train on."""
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+    """Which images are used."""
+    settings: tyro.conf.OmitArgPrefixes[Config]
+    """The settings of the run, as config.json keeps them."""
+
+    def __post_init__(self) -> None:
+        config = self.settings
+        PGD(config.eps, config.step_size, norm=config.norm)  # checks them before images are loaded
+        if self.unlabeled is not None and self.labeled is not None:
+            raise ValueError("--unlabeled and --labeled: give one of the two")
+
+
+def starting_point(
+    recipe: Recipe | None = None,
+    dataset: Dataset | None = None,
+    threat: Threat | None = None,
+    method: Method = "at",
+) -> tuple[str, Config]:
+    """The data set, and the settings before any option changes them."""
+    if recipe is None:
+        dataset = dataset or "cifar10"
+        config = defaults(dataset, threat or "linf", method)
+    else:
+        dataset, config = dataset or RECIPES[recipe].dataset, RECIPES[recipe].config
+        config = config if threat is None else replace(config, **vars(THREATS[threat]))
+    return dataset, replace(config, augment=dataset != "digits")
+
+
+def main(arguments: Sequence[str], ranks: Job) -> None:
+    """Train as the command line says."""
+    if "--list-recipes" in arguments:  # what `awp recipes` was called
+        recipes.main([], ranks)
+        return
+    # The options that decide the defaults of the others come first.
+    dataset, config = peek(starting_point, arguments, "awp train")
+    default = Options(out=tyro.MISSING, data=DataOptions(dataset), settings=config)
+    options = parse(Options, arguments, "awp train", HELP, default=default)
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    train(options, given, ranks)
+
+
+def train(options: Options, given: set[str], ranks: Job) -> None:
+    """Train, print an epoch a line, and draw the learning curves.
+
+    Args:
+        options: the run.
+        given: the options that were typed, such as "--train-eval".
+        ranks: the processes that share the run.
+
+    Raises:
+        SystemExit: a signal has stopped it.
+    """
+    deadline = time.monotonic() + 60 * options.max_minutes
+    fast_kernels()
+    if not options.resume:
+        ranks.first(lambda: refuse_run(options.out))
+    device = ranks.device(options.device)
+    init = None if options.init is None else load_weights(options.init)
+    unlabeled = None if options.unlabeled is None else load_pseudo_labeled(options.unlabeled)
+    data = ranks.in_turns(lambda: options.data.load()).to(device)
+    config = _fit_to_data(options, given, data)
+    console = terminal()
+    with step_bars(console) as progress, _signals(ranks) as request:
+        run = _Run(options, config, init, console, progress)
+        run.stop = lambda: request() or time.monotonic() >= deadline
+        rows = run.train(data, unlabeled)
+    status = max(ranks.gather(request.exit_status))
+    if ranks.rank == 0:
+        _summarize(options, config, data.name, rows, console)
+    if status and not is_over(config, rows):
+        raise SystemExit(status)
+
+
+def fast_kernels() -> None:
+    """Matrix products and convolutions in TF32 on a GPU that has it, by the fastest algorithm."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+
+
+def _fit_to_data(options: Options, given: set[str], data: ImageData) -> Config:
+    """The settings, where those that were not given depend on the number of images."""
+    config, images = options.settings, len(data.x_train)
+    if "--train-eval" not in given:
+        config = replace(config, train_eval=max(1, min(config.train_eval, images // 4)))
+    if options.labeled is not None:
+        if options.labeled >= images:
+            raise ValueError(
+                f"--labeled must be below the {images} training images, not {options.labeled}"
+            )
+        if "--epoch-images" not in given:
+            config = replace(config, epoch_images=images)
+    return config
+
+
+@dataclass
+class _Run:
+    """A run, and the training of a classifier before it, under one display."""
+
+    options: Options
+    config: Config
+    init: dict[str, torch.Tensor] | None
+    console: Console
+    progress: Progress
+    stop: Callable[[], bool] = lambda: False
+
+    def train(self, data: ImageData, unlabeled: PseudoLabeled | None) -> list[Row]:
+        if self.options.labeled is not None:
+            made = self._label(data, self.options.labeled)
+            if made is None:  # stopped
+                return []
+            data, unlabeled = made
+        out = self.options.out
+        more = {"unlabeled": unlabeled, "on_epoch": self._report, **self._hooks(out.name)}
+        return fit(self.config, data, out, **more)[1]
+
+    def _label(self, data: ImageData, labeled: int) -> tuple[ImageData, PseudoLabeled] | None:
+        out, hooks = self.options.out / "classifier", self._hooks("classifier")
+        made = pseudo_label_rest(self.config, data, labeled, out, **hooks)
+        if made is None:
+            return None
+        kept, others, right = made
+        self.console.out(
+            f"{len(others)} images were labeled by a classifier trained on {labeled}; "
+            f"{right:.1%} of the labels are right"
+        )
+        return kept, others
+
+    def _hooks(self, name: str) -> dict[str, Any]:
+        return {
+            "init": self.init,
+            "resume": self.options.resume,
+            "on_step": StepBar(self.progress, name),
+            "stop": lambda: self.stop(),
+        }
+
+    def _report(self, row: Row) -> None:
+        text = (
+            f"epoch {row['epoch'] + 1:.0f}/{self.config.epochs}  lr {row['lr']:g}  "
+            f"{row['train_seconds']:.1f} s  training steps: loss {row['step_robust_loss']:.3f}, "
+            f"robust {row['step_robust_acc']:.1%}"
+        )
+        if "test_robust_acc" in row:
+            natural, robust = row["test_natural_acc"], row["test_robust_acc"]
+            text += f"  test: natural {natural:.1%}, robust {robust:.1%}"
+        self.console.out(text)
+
+
+def _signals(ranks: Job) -> AbstractContextManager[StopRequest]:
+    """Ctrl-C and SIGTERM; the first process reports them, and ignores torchrun's echo."""
+    if ranks.world == 1:
+        return graceful_stop()
+    return graceful_stop(None if ranks.rank == 0 else lambda text: None, echo=5)
+
+
+def _summarize(
+    options: Options, config: Config, dataset: str, rows: list[Row], console: Console
+) -> None:
+    """Draw the learning curves and print the result, as far as the run has come."""
+    if not is_over(config, rows):
+        console.out(f"Stopped after {len(rows)} of {config.epochs} epochs; continue with --resume.")
+    evaluated = [row for row in rows if "test_robust_acc" in row]
+    if not evaluated:
+        return
+    label = config.method.upper()
+    if config.gamma:
+        label += f"-AWP, gamma {config.gamma:g}"
+    learning_curves({label: [rows]}, options.out / "curves.png", f"{dataset}, {config.arch}")
+    top, last = best(rows), evaluated[-1]
+    console.out(
+        f"Robust test accuracy (PGD-{config.test_steps}): best {top['test_robust_acc']:.2%} after "
+        f"epoch {top['epoch'] + 1:.0f}, last {last['test_robust_acc']:.2%}; natural "
+        f"{top['test_natural_acc']:.2%} and {last['test_natural_acc']:.2%}. All in {options.out}."
+    )

@@ -1,0 +1,194 @@
+"""``awp train``: what the command line makes of a run, how a run stops, and how it continues."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from awp_optim.lab.commands.options import peek
+from awp_optim.lab.commands.train import starting_point
+from awp_optim.lab.config import Config
+from awp_optim.lab.models import build_model
+from awp_optim.lab.recipes import RECIPES, defaults
+from awp_optim.lab.run_folder import read_metrics
+
+SMALL = ("train", "--dataset", "digits", "--arch", "preact_resnet_small", "--limit", 64)
+QUICK = (*SMALL, "--train-steps", 1, "--test-steps", 1, "--epochs", 2)
+TIMES = ("train_seconds", "eval_seconds")
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_trains_stops_in_time_and_resumes(awp, tmp_path):
+    arguments = (*SMALL, "--epochs", 2, "--precision", "bfloat16", "--out", "run")
+    ended = awp(*arguments, "--max-minutes", 0)
+    assert ended.status == 0
+    assert "Stopped after 0 of 2 epochs; continue with --resume" in ended.out
+    ended = awp(*arguments, "--resume")
+    assert ended.status == 0
+    assert "Robust test accuracy (PGD-20)" in ended.out
+    assert "--resume" not in ended.out
+    names = {p.name for p in (tmp_path / "run").iterdir()} - {"tensorboard"}
+    assert {"best.pt", "last.pt", "config.json", "metrics.csv", "curves.png"} <= names
+    assert not any(name.endswith(".part") for name in names)
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_run(awp, start, tmp_path, number, status):
+    arguments = (*QUICK, "--limit", 200, "--epochs", 500, "--out", "run")
+    with start(*arguments) as process:
+        text = process.stdout.readline()  # of the first epoch
+        process.send_signal(number)
+        rest, err = process.communicate()
+    text += rest
+    assert process.returncode == status
+    assert err == f"{number.name}: stopping after this step (again: at once)\n"
+    assert "of 500 epochs; continue with --resume" in text
+    epochs = text.count("  training steps: loss")
+    again = awp(*arguments, "--resume", "--max-minutes", 0)
+    assert f"Stopped after {epochs} of 500 epochs" in again.out
+
+
+def test_a_killed_run_resumes_to_the_same_end(awp, start, tmp_path):
+    arguments = (*QUICK, "--epochs", 8, "--limit", 128, "--out")
+    assert awp(*arguments, "whole").status == 0
+    with start(*arguments, "killed") as process:
+        process.stdout.readline()
+        process.kill()
+        process.communicate()
+    assert awp(*arguments, "killed", "--resume").status == 0
+    whole, killed = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
+
+
+def test_every_setting_is_an_option(awp, tmp_path):
+    given = {
+        "method": "mart", "beta": 3.0, "gamma": 0.02, "direction": "random", "awp_start": 1,
+        "awp_norm": "l1", "ascent_steps": 2, "alternations": 2,
+        "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
+        "step_size": 0.25, "train_steps": 2, "test_steps": 3, "attack_mode": "train", "epochs": 1,
+        "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3,
+        "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "label_smoothing": 0.1, "precision": "bfloat16",
+        "schedule": "cosine", "augment": True, "cutout": 2, "mixup": 1.0, "unlabeled_share": 0.25,
+        "train_eval": 8, "eval_every": 2, "save_every": 1, "select_on": "val", "val_images": 8,
+        "patience": 3, "seed": 7,
+    }  # fmt: skip
+    assert given.keys() == {f.name for f in fields(Config)} - {"ascent"}  # not with ascent_steps
+    assert all(
+        value != getattr(Config(), name) for name, value in given.items() if name != "augment"
+    )
+    words = [
+        word
+        for name, value in given.items()
+        for word in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
+    ]
+    words[words.index("--eps") + 1] = "1/2"
+    ended = awp("train", "--dataset", "digits", "--limit", 64, *words, "--out", "run")
+    assert ended.status == 0, ended.err
+    found = config_of(tmp_path / "run")
+    assert {name: found[name] for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("words", "dataset", "expected", "changes"),
+    [
+        ("", "cifar10", "at-awp/cifar10-linf-preact18", {}),
+        ("--threat l2", "cifar10", "at-awp/cifar10-l2-preact18", {}),
+        ("--dataset svhn", "svhn", "at-awp/svhn-linf-preact18", {}),
+        ("--dataset digits", "digits", "at-awp/cifar10-linf-preact18", {"augment": False}),
+        ("--recipe mart/cifar10-linf-wrn34-10", "cifar10", "mart/cifar10-linf-wrn34-10", {}),
+        (
+            "--out --eps --recipe at/svhn-linf-preact18 --threat l2 --method mart",
+            "svhn",
+            "at/svhn-linf-preact18",
+            {"norm": "l2", "eps": 128 / 255, "step_size": 15 / 255},
+        ),
+    ],
+)
+def test_what_decides_the_defaults(words, dataset, expected, changes):
+    name, config = peek(starting_point, words.split(), "awp train")
+    assert name == dataset
+    recipe = RECIPES[expected].config
+    assert config == Config(**{**vars(recipe), **changes})
+
+
+def test_the_method_decides_the_defaults():
+    _, config = peek(starting_point, ["--method", "trades"], "awp train")
+    assert config == defaults("cifar10", "linf", "trades")
+    assert config.awp_start == 10
+
+
+def test_a_recipe_with_changes(awp, tmp_path):
+    changes = ("--epochs", 2, "--awp-start", 1, "--ema", 0.9, "--threat", "l2", "--beta", 3)
+    ended = awp(*SMALL, "--recipe", "trades-awp/cifar10-linf-wrn34-10", *changes, "--out", "run")
+    assert ended.status == 0, ended.err
+    config = config_of(tmp_path / "run")
+    assert (config["method"], config["gamma"], config["awp_start"]) == ("trades", 5e-3, 1)
+    assert (config["norm"], config["eps"], config["step_size"]) == ("l2", 128 / 255, 15 / 255)
+    assert (config["beta"], config["ema"], config["attack_mode"]) == (3.0, 0.9, "eval")
+    assert (config["dataset"], config["arch"]) == ("digits", "preact_resnet_small")
+    assert config["train_eval"] == 16  # a quarter of the images, unless it is given
+    assert "ema_test_robust_acc" in (tmp_path / "run/metrics.csv").read_text()
+
+
+def test_images_without_labels_and_given_weights(awp, tmp_path):
+    ended = awp(*QUICK, "--method", "rst", "--labeled", 32, "--train-eval", 20, "--out", "rst")
+    assert ended.status == 0, ended.err
+    assert "32 images were labeled by a classifier trained on 32" in ended.out
+    config = config_of(tmp_path / "rst")
+    assert (config["train_images"], config["unlabeled_images"]) == (32, 32)
+    assert (config["epoch_images"], config["batch_size"]) == (64, 256)
+    assert config["train_eval"] == 20
+    last = ("--init", "rst/last.pt", "--lr", 0.01)
+    ended = awp(*QUICK, "--method", "pretrain", *last, "--out", "pretrain")
+    assert ended.status == 0, ended.err
+    config = config_of(tmp_path / "pretrain")
+    assert (config["schedule"], config["gamma"], config["lr"]) == ("cosine", 5e-3, 0.01)
+    assert len(config["init"]) == 16
+
+
+# One of each family of networks and methods: two steps on real CIFAR-10.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "at-awp/cifar10-linf-preact18",
+        "at-awp/cifar10-l2-preact18",
+        "at-l1/cifar10-linf-preact18",
+        "at-l2/cifar10-linf-preact18",
+        "at-cutout/cifar10-linf-preact18",
+        "at-mixup/cifar10-l2-preact18",
+        "trades-awp/cifar10-linf-wrn34-10",
+        "mart-awp/cifar10-linf-wrn34-10",
+        "rst-awp/cifar10-linf-wrn28-10",
+        "pretrain-awp/cifar10-linf-wrn28-10",
+    ],
+)
+def test_recipes_on_cifar10(awp, tmp_path, recipe):
+    if "AWP_DATA" not in os.environ:
+        pytest.skip("AWP_DATA names no data folder")
+    cut = ("--limit", 8, "--batch-size", 4, "--epochs", 1, "--awp-start", 0)
+    cut += ("--train-steps", 2, "--test-steps", 2)
+    if recipe.startswith("rst"):
+        cut += ("--labeled", 4)
+    if recipe.startswith("pretrain"):
+        weights = build_model("wide_resnet28_10", num_classes=1000, in_channels=3).state_dict()
+        torch.save(weights, tmp_path / "imagenet.pt")
+        cut += ("--init", "imagenet.pt")
+    data = Path(os.environ["AWP_DATA"]).resolve()
+    ended = awp("train", "--recipe", recipe, "--data-dir", data, *cut, "--out", "run")
+    assert ended.status == 0, ended.err
+    (row,) = read_metrics(tmp_path / "run")
+    assert 0 < row["step_robust_loss"] < 20
