@@ -14,7 +14,6 @@ from typing import Annotated, Any, TypeVar, Union, get_args
 
 import torch
 import tyro
-from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -28,7 +27,7 @@ __all__ = [
     "Flag",
     "Number",
     "Positive",
-    "check_picture",
+    "check_writable",
     "default_device",
     "number",
     "one_of",
@@ -177,13 +176,12 @@ def terminal() -> Console:
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
-def check_picture(path: Path) -> None:
-    """Raise an error for a file that matplotlib could not write, before there is what to draw."""
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
-        raise ValueError(f"{path}: the picture must be a file of type {', '.join(sorted(known))}")
-    with writing(path), TemporaryFile(dir=path.parent):
-        pass
+def check_writable(path: Path) -> None:
+    """Raise an OSError for a file that cannot be written, before there is what to write."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
 
 
 @contextmanager

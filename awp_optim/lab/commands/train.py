@@ -34,7 +34,7 @@ from awp_optim.lab.config import THREATS, Config, Method
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.interrupt import StopRequest, graceful_stop
 from awp_optim.lab.job import Job
-from awp_optim.lab.progress import step_bars
+from awp_optim.lab.progress import StepBar, step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.reports.plots import learning_curves
@@ -210,15 +210,10 @@ class _Run:
         return kept, others
 
     def _hooks(self, name: str) -> dict[str, Any]:
-        bar = self.progress.add_task(name, total=None)
-
-        def on_step(done: int, steps: int) -> None:
-            self.progress.update(bar, completed=done, total=steps)
-
         return {
             "init": self.init,
             "resume": self.options.resume,
-            "on_step": on_step,
+            "on_step": StepBar(self.progress, name),
             "stop": lambda: self.stop(),
         }
 
