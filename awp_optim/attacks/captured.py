@@ -58,8 +58,8 @@ class Captured:
         if not isinstance(model, nn.Module):  # which weights a function uses is unknown
             if self._cuda_graph is True:
                 raise ValueError(
-                    "cuda_graph=True needs a model whose weights are known: wrap the function in an "
-                    f"nn.Module, got {describe(model)}"
+                    "cuda_graph=True needs a model whose weights are known: wrap the function in "
+                    f"an nn.Module, got {describe(model)}"
                 )
             return self.attack(model, x, y)
 
