@@ -18,7 +18,7 @@ LAB = [
     "rich",
     "tyro>=0.9",
 ]
-EVAL = ["pyautoattack"]
+EVAL = ["numpy", "pyautoattack"]
 BENCH = [
     *LAB,
     "pytest",

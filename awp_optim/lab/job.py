@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ class Job(TrainingRanks):
     """The processes of a program, and what they write to standard error.
 
     Attributes:
-        store: torchrun's key-value store, which the processes share; None for a single process.
+        store: the key-value store that the processes share; None for a single process.
     """
 
     def __init__(self, store: Any) -> None:
@@ -84,40 +84,23 @@ class Job(TrainingRanks):
         return answer  # type: ignore[no-any-return]
 
     def report(self, text: str, *, is_consequence: bool) -> None:
-        """Write why the program ends to standard error, once for all ranks.
-
-        The first rank writes it; another rank does so if it has something else to say, or if the
-        first one says nothing.
+        """Write why the program ends to standard error, once however many ranks say the same.
 
         Args:
             text: what to write.
             is_consequence: whether it may follow from an error that another rank has reported.
         """
-        store = self.store
-        assert store is not None
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank has ended
         with suppress(Exception):  # without the store, better twice than never
-            if self.rank == 0:
-                store.set("said", text)
-            elif _is_set_in_time(store, "said", 5) and store.get("said").decode() == text:
-                return
-            if is_consequence and store.check(["cause"]):
+            if is_consequence and self.store.check(["cause"]):
                 return
             if not is_consequence:
-                store.add("cause", 1)
-            if self.rank and store.add(f"by others: {text}", 1) > 1:
+                self.store.add("cause", 1)
+            if self.store.add(f"reported {text}", 1) > 1:
                 return
-        sys.stderr.write(text if self.rank == 0 else f"rank {self.rank}: {text}")
+        sys.stderr.write(text)
         sys.stderr.flush()
-
-    def wait_for_first(self) -> None:
-        """Wait until the first rank is done: when it ends, torchrun ends the others."""
-        assert self.store is not None
-        with suppress(Exception):
-            if self.rank == 0:
-                self.store.set("said", "")
-            _is_set_in_time(self.store, "said", TIMEOUT.total_seconds())
 
     def missing_ranks(self) -> list[int]:
         """The ranks that do not call this within a second of each other."""
@@ -136,29 +119,37 @@ def job() -> Iterator[Job]:
     """Join the processes that torchrun started, for the main function of a program; or be alone.
 
     Inside, all ranks but the first are silent. A ``sys.exit("why")`` inside is reported once,
-    however many ranks end by it, and no rank ends before the first has reported. All ranks wait for
-    the first one to be done.
+    however many ranks end by it. The ranks end together, since torchrun ends all when one is gone.
     """
     global _joined
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Job(None)
         return
     _joined = ranks = _join()
-    nowhere = io.StringIO()
     try:
-        if ranks.rank == 0:
+        with _silence() if ranks.rank else nullcontext():
             yield ranks
-        else:
-            with redirect_stdout(nowhere), redirect_stderr(nowhere):
-                yield ranks
     except SystemExit as error:
         if isinstance(error.code, str):
-            ranks.report(f"{error.code}\n", is_consequence=isinstance(error.__context__, RankLost))
+            consequence = isinstance(error.__context__, RankLost)
+            ranks.report(f"{error.code}\n", is_consequence=consequence)
             raise SystemExit(1) from None
-        ranks.wait_for_first()
+        _wait_for_all(ranks)
         raise
-    ranks.wait_for_first()
+    _wait_for_all(ranks)
     dist.destroy_process_group()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    nowhere = io.StringIO()
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _wait_for_all(ranks: Job) -> None:
+    with suppress(Exception):  # one has ended by an error of its own
+        ranks.gather(None)
 
 
 def _join() -> Job:
@@ -197,13 +188,3 @@ def naming_lost_ranks(ranks: Ranks) -> Iterator[None]:
 def _is_communication_error(error: RuntimeError) -> bool:
     kinds = (dist.DistError, dist.DistBackendError, dist.DistNetworkError)
     return isinstance(error, kinds) or "gloo" in str(error)
-
-
-def _is_set_in_time(store: Any, key: str, seconds: float) -> bool:
-    """Whether a key is set within some seconds. (The store's own wait logs a missing key.)"""
-    end = time.monotonic() + seconds
-    while not store.check([key]):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True

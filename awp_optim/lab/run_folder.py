@@ -148,17 +148,12 @@ class RunFolder:
                 f"{', '.join(changes)}"
             )
 
-    def save_best(self, content: Mapping[str, Any]) -> None:
-        """Write ``best.pt``: ``content`` and the settings."""
-        self._save("best.pt", content)
-
-    def save_epoch(self, epochs: int, content: Mapping[str, Any]) -> None:
-        """Write ``epoch_0020.pt`` after 20 epochs: ``content`` and the settings."""
-        self._save(f"epoch_{epochs:04d}.pt", content)
-
-    def save_last(self, content: Mapping[str, Any]) -> None:
-        """Write ``last.pt``: ``content`` and the settings."""
-        self._save("last.pt", content)
+    def save(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a checkpoint: ``content`` and the settings."""
+        # Through memory: on a full disk torch.save would say "unexpected pos".
+        buffer = io.BytesIO()
+        torch.save({**content, "config": self._settings}, buffer)
+        self._write(name, buffer.getbuffer())
 
     def save_metrics(self, rows: list[Row]) -> None:
         """Write ``metrics.csv``."""
@@ -193,12 +188,6 @@ class RunFolder:
             raise ValueError(f"{file} does not belong to a run: choose another folder")
         if has_results:
             self.check_settings(before)
-
-    def _save(self, name: str, content: Mapping[str, Any]) -> None:
-        # Through memory: on a full disk torch.save would say "unexpected pos".
-        buffer = io.BytesIO()
-        torch.save({**content, "config": self._settings}, buffer)
-        self._write(name, buffer.getbuffer())
 
     def _write(self, name: str, content: bytes | memoryview) -> None:
         try:

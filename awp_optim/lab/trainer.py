@@ -139,13 +139,15 @@ def _train(
             if stopped or epoch.step == steps or epoch.step % CHECK_EVERY == 0:
                 run.check_finite(epoch)
             if stopped:
-                _save_unfinished(folder, run.state.state_dict())
+                if folder:
+                    folder.save("last.pt", run.state.state_dict())
                 return
         before_evaluation = run.state.state_dict()  # an evaluation draws random numbers
         try:
             row = run.end_epoch(epoch, stop)
         except _Stopped:
-            _save_unfinished(folder, before_evaluation)
+            if folder:
+                folder.save("last.pt", before_evaluation)
             return
         if folder:
             _save_epoch(folder, run.config, run.state)
@@ -156,20 +158,15 @@ class _Stopped(Exception):
     """An evaluation was asked to stop."""
 
 
-def _save_unfinished(folder: RunFolder | None, state: dict[str, Any]) -> None:
-    if folder:
-        folder.save_last(state)
-
-
 def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
     """Save a finished epoch. ``last.pt`` comes after all that resuming would not write again."""
     rows = state.rows
     if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
-        folder.save_best(state.weights())
+        folder.save("best.pt", state.weights())
     if config.save_every and len(rows) % config.save_every == 0:
-        folder.save_epoch(len(rows), state.weights())
+        folder.save(f"epoch_{len(rows):04d}.pt", state.weights())
     folder.log(rows[-1])
-    folder.save_last(state.state_dict())
+    folder.save("last.pt", state.state_dict())
     folder.save_metrics(rows)
 
 

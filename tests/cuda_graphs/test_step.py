@@ -23,6 +23,7 @@ from .conftest import (
     awp,
     batches,
     graphs_of,
+    is_capturing,
     mixed,
     network,
     run,
@@ -476,10 +477,10 @@ def test_a_capture_that_fails_changes_nothing(graph_device, inside, monkeypatch)
     run(step, batches(2, device))
     backpropagate = step._backpropagate
 
-    def failing(*args):
-        if step._captured.is_recording and opt.is_perturbed:
+    def failing(x_adv, *args):
+        if is_capturing(x_adv) and opt.is_perturbed:
             raise ValueError("a reason")
-        return backpropagate(*args)
+        return backpropagate(x_adv, *args)
 
     monkeypatch.setattr(step, "_backpropagate", failing)
     with pytest.raises(CaptureError, match=r"training step cannot be captured.*a reason"):
@@ -496,7 +497,7 @@ def test_auto_does_without_where_capturing_fails(graph_device):
 
     class Net(nn.Sequential):
         def forward(self, x):
-            if step._captured.is_recording:
+            if is_capturing(x):
                 raise RuntimeError("operation not permitted when stream is capturing")
             return super().forward(x)
 

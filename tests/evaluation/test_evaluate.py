@@ -596,7 +596,7 @@ class TestResume:
             "model": network(), "data": (images()[0], torch.zeros(N).long()), "attacks": {},
             "state": state,
         }  # fmt: skip
-        with pytest.raises(ValueError, match=f"cannot tell {what} .*key="):
+        with pytest.raises(ValueError, match=f"cannot identify {what}, .*key="):
             run(**settings | changed)
         assert not state.exists()
         named = run(**settings | changed, key="first")

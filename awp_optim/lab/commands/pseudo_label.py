@@ -29,7 +29,6 @@ from awp_optim.lab.pseudo import (
     classify,
     confident,
     load_images,
-    load_labels,
     save_pseudo_labeled,
 )
 
@@ -80,9 +79,7 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     """Label images as the command line says."""
     options = parse(Options, arguments, "awp pseudo-label", HELP)
     given = None if options.model is None else from_function(options.model)
-    x, truth = load_images(options.images), load_labels(options.images)
-    if truth is not None and len(truth) != len(x):
-        raise ValueError(f"{options.images} has {len(x)} images and {len(truth)} labels")
+    x, truth = load_images(options.images)
     model = _classifier(options, x.shape[1]) if given is None else given
     check_writable(options.out)
     console = terminal()
