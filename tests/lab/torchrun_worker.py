@@ -2,17 +2,16 @@
 
     torchrun --nproc-per-node 2 --max-restarts 1 torchrun_worker.py FOLDER
 
-It is in float64, where rounding does not turn the sign of a gradient, and goes on with the runs it
-finds in FOLDER. The run "killed" is broken off by the death of a rank; then, started again, by a
-signal to one. What each rank saw is in FOLDER/rank0.pt and so on. In between it is the example, and
-at the end the example with an option that is wrong.
+It is in float64, where rounding does not turn the sign of a gradient, and continues the runs that
+it finds in FOLDER. The run "killed" is ended by the death of a rank; then, started again, by a
+signal to one. What each rank saw is in FOLDER/rank0.pt and so on. In between it is ``awp train``,
+and at the end ``awp train`` in the same folder again, which is refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from awp_optim import AWP
 from awp_optim.lab import tensorboard, trainer, training_set
 from awp_optim.lab.augment import mixup
+from awp_optim.lab.commands.train import main
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.interrupt import graceful_stop
@@ -154,14 +154,14 @@ def ask(done: int, steps: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def example(ranks: Job, *arguments: str) -> None:
-    """What examples/cifar10.py does on these ranks."""
-    path = Path(__file__).parents[2] / "examples/cifar10.py"
+def command(ranks: Job) -> None:
+    """What ``awp train`` does on these ranks."""
     small = ("--dataset", "digits", "--arch", "preact_resnet_small", "--limit", "64")
     quick = ("--epochs", "2", "--train-steps", "1", "--test-steps", "1", "--eval-every", "2")
-    argv = [str(path), *small, *quick, "--out", str(FOLDER / "example"), *arguments]
-    with mock.patch.object(sys, "argv", argv):
-        runpy.run_path(str(path))["run"](ranks)
+    try:
+        main([*small, *quick, "--out", str(FOLDER / "command")], ranks)
+    except FileExistsError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
@@ -172,7 +172,7 @@ if __name__ == "__main__":
             seen = {name: train(name, FOLDER) for name in RUNS if name != "killed"}
             seen["dropout"], seen["errors"] = dropout(), errors(ranks)
             torch.save(seen, FOLDER / f"rank{ranks.rank}.pt")
-            example(ranks)
+            command(ranks)
             try:
                 with graceful_stop(lambda text: None, echo=5):
                     train("killed", FOLDER, on_step=die)
@@ -182,4 +182,4 @@ if __name__ == "__main__":
         with graceful_stop(lambda text: None, echo=5) as request:
             train("killed", FOLDER, on_step=ask, stop=request)
         print(json.dumps({"statuses": ranks.gather(request.exit_status)}))
-        example(ranks, "--gamma", "-1")
+        command(ranks)
