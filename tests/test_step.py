@@ -50,7 +50,7 @@ def mixed(data, share=0.7):
     return [(x, share * one_hot[y] + (1 - share) * one_hot[y.roll(1)]) for x, y in data]
 
 
-def algorithm_2(model, data, gamma, alternations, k2, lr, objective):
+def algorithm_2(model, data, gamma, alternations, k2, lr, objective):  # noqa: C901 -- as printed
     """With w and v kept apart; the attack alone is the package's."""
     steps = alternations * k2
     for x, y in data:
