@@ -54,29 +54,23 @@ class AdversarialStep:
     **What v costs.** Count a forward pass, a backward pass to the inputs and one to the weights as
     1 each; with PGD-10 plain adversarial training takes 23.
 
-    - ``ascent="exact"``, the paper's: a separate pass at the adversarial examples, in the model's
-      training mode, of the objective: 26.
-    - ``ascent="attack"``: v from the attack's last gradient, one backward pass to the weights more:
-      24. It is the gradient of the attack's loss, in the attack's mode, at the input before the
-      last step; in eval mode BatchNorm normalizes by other statistics than in the update. With
-      DistributedDataParallel every process has its own v, from its own batch.
+    - ``ascent="exact"``, the paper's: v from the gradient of the objective at the adversarial
+      examples, in the model's training mode, by a forward and a backward pass of its own: 26.
+    - ``ascent="attack"``: v from the attack's last gradient, by one backward pass to the weights:
+      24. This gradient is of the attack's loss, in the attack's mode and at the input before the
+      last step. With DistributedDataParallel every process has its own v, from its own batch.
 
-    **CUDA graphs.** From the fourth or fifth call with the same shapes, modes and weights on, the
-    step is replayed as one graph; the calls before are ordinary training steps. Every replay draws
-    fresh random numbers; learning rate, gamma and all other settings may change between calls. The
-    update is part of the graph for ``torch.optim.SGD`` and for optimizers built with
-    ``capturable=True``, as long as they have no hooks and no setting but learning rate and gamma
-    changes; otherwise it runs after the replay, which takes a few launches more. A replay does not
-    run Python: hooks on modules, Python code in the model's forward and code wrapped around
-    ``optimizer.step`` run when a step is captured, not when it is replayed. Every graph keeps the
-    memory of its gradients, and its replays write to it again.
+    **CUDA graphs.** About the fourth call with the same shapes, modes and weights is captured as a
+    graph, which later calls replay. Replays draw fresh random numbers, and every setting may change
+    between calls. The update of ``torch.optim.SGD`` and of optimizers with ``capturable=True`` is
+    part of the graph, as long as they have no hooks and only learning rate and gamma change; else
+    it runs after the replay. A replay does not run Python: hooks on modules, Python code in the
+    model's forward and code wrapped around ``optimizer.step`` run in the capture only. Every graph
+    keeps the memory of its gradients.
 
     **Several processes.** The model may be a ``DistributedDataParallel`` or sharded by
-    ``fully_shard`` or into DTensors; each process passes its own batch. ``"exact"`` ascends along
-    synchronized gradients; ``"attack"`` does not work with ``fully_shard``. Such steps run without
-    a CUDA graph. In a loop of your own, attack the module inside a ``DistributedDataParallel``
-    with ``static_graph=True``, as this class does: a first pass that gives no weight a gradient
-    would turn its synchronization off for good.
+    ``fully_shard`` or into DTensors; each process passes its own batch. "exact" ascends along
+    synchronized gradients; "attack" does not work with ``fully_shard``. Such steps run eagerly.
 
     Args:
         model: maps inputs to logits.
@@ -136,7 +130,7 @@ class AdversarialStep:
         self._sharded = _sharded_modules(model)
         self._attacked = model
         if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
-            # Its static graph is that of the first pass; in an attack no weight gets a gradient.
+            # Its first pass decides which gradients it synchronizes: an attack's would be none.
             self._attacked = model.get_submodule("module")
         if cuda_graph == "auto" and not isinstance(attack, Attack):
             cuda_graph = False  # nobody knows what the caller's own function does
@@ -178,23 +172,27 @@ class AdversarialStep:
         return StepOutput(*outputs)
 
     def _perturb_and_backpropagate(self, x: Tensor, y: Tensor) -> Outputs:
-        """Algorithm 2 but for the update: the weights at w + v, and their gradients there."""
-        awp = _perturbing(self.optimizer)
+        """Algorithm 2 up to the update: leaves the weights at w + v and the gradients there."""
+        awp = self.optimizer if isinstance(self.optimizer, AWP) else None
+        if awp and not awp.directions:  # gamma is 0
+            awp = None
         self.optimizer.zero_grad()  # the attack can use this memory
         for _ in range(self.alternations if awp else 1):  # line 4
-            x_adv, weight_gradients = self._perturb_inputs(x, y)  # lines 5 to 10
+            x_adv, along = self._perturb_inputs(x, y, awp)  # lines 5 to 10
             if awp:
                 for _ in range(awp.ascent_steps // self.alternations):  # line 11
-                    self._perturb_weights(awp, x_adv, x, y, weight_gradients)  # line 12
-            del weight_gradients  # as large as the weights
-        loss, logits = self._backpropagate(x_adv, x, y)  # line 15
+                    self._perturb_weights(awp, along, x_adv, x, y)  # line 12
+            del along  # as large as the weights
+        loss, logits = self._backpropagate(x_adv, x, y)  # the gradients of line 15
         if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters(self.optimizer), self.clip_grad_norm)
         return loss.detach(), logits.detach(), x_adv
 
-    def _perturb_inputs(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[Tensor, Tensor] | None]:
+    def _perturb_inputs(
+        self, x: Tensor, y: Tensor, awp: AWP | None
+    ) -> tuple[Tensor, dict[Tensor, Tensor] | None]:
         """The adversarial examples; with ``ascent="attack"`` also what to ascend along."""
-        weights = _ascending_weights(self.optimizer) if self.ascent == "attack" else []
+        weights = _ascending_weights(awp) if awp and self.ascent == "attack" else []
         with self._autocast_context(x):
             if not weights:
                 return self.attack(self._attacked, x, y), None
@@ -204,9 +202,9 @@ class AdversarialStep:
         return x_adv, {p: g for p, g in pairs if g is not None}
 
     def _perturb_weights(
-        self, awp: AWP, x_adv: Tensor, x: Tensor, y: Tensor, along: dict[Tensor, Tensor] | None
+        self, awp: AWP, along: dict[Tensor, Tensor] | None, x_adv: Tensor, x: Tensor, y: Tensor
     ) -> None:
-        """Line 12 of Algorithm 2, unless there is a gradient to ascend along."""
+        """One ascent, along the objective's gradient at w + v unless the attack has given one."""
         if along is None and "gradient" in awp.directions:
             with frozen_batch_norm(self.model):
                 self._backpropagate(x_adv, x, y)
@@ -235,18 +233,11 @@ class AdversarialStep:
         return as_key(self.attack), object_key(self.objective), settings
 
 
-def _perturbing(optimizer: Optimizer) -> AWP | None:
-    """The optimizer, if it perturbs any weights."""
-    return optimizer if isinstance(optimizer, AWP) and optimizer.directions else None
-
-
-def _ascending_weights(optimizer: Optimizer) -> list[Tensor]:
+def _ascending_weights(awp: AWP) -> list[Tensor]:
     """The parameters that an ascent along gradients moves."""
-    if not isinstance(optimizer, AWP):
-        return []
     return [
         p
-        for group in optimizer.param_groups
+        for group in awp.param_groups
         if group["direction"] == "gradient" and is_active(group)
         for p in group["params"]
         if p.requires_grad and p.ndim >= group["min_ndim"]
@@ -266,22 +257,16 @@ def _check_parts(optimizer: object, attack: object, objective: object) -> None:
             "attack must be callable as attack(model, x, y): write attack=PGD() or pass a "
             f"function, got {describe(attack)}"
         )
-    is_called = callable(objective) and hasattr(objective, "needs_natural")
-    if isinstance(objective, type) or not is_called:
+    is_objective = callable(objective) and hasattr(objective, "needs_natural")
+    if isinstance(objective, type) or not is_objective:
         raise TypeError(
             "objective must be an object from awp_optim.objectives or one like it: write "
             f"objective=TRADES(), got {describe(objective)}"
         )
-    maximized, intended = (
-        getattr(unwrap(attack), "loss", None),
-        getattr(objective, "attack_loss", None),
-    )
-    if isinstance(maximized, str) and intended not in (None, maximized):
-        warnings.warn(
-            f"the attack maximizes {maximized!r}, but {objective} is meant for an attack with "
-            f"loss={intended!r}",
-            stacklevel=3,
-        )
+    loss, expected = getattr(unwrap(attack), "loss", None), getattr(objective, "attack_loss", None)
+    if isinstance(loss, str) and expected not in (None, loss):
+        message = f"the attack maximizes {loss!r}; {objective} expects one with loss={expected!r}"
+        warnings.warn(message, stacklevel=3)
 
 
 def _check_settings(step: AdversarialStep) -> None:

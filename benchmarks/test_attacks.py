@@ -120,7 +120,7 @@ def measured(request: pytest.FixtureRequest, target: Target, setting: Setting) -
     for name, build in CONTESTANTS.items():
         try:
             runs[name] = build(request.param, target, setting)
-        except pytest.skip.Exception as reason:  # noqa: PERF203
+        except pytest.skip.Exception as reason:
             skipped[name] = str(reason)
     made = {name: torch.as_tensor(run(), device=target.x.device) for name, run in runs.items()}
     title = f"{request.param} without random start: {setting}"

@@ -22,11 +22,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.backend_bases import FigureCanvasBase
 from rich.table import Table
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.commands.ending import run
-from awp_optim.lab.commands.options import Number, Positive, check_picture, parse, terminal
+from awp_optim.lab.commands.options import Number, Positive, check_writable, parse, terminal
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.job import Job
@@ -58,8 +59,10 @@ class Options:
 def main(ranks: Job) -> None:
     """Train with and without AWP, print a table, draw the learning curves."""
     options = parse(Options, sys.argv[1:], "python examples/quickstart.py", str(__doc__))
-    check_picture(options.out)
+    if (kind := options.out.suffix[1:]) not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"{options.out}: matplotlib writes no files of type {kind!r}")
     configs = settings(options)
+    check_writable(options.out)
     start = time.perf_counter()
     console = terminal()
     console.out(

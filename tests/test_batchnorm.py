@@ -10,7 +10,7 @@ from awp_optim import frozen_batch_norm
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_normalises_by_the_batch_and_leaves_the_statistics(momentum):
+def test_normalizes_by_the_batch_and_leaves_the_statistics(momentum):
     norm = nn.BatchNorm2d(3, momentum=momentum)
     x = torch.randn(4, 3, 5, 5) * 3 + 1
     norm(x)

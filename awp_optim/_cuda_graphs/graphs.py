@@ -62,9 +62,6 @@ class Graphs:
         mode: True, False, or "auto": graphs where the device has them; where capturing fails, one
             warning and eager calls from then on.
         name: of the function, for messages.
-
-    Attributes:
-        is_recording: whether the function is running for its kernels to be recorded, not executed.
     """
 
     def __init__(self, mode: bool | str, name: str) -> None:  # noqa: FBT001 -- as the caller's
@@ -72,7 +69,6 @@ class Graphs:
             raise ValueError(f"cuda_graph must be True, False or 'auto', got {mode!r}")
         self._mode = mode
         self._name = name
-        self.is_recording = False
         self._recorders: dict[torch.device, Recorder] = {}
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._calls: Counter[int] = Counter()  # by the key's hash: a key keeps objects alive
@@ -150,9 +146,8 @@ class Graphs:
         host: HostState,
     ) -> _Graph | None:
         """A graph; or None, after a warning, where capturing fails in the mode "auto"."""
-        self.is_recording = True
         try:
-            graph = _Graph(recorder, function, inputs, host)
+            return _Graph(recorder, function, inputs, host)
         except BaseException as error:
             host.reset()
             if not isinstance(error, Exception):
@@ -163,9 +158,6 @@ class Graphs:
             self._mode = False
             warnings.warn(f"{reason}\nIt runs without one from now on", stacklevel=4)
             return None
-        finally:
-            self.is_recording = False
-        return graph
 
 
 class _Graph:

@@ -21,9 +21,11 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 
 def as_key(value: Any) -> Hashable:
-    """A setting as part of a key: a tensor counts by its address."""
+    """A setting as part of a key; a tensor counts by its address, a module by its state."""
     if isinstance(value, Tensor):
         return value.data_ptr()
+    if isinstance(value, nn.Module):
+        return module_key(value)
     try:
         hash(value)
     except TypeError:

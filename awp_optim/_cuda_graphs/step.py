@@ -57,13 +57,8 @@ class CapturedStep:
         self._update_key = UpdateKey(optimizer, base)
         self.applies_to = self._graphs.applies_to
 
-    @property
-    def is_recording(self) -> bool:
-        """Whether the passes are running to be recorded."""
-        return self._graphs.is_recording
-
     def __call__(self, x: Tensor, y: Tensor, settings: Hashable) -> Tensors:
-        """The outputs of the passes on a batch, after the update; ``settings`` are a key."""
+        """The outputs of the passes, after the update; the passes depend on ``settings``, too."""
         optimizer = self._optimizer
         if isinstance(optimizer, AWP):
             for group in optimizer.param_groups:

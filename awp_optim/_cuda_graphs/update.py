@@ -46,15 +46,15 @@ class UpdateKey:
         if self._settings not in (None, settings):
             self._settings_have_changed = True  # else every change would take a new graph
         self._settings = settings
-        if self._settings_have_changed or _runs_other_code(self._optimizer, base):
+        if self._settings_have_changed or not _is_replayable(self._optimizer, base):
             return None
         state = chain.from_iterable(map(dict.values, base.state.values()))
         addresses = tuple([v.data_ptr() for v in state if isinstance(v, Tensor)])
         key = (settings, addresses, device)
         if self._checked != (key, weights_key):  # the check looks at every tensor
             self._checked = key, weights_key
-            check = _fits_fused_sgd if type(base) is torch.optim.SGD else _is_capturable
-            self._fits = check(base, device)
+            is_sgd = type(base) is torch.optim.SGD
+            self._fits = _fits_fused_sgd(base, device) if is_sgd else _has_state(base)
         return key if self._fits else None
 
 
@@ -69,10 +69,12 @@ def _fixed_settings(base: Optimizer) -> Hashable:
     )
 
 
-def _runs_other_code(optimizer: Optimizer, base: Optimizer) -> bool:
-    """Whether the host does something at an update that a replay would leave out."""
+def _is_replayable(optimizer: Optimizer, base: Optimizer) -> bool:
+    """Whether an update is SGD's or declared capturable, with nothing around it on the host."""
     if optimizer is not base and type(optimizer) is not AWP:  # may have a step of its own
-        return True
+        return False
+    if type(base) is not torch.optim.SGD and not _is_declared_capturable(base):
+        return False
     # torch has no public names for the hooks.
     hooks = [
         torch_optimizer._global_optimizer_pre_hooks,  # noqa: SLF001
@@ -80,14 +82,16 @@ def _runs_other_code(optimizer: Optimizer, base: Optimizer) -> bool:
     ]
     for o in (optimizer, base):
         hooks += [o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks]  # noqa: SLF001
-    return any(hooks)
+    return not any(hooks)
 
 
-def _is_capturable(base: Optimizer, device: torch.device) -> bool:
-    """Whether an optimizer says so itself, and has built its state: only a first step does."""
-    return all(group.get("capturable", False) for group in base.param_groups) and all(
-        base.state.get(p) for p in parameters(base) if p.requires_grad
-    )
+def _is_declared_capturable(base: Optimizer) -> bool:
+    return all(group.get("capturable", False) for group in base.param_groups)
+
+
+def _has_state(base: Optimizer) -> bool:
+    """Whether an optimizer has taken its first step, which must not be replayed."""
+    return all(base.state.get(p) for p in parameters(base) if p.requires_grad)
 
 
 def _fits_fused_sgd(base: Optimizer, device: torch.device) -> bool:

@@ -14,7 +14,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from awp_optim._utils.checks import DTYPES, check_int, describe, is_integer
 
-__all__ = ["NO_DATA", "Data", "batches", "count_batches", "device_of", "seeded"]
+__all__ = [
+    "NO_DATA",
+    "Data",
+    "batches",
+    "check_labels",
+    "count_batches",
+    "device_of",
+    "seeded",
+    "to_device",
+]
 
 Data = Iterable[tuple[Any, Any]] | tuple[Any, Any] | Dataset[Any]
 """Batches (x, y), as a DataLoader gives them; one pair (x, y); or a torch Dataset of examples. The
@@ -92,6 +101,11 @@ def _checked(batch: object) -> tuple[Tensor, Tensor]:
         )
     if not isinstance(y, Tensor) or not is_integer(y):
         raise TypeError(f"y must be a tensor of integer class indices, got {describe(y)}")
+    _check_labels_of(x, y)
+    return x.detach(), y.detach()
+
+
+def _check_labels_of(x: Tensor, y: Tensor) -> None:
     if x.ndim == 0 or y.shape != (len(x),):
         raise ValueError(
             f"y must hold one class index for each example: x is of shape {tuple(x.shape)}, y of "
@@ -100,7 +114,21 @@ def _checked(batch: object) -> tuple[Tensor, Tensor]:
     lowest = int(y.min()) if len(y) else 0
     if lowest < 0:
         raise ValueError(f"labels must be class indices from 0, got {lowest}: drop such examples")
-    return x.detach(), y.detach()
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise ValueError for a label that is not among the model's classes.
+
+    On an accelerator such a label would otherwise abort the process in the middle of a loss.
+    """
+    if (largest := int(y.max())) >= classes:
+        raise ValueError(f"label {largest} is not among the model's {classes} classes, from 0")
+
+
+def to_device(x: Tensor, y: Tensor, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """A batch on a device, or where it is if that is None, its labels as int64."""
+    device = device or x.device
+    return x.to(device, non_blocking=True), y.to(device, torch.int64, non_blocking=True)
 
 
 def count_batches(data: Data, batch_size: int | None) -> int | None:

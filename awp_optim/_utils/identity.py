@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from awp_optim._utils.checks import describe
 from awp_optim._utils.journal import checksum
 
 __all__ = ["identify"]
@@ -35,8 +34,8 @@ def identify(what: str, value: object, key: str | None) -> str | None:
             return f"{_class_name(value)} {settings}"
     if key is None:
         raise ValueError(
-            f"a state file cannot tell {what} from another one, {describe(value)}: name it with "
-            "key='...', and choose another key whenever it changes"
+            f"a state file cannot identify {what}, {_class_name(value)}: another one would look "
+            "the same. Name it with key='...', and choose another key whenever it changes"
         )
     return None
 

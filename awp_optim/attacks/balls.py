@@ -1,7 +1,7 @@
-"""Threat balls: where an adversarial example may lie, and which way is up.
+"""Balls of the L_inf, L_2 and L_1 norms: projection, steepest ascent, random points.
 
-Everything that depends on the norm is here and nowhere else, so an attack is written once for every
-norm. A ball is stateless; :data:`BALLS` holds one of each, by name.
+Everything that depends on the norm is here, so that an attack is written once for all norms. A ball
+is stateless; :data:`BALLS` holds one of each, by name.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _BITS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
-"""The dtypes an input may have."""
+"""The integers that hold the bits of each dtype that an input may have."""
 
 
 def limits(dtype: torch.dtype, clip: tuple[float, float] | None) -> tuple[float, float]:
-    """The box as two numbers; no box means the finite range of ``dtype``.
+    """The bounds of the box; without a box, of the finite numbers of ``dtype``.
 
-    Comparing or clamping a tensor with them rounds them to its dtype: the box [0.1, 0.9] of a
-    float32 image is the one between the float32 numbers nearest to 0.1 and 0.9.
+    A tensor compares and clamps with bounds rounded to its dtype: the box [0.1, 0.9] of a float32
+    image is bounded by the float32 numbers nearest to 0.1 and 0.9.
     """
     finite = torch.finfo(dtype)
     return (finite.min, finite.max) if clip is None else clip
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """``t`` in a dtype fit for arithmetic: half precision becomes float32."""
+    """``t`` in float32 if it is in half precision."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
@@ -47,9 +47,9 @@ def per_example_norm(t: Tensor, p: float) -> Tensor:
 
 
 def round_toward(t: Tensor, x: Tensor) -> Tensor:
-    """Round ``t`` to the dtype of ``x`` so that no element ends up further from ``x`` than it was.
+    """Round ``t`` to the dtype of ``x`` so that no element gets further from ``x``.
 
-    Rounding to nearest can push a point just out of the ball that it was projected on.
+    Rounding to nearest can move a point just outside the ball that it was projected onto.
     """
     if t.dtype == x.dtype:
         return t
@@ -61,7 +61,7 @@ def round_toward(t: Tensor, x: Tensor) -> Tensor:
 
 def _next_toward(t: Tensor, x: Tensor) -> Tensor:
     """``torch.nextafter`` in every dtype and on every device (it lacks some half kernels)."""
-    # Floats are sign and magnitude: one more in the bits is one representable number from zero.
+    # Floats are sign and magnitude: adding 1 to the bits gives the next number away from zero.
     away_from_zero = (x > t) == (t > 0)
     bits = t.view(_BITS[t.dtype])
     moved = (bits + (away_from_zero.to(bits.dtype) * 2 - 1)).view(t.dtype)
@@ -70,35 +70,34 @@ def _next_toward(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """``x`` in the widest dtype of its device: bounds computed there are exact when rounded."""
+    """``x`` in the widest dtype of its device, where bounds are exact until they are rounded."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 class Ball(ABC):
-    """A ball of one norm, of any centre and radius."""
+    """The ball of a norm, around any center and of any radius."""
 
     @abstractmethod
     def random(self, x: Tensor, eps: float) -> Tensor:
-        """A random offset of norm at most ``eps`` for each example, shaped and laid out as ``x``.
+        """A random offset of norm at most ``eps`` for each example, laid out like ``x``.
 
-        Half precision gets its offset in float32.
+        In float32 if ``x`` is in half precision.
         """
 
     @abstractmethod
     def ascent(self, g: Tensor) -> Tensor:
-        """The unit step along which a function with gradient ``g`` grows fastest.
+        """The unit step along which a function with gradient ``g`` increases fastest.
 
         An entry of ``g`` that is not finite counts as zero; a zero gradient gives a zero step. In
-        float32 at least.
+        float32 if ``g`` is in half precision.
         """
 
     @abstractmethod
     def projection(self, x: Tensor, eps: float, clip: tuple[float, float] | None) -> Projection:
-        """The map onto the ball of radius ``eps`` around ``x``, cut by the box ``clip``.
+        """The projection onto the ball of radius ``eps`` around ``x``, cut by the box ``clip``.
 
-        What depends on ``x`` alone is computed here, once. The map returns tensors of x's dtype,
-        exactly in the box, and in the ball to within one unit in the last place. Should ``x`` lie
-        outside the box, the box wins.
+        It returns tensors of the dtype of ``x``, exactly in the box, and in the ball to within one
+        unit in the last place. If ``x`` lies outside the box, the result is in the box.
         """
 
 
@@ -131,14 +130,14 @@ class Linf(Ball):
 
 @dataclass(frozen=True)
 class L2(Ball):
-    """The Euclidean length of the change, over all elements of an example, is at most eps.
+    """The Euclidean length of an example's change is at most eps.
 
     >>> L2().ascent(torch.tensor([[3.0, -4.0]]))
     tensor([[ 0.6000, -0.8000]])
     """
 
     def random(self, x: Tensor, eps: float) -> Tensor:
-        """A uniform direction and a uniform length, as Rice et al. (ICML 2020) start theirs."""
+        """A uniform direction and a uniform length, as in Rice et al. (ICML 2020)."""
         d = torch.empty_like(at_least_float32(x)).normal_()
         n = per_example_norm(d, 2)
         r = torch.empty_like(n).uniform_(0, 1)
@@ -147,7 +146,7 @@ class L2(Ball):
     def ascent(self, g: Tensor) -> Tensor:
         g = _finite(at_least_float32(g))
         tiny = torch.finfo(g.dtype).tiny
-        # First by the largest entry: the squares of a tiny gradient would underflow to zero.
+        # Divide by the largest entry first: squares of a tiny gradient would underflow to zero.
         g = g / per_example_norm(g, torch.inf).clamp_min(tiny)
         return g.div_(per_example_norm(g, 2).clamp_min(tiny))
 
@@ -160,7 +159,7 @@ class L2(Ball):
             delta = z.to(wide.dtype) - wide
             n = per_example_norm(delta, 2)
             delta.mul_((eps / n.clamp_min(tiny)).clamp_max(1))
-            # Each of the two moves every element toward x: the length cannot grow again.
+            # Both operations move every element toward x, so the length cannot grow again.
             return round_toward(delta.add_(wide), x).clamp(lo, hi)
 
         return project
@@ -168,7 +167,7 @@ class L2(Ball):
 
 @dataclass(frozen=True)
 class L1(Ball):
-    """The sum of all elements' changes is at most eps.
+    """The sum of the absolute changes of an example is at most eps.
 
     >>> L1().ascent(torch.tensor([[3.0, -4.0]]))
     tensor([[ 0., -1.]])
@@ -183,7 +182,7 @@ class L1(Ball):
         return d.mul_(r / n.clamp_min(torch.finfo(d.dtype).tiny) * eps)
 
     def ascent(self, g: Tensor) -> Tensor:
-        """All of the step in the element of the largest derivative."""
+        """The step changes only the element with the largest derivative."""
         g = _finite(at_least_float32(g))
         flat = _rows(g)
         if flat.numel() == 0:
@@ -193,9 +192,9 @@ class L1(Ball):
         return torch.empty_like(g).copy_(step.view(g.shape))
 
     def projection(self, x: Tensor, eps: float, clip: tuple[float, float] | None) -> Projection:
-        """The nearest point of ball and box together (Croce & Hein, ICML 2021, section 3.1).
+        """The nearest point in the intersection of ball and box (Croce & Hein, ICML 2021, 3.1).
 
-        Cutting at the box after projecting on the ball would leave part of eps unused.
+        Clipping to the box after projecting onto the ball would leave part of eps unused.
         """
         lo, hi = limits(x.dtype, clip)
         wide = _wide(x)
@@ -206,7 +205,7 @@ class L1(Ball):
             delta = _rows(z.to(wide.dtype) - wide)
             size, room = delta.abs(), torch.where(delta < 0, below, above).clamp_min(0)
             shrunk = (size - _shrinkage(size, room, eps)).clamp_min(0).minimum(room)
-            # The shrinkage is off by the rounding of sizes, which may be much larger than eps.
+            # The shrinkage has the rounding error of sizes, which may be much larger than eps.
             shrunk.mul_((eps / shrunk.sum(1, keepdim=True).clamp_min(tiny)).clamp_max(1))
             moved = (shrunk * delta.sign()).view(x.shape)
             return round_toward(wide + moved, x).clamp(lo, hi)
@@ -222,8 +221,9 @@ def _rows(t: Tensor) -> Tensor:
 def _shrinkage(size: Tensor, room: Tensor, eps: float) -> Tensor:
     """The least s >= 0 with sum_i min(max(size_i - s, 0), room_i) <= eps, shape (N, 1).
 
-    As s falls from the largest size, the sum grows along a line that gets steeper where an element
-    joins, at size_i, and flatter where one is full, at size_i - room_i.
+    As s decreases from the largest size, the sum is piecewise linear: its slope increases by 1 at
+    each size_i, where an element starts to contribute, and decreases by 1 at each size_i - room_i,
+    where an element reaches its bound.
     """
     s, order = torch.cat([size, (size - room).clamp_min(0)], 1).sort(1, descending=True)
     slope = torch.where(order < size.shape[1], 1, -1).cumsum(1).to(s.dtype)

@@ -163,14 +163,10 @@ class BallAttack(Attack):
         if self.eps < 0:
             raise ValueError(f"eps must not be negative, got {self.eps!r}")
         check_choice("norm", self.norm, self.norms)
-        if self.norm == "linf" and self.clip is not None:
-            self._check_width(*self.clip)
-
-    def _check_width(self, lo: float, hi: float) -> None:
-        if self.eps > hi - lo:
+        if self.norm == "linf" and self.clip and self.eps > self.clip[1] - self.clip[0]:
             raise ValueError(
-                f"eps={self.eps:g} is more than the width of the box clip=({lo:g}, {hi:g}); eps is"
-                f" in the units of the input: for images in [0, 1], 8 of 255 levels are eps=8/255"
+                f"eps={self.eps:g} is more than the width of the box clip={self.clip}; eps is in"
+                f" the units of the input: for images in [0, 1], 8 of 255 levels are eps=8/255"
             )
 
     @property

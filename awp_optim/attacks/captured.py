@@ -7,27 +7,28 @@ from torch import Tensor, nn
 from awp_optim._cuda_graphs.graphs import Graphs
 from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.checks import describe
+from awp_optim.attacks.base import Attack, Model
 
-from .base import Attack, Model
+__all__ = ["Captured", "attack_id", "unwrap"]
 
 
 class Captured:
     """An attack that runs as one CUDA graph: ``Captured(PGD(steps=20))(model, x, y)``.
 
     On a GPU the kernels of a small network take less time than their launches; a graph launches
-    them all at once. From the third call on that is for the same model in the same state and for
-    inputs of the same shape, a call is a replay, with fresh random numbers. On other devices, for
-    models that are no modules, and wherever capturing fails, it is the attack as it is.
+    them all at once. The third call with the same model, in the same modes, and inputs of the same
+    shape is captured and later ones are replays, with fresh random numbers. On other devices, for
+    models that are not an ``nn.Module``, and where capturing fails, the attack runs eagerly.
 
     Hooks on modules and Python code in the model's forward run when the attack is captured, not
     when it is replayed.
 
     Args:
         attack: an attack of this package.
-        cuda_graph: True, False or "auto"; True makes it an error if there can be no graph.
+        cuda_graph: True, False or "auto"; with True it is an error if there can be no graph.
 
     Raises:
-        TypeError: ``attack`` is none.
+        TypeError: ``attack`` is not one of this package's.
         ValueError: ``cuda_graph`` is none of the three.
 
     >>> import torch
@@ -37,7 +38,7 @@ class Captured:
     tensor([[0.4000, 0.6000]])
     """
 
-    def __init__(self, attack: Attack, cuda_graph: bool | str = "auto") -> None:
+    def __init__(self, attack: Attack, cuda_graph: bool | str = "auto") -> None:  # noqa: FBT001
         if not isinstance(attack, Attack):
             raise TypeError(f"attack must be one of this package's, got {describe(attack)}")
         self.attack = attack
@@ -54,11 +55,11 @@ class Captured:
         self.attack.check_inputs(x, y)
         if x.numel() == 0 or not self._graphs.applies_to(x.device):
             return self.attack(model, x, y)
-        if not isinstance(model, nn.Module):  # nobody sees what a function works with
+        if not isinstance(model, nn.Module):  # which weights a function uses is unknown
             if self._cuda_graph is True:
                 raise ValueError(
-                    "cuda_graph=True needs a model whose modes and weights can be seen to change: "
-                    f"wrap the function in an nn.Module, got {describe(model)}"
+                    "cuda_graph=True needs a model whose weights are known: wrap the function in "
+                    f"an nn.Module, got {describe(model)}"
                 )
             return self.attack(model, x, y)
 
@@ -74,12 +75,12 @@ class Captured:
 
 
 def unwrap(attack: object) -> object:
-    """The attack itself of one that is captured; others as they are."""
+    """The attack inside a :class:`Captured`; any other unchanged."""
     return attack.attack if isinstance(attack, Captured) else attack
 
 
 def attack_id(attack: object) -> str:
-    """An attack in words that stay the same from run to run; a function by its name only."""
+    """An attack as text that is the same in every run; for a function its qualified name."""
     if isinstance(attack, (Attack, Captured)):
         return repr(attack)
     return str(getattr(attack, "__qualname__", type(attack).__qualname__))

@@ -24,6 +24,8 @@ from awp_optim.evaluation.results import NATURAL, Finding, Record
 
 __all__ = ["compare", "mode_findings", "probe", "remarks"]
 
+PROBED = 64
+"""How many examples :func:`probe` examines."""
 SHARE = 0.05
 """The share of the probed examples that may be odd before a check reports it."""
 
@@ -44,7 +46,7 @@ def mode_findings(model: object) -> list[Finding]:
 def probe(
     model: Model, x: Tensor, y: Tensor, clip: tuple[float, float] = (0.0, 1.0)
 ) -> list[Finding]:
-    """Examine the model at a few examples, in at most 60 forward and backward passes.
+    """Examine the model at the first 64 examples, in at most 60 forward and backward passes.
 
     The checks: ``random`` (two passes disagree), ``one_class``, ``probabilities`` (softmax inside
     the model), ``not_finite`` (logits or gradients), ``no_gradient`` (cut off), ``vanishing`` (the
@@ -58,7 +60,7 @@ def probe(
         clip: the box of valid inputs.
     """
     with in_mode(model, "eval"), torch.no_grad(), torch.inference_mode(mode=False):
-        x, y = x.detach().clone(), y.detach().clone()
+        x, y = x[:PROBED].detach().clone(), y[:PROBED].detach().clone()
         oracle = ModelOracle(model, x, y)
         logits, again = oracle.logits(x).float(), oracle.logits(x).float()
         found = list(_examine_outputs(logits, again))

@@ -11,31 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from awp_optim._cuda_graphs.graphs import RECORDERS
-from awp_optim._utils.attacking import check_attack, perturb
-from awp_optim._utils.batches import NO_DATA, Data, batches, count_batches, device_of, seeded
+from awp_optim._utils.attacking import check_attack
+from awp_optim._utils.batches import NO_DATA, Data, batches, count_batches, device_of, to_device
 from awp_optim._utils.checks import describe
 from awp_optim._utils.identity import identify
 from awp_optim._utils.optional import require_numpy
 from awp_optim._utils.progress import progress_bar
-from awp_optim.attacks import Attack, Captured
-from awp_optim.attacks.balls import BALLS, limits
-from awp_optim.attacks.base import Model, ModelOracle, in_mode
+from awp_optim.attacks.base import in_mode
 from awp_optim.attacks.captured import unwrap
-from awp_optim.attacks.losses import ce
+from awp_optim.evaluation.batch import AttackedBatch, ObservedModel
 from awp_optim.evaluation.diagnostics import compare, mode_findings, probe, remarks
-from awp_optim.evaluation.journal import EvaluationJournal, Outcome
+from awp_optim.evaluation.journal import EvaluationJournal
 from awp_optim.evaluation.results import (
     NATURAL,
     Evaluation,
@@ -45,9 +39,6 @@ from awp_optim.evaluation.results import (
 )
 
 __all__ = ["evaluate"]
-
-PROBED = 64
-"""Images of the first batch that the checks look at."""
 
 
 def evaluate(
@@ -115,8 +106,8 @@ def evaluate(
     (0.667, 0.333, ['', 'fgsm', 'natural'])
     """
     require_numpy("evaluate")
-    parts = _parts(attacks)
-    observed = _ObservedModel(model, logits)
+    parts = _split(attacks)
+    observed = ObservedModel(model, logits)
     device = device_of(model, device)
     settings: dict[str, Any] = {"skip_broken": skip_broken, "seed": seed}
     if state is not None:
@@ -130,12 +121,12 @@ def evaluate(
         tally = _Tally(advance)
         for number, (x, y) in enumerate(batches(data, batch_size)):
             outcomes = journal.next_batch(x, y)
-            batch = _Batch(number, *_moved(x, y, device), observed, seed)
+            batch = AttackedBatch(number, *to_device(x, y, device), observed, seed)
             labels.append(batch.y.tolist())
             if NATURAL not in outcomes:
                 journal.note(NATURAL, batch.classify())
             if checks and number == 0:
-                findings += probe(observed.face, batch.x[:PROBED], batch.y[:PROBED], _box(parts))
+                findings += probe(observed.for_attacks, batch.x, batch.y, _box(parts))
             _attack(batch, parts, journal, tally, skip_broken=skip_broken)
     if not labels:
         raise ValueError(NO_DATA)
@@ -152,7 +143,7 @@ _Parts = dict[str, Callable[..., Tensor]]
 """Attacks by name; one that consists of parts is replaced by these, as "NAME/PART"."""
 
 
-def _parts(attacks: Mapping[str, Callable[..., Tensor]]) -> _Parts:
+def _split(attacks: Mapping[str, Callable[..., Tensor]]) -> _Parts:
     if not isinstance(attacks, Mapping):
         raise TypeError(f"attacks must be a dict from names to attacks, got {describe(attacks)}")
     parts: _Parts = {}
@@ -185,40 +176,6 @@ def _identities(model: object, logits: object, parts: _Parts, key: str | None) -
     }
 
 
-def _moved(x: Tensor, y: Tensor, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    device = device or x.device
-    return x.to(device, non_blocking=True), y.to(device, torch.int64, non_blocking=True)
-
-
-class _ObservedModel(nn.Module):
-    """The model as attacks see it: it returns logits, and counts the examples it is shown.
-
-    Attributes:
-        examples: how many examples it was shown; set it to 0 to begin counting.
-        face: what attacks are given, a module only if the model is one.
-    """
-
-    def __init__(
-        self, model: Callable[[Tensor], Any], logits: Callable[[Any], Tensor] | None
-    ) -> None:
-        super().__init__()
-        if not callable(model):
-            raise TypeError(
-                f"model must be a module or a function of inputs, got {describe(model)}"
-            )
-        self.model, self.logits = model, logits
-        self.examples = 0
-
-    @property
-    def face(self) -> Model:
-        return self if isinstance(self.model, nn.Module) else self.forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.examples += len(x)
-        output: Tensor = self.model(x)
-        return output if self.logits is None else self.logits(output)
-
-
 class _Tally:
     """How many examples stand after each attack so far, shown on the progress bar."""
 
@@ -234,7 +191,7 @@ class _Tally:
 
 
 def _attack(
-    batch: _Batch,
+    batch: AttackedBatch,
     parts: _Parts,
     journal: EvaluationJournal,
     tally: _Tally,
@@ -255,95 +212,3 @@ def _attack(
             journal.note(name, batch.attack(name, attack, still.nonzero().flatten()))
         still &= ~outcomes[name].fooled_rows(n)
         tally.add(name, still)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A batch on the model's device, and how it is attacked."""
-
-    number: int
-    x: Tensor
-    y: Tensor
-    model: _ObservedModel
-    seed: int | None
-
-    def classify(self) -> Outcome:
-        """What the model makes of the examples themselves."""
-        verdict = _verdict(self.model.face, self.x, self.y)
-        return Outcome(list(range(len(self.y))), *verdict)
-
-    def attack(self, name: str, attack: Callable[..., Tensor], rows: Tensor) -> Outcome:
-        """Attack these rows, and see what the model makes of the result."""
-        if len(rows) == 0:
-            return Outcome()
-        x, y, device = self.x, self.y, self.x.device
-        chosen = slice(None) if len(rows) == len(x) else rows.to(device)
-        replayed = isinstance(attack, Captured) and device.type in RECORDERS
-        if not replayed:  # else the batch as a whole: a graph has one shape
-            x, y, chosen = x[chosen], y[chosen], slice(None)
-        self.model.examples = 0
-        started = time.perf_counter()
-        notes: list[str] = []
-        with _noting(notes), seeded(device, self.seed, self.number, name):
-            x_adv = perturb(f"attack {name!r}", attack, self.model.face, x, y)
-        passes = None if replayed else self.model.examples
-        x, y, x_adv = x[chosen], y[chosen], x_adv[chosen]
-        outside = _outside(unwrap(attack), x, x_adv)
-        fooled, prediction, loss, nan = _verdict(self.model.face, x_adv, y)
-        return Outcome(
-            index=rows.tolist(),
-            fooled=[f and not o for f, o in zip(fooled, outside, strict=True)],
-            prediction=prediction,
-            loss=loss,
-            nan=nan,
-            seconds=time.perf_counter() - started,
-            passes=passes,
-            outside=sum(outside),
-            notes=notes,
-        )
-
-
-@contextmanager
-def _noting(notes: list[str]) -> Iterator[None]:
-    """Note the text of every UserWarning; warnings of other kinds are shown afterwards."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for w in caught:
-        if issubclass(w.category, UserWarning):
-            notes.append(str(w.message))
-        else:
-            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-
-
-def _verdict(model: Model, x: Tensor, y: Tensor) -> tuple[list[bool], list[int], list[float], int]:
-    """For each example whether the model is wrong, its class, the cross-entropy; the number of NaN.
-
-    Logits that hold NaN name no class, so they are wrong.
-    """
-    logits = ModelOracle(model, x, y).logits(x.clone())
-    classes = logits.shape[1]
-    if (largest := int(y.max())) >= classes:
-        raise ValueError(f"label {largest} is not among the model's {classes} classes, from 0")
-    nan = logits.isnan().any(1)
-    prediction = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(1)
-    wrong = (prediction != y) | nan
-    loss = ce(logits, y).double()
-    return wrong.tolist(), prediction.tolist(), loss.tolist(), int(nan.sum())
-
-
-def _outside(attack: object, x: Tensor, x_adv: Tensor) -> list[bool]:
-    """Which examples are not finite, or outside the attack's box or ball beyond rounding."""
-    n = len(x)
-    outside = ~x_adv.isfinite().reshape(n, -1).all(1)
-    if isinstance(attack, Attack):
-        lo, hi = limits(x.dtype, attack.clip)
-        outside |= ((x_adv < lo) | (x_adv > hi)).reshape(n, -1).any(1)
-        eps, norm = getattr(attack, "eps", None), getattr(attack, "norm", None)
-        if isinstance(eps, float) and norm in BALLS:
-            p = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[str(norm)]
-            difference = (x_adv.double() - x.double()).reshape(n, -1)
-            # What float32 images and sums of thousands of values can be off by.
-            slack = max(1e-6, 4 * torch.finfo(x.dtype).eps) + 1e-4 * eps
-            outside |= torch.linalg.vector_norm(difference, p, dim=1) > eps + slack
-    return list(outside.tolist())

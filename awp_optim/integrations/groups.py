@@ -67,7 +67,7 @@ def compile_names(names: str | Sequence[str]) -> list[re.Pattern[str]]:
     for name in [names] if isinstance(names, str) else names:
         try:
             patterns.append(re.compile(name))
-        except re.error as error:  # noqa: PERF203
+        except re.error as error:
             raise ValueError(f"{name!r} is not a regular expression: {error}") from None
     return patterns
 

@@ -6,9 +6,16 @@ import statistics
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-__all__ = ["SweepBars", "step_bars"]
+__all__ = ["StepBar", "SweepBars", "step_bars"]
 
 MANY = 8
 """With more runs than these, the bars of those that wait and of those that are over are hidden."""
@@ -28,6 +35,24 @@ def step_bars(console: Console | None = None) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+class StepBar:
+    """A bar for one run, from its first step on: one that fails before that leaves no trace.
+
+    Args:
+        progress: the display.
+        name: of the run.
+    """
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+        self._bar: TaskID | None = None
+
+    def __call__(self, done: int, steps: int) -> None:
+        if self._bar is None:
+            self._bar = self._progress.add_task(self._name)
+        self._progress.update(self._bar, completed=done, total=steps)
 
 
 class SweepBars:

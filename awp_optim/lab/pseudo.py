@@ -27,14 +27,13 @@ from awp_optim._utils.io import atomic_write
 from awp_optim.attacks.base import Model, in_mode
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.data.arrays import ArrayFile
-from awp_optim.lab.data.images import check_images, check_labels, draw
+from awp_optim.lab.data.images import check_images, check_labels
 
 __all__ = [
     "PseudoLabeled",
     "classify",
     "confident",
     "load_images",
-    "load_labels",
     "load_pseudo_labeled",
     "pseudo_label",
     "save_pseudo_labeled",
@@ -62,21 +61,6 @@ class PseudoLabeled:
 
     def __len__(self) -> int:
         return len(self.x)
-
-    def to(self, device: torch.device | str) -> PseudoLabeled:
-        """The same with both tensors on ``device``."""
-        return PseudoLabeled(self.x.to(device), self.y.to(device))
-
-    def limit(self, n: int, seed: int = 0) -> PseudoLabeled:
-        """A random subset: the first n images of a seeded permutation, in that order.
-
-        With one seed, a smaller subset is the beginning of a larger one, on any device.
-
-        Raises:
-            ValueError: n is below 1 or above the number of images.
-        """
-        index = draw("n", n, self.x, len(self), seed)[0]
-        return PseudoLabeled(self.x[index], self.y[index])
 
     def check_fits(self, data: ImageData) -> None:
         """Check that one can train on these images beside ``data``.
@@ -198,43 +182,50 @@ LABELS = ("y", "label")
 
 
 def load_pseudo_labeled(file: str | os.PathLike[str]) -> PseudoLabeled:
-    """Images and their pseudo-labels out of an ``.npz`` file.
-
-    It has ``x`` and ``y``, as :func:`save_pseudo_labeled` writes them, or ``image`` and ``label``.
-    Images are uint8, (N, H, W, C) or (N, C, H, W): the smaller of the second and the last axis is
-    taken for the channels. Labels are integers from 0, shape (N,). Other arrays are ignored.
+    """Images and their pseudo-labels out of a file, as :func:`load_images` reads it.
 
     Raises:
         OSError: There is no such file, or it cannot be opened.
-        ValueError: It is a file of another kind, damaged, or has no images or no labels, or they
-            are not as above; the message names the file.
+        ValueError: As in :func:`load_images`, or there are no labels.
     """
-    arrays = _open(file)
-    name = arrays.find("labels (examples/pseudo_label.py makes them with a classifier)", LABELS)
-    y = arrays.labels(name)
-    x = _images(arrays)
-    if len(x) != len(y):
-        raise ValueError(f"{arrays.path} has {len(x)} images and {len(y)} labels")
+    x, y = load_images(file)
+    if y is None:
+        raise ValueError(
+            f"{file} has no labels, {' or '.join(LABELS)}; examples/pseudo_label.py makes them by "
+            "a classifier"
+        )
     return PseudoLabeled(x, y)
 
 
-def load_images(file: str | os.PathLike[str]) -> Tensor:
-    """Images out of a file, with or without labels: uint8, shape (N, C, H, W).
+def load_images(file: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
+    """Images out of a file, and their labels if it has any.
 
-    The file is an ``.npy`` file, or an ``.npz`` file with ``x``, ``image`` or ``data``, or with a
-    single array. Axes and errors are as in :func:`load_pseudo_labeled`.
+    The file is an ``.npz`` file with ``x``, ``image``, ``data`` or a single array, and with ``y``
+    or ``label`` for the labels; or an ``.npy`` file. Images are uint8, (N, H, W, C) or
+    (N, C, H, W): the smaller of the second and the last axis is taken for the channels. Labels are
+    integers from 0, shape (N,). Other arrays are ignored.
+
+    Returns:
+        The images, uint8, shape (N, C, H, W); the labels, int64, shape (N,), or None.
+
+    Raises:
+        OSError: There is no such file, or it cannot be opened.
+        ValueError: It is a file of another kind, damaged, or its arrays are not as above; the
+            message names the file.
     """
-    return _images(_open(file))
-
-
-def load_labels(file: str | os.PathLike[str]) -> Tensor | None:
-    """The labels in a file of images, int64 of shape (N,); None if it has none.
-
-    Errors are as in :func:`load_pseudo_labeled`.
-    """
-    arrays = _open(file)
-    name = next((name for name in LABELS if name in arrays.names), None)
-    return None if name is None else arrays.labels(name)
+    try:
+        arrays = ArrayFile(file)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (python -m awp_optim.lab.tinyimages converts the published pickle)"
+        ) from None
+    label = next((name for name in LABELS if name in arrays.names), None)
+    single = label is None and len(arrays.names) == 1
+    x = arrays.images(arrays.names[0] if single else arrays.find("images", IMAGES))
+    y = None if label is None else arrays.labels(label)
+    if y is not None and len(x) != len(y):
+        raise ValueError(f"{file} has {len(x)} images and {len(y)} labels")
+    return x, y
 
 
 def save_pseudo_labeled(labeled: PseudoLabeled, file: str | os.PathLike[str]) -> None:
@@ -258,18 +249,3 @@ def save_pseudo_labeled(labeled: PseudoLabeled, file: str | os.PathLike[str]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
         np.savez(stream, x=labeled.x.cpu().numpy(), y=labeled.y.cpu().numpy())
-
-
-def _open(file: str | os.PathLike[str]) -> ArrayFile:
-    try:
-        return ArrayFile(file)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} (python -m awp_optim.lab.tinyimages converts the published pickle)"
-        ) from None
-
-
-def _images(arrays: ArrayFile) -> Tensor:
-    single = len(arrays.names) == 1 and arrays.names[0] not in LABELS
-    name = arrays.names[0] if single else arrays.find("images", IMAGES)
-    return arrays.images(name)

@@ -16,15 +16,23 @@ from torch.nn.parameter import is_lazy
 
 from awp_optim._core.perturbation import arithmetic_dtype
 from awp_optim._utils.attacking import check_attack
-from awp_optim._utils.batches import NO_DATA, Data, batches, device_of, seeded
+from awp_optim._utils.batches import (
+    NO_DATA,
+    Data,
+    batches,
+    check_labels,
+    device_of,
+    seeded,
+    to_device,
+)
 from awp_optim._utils.checks import describe
 from awp_optim.attacks.base import ModelOracle, in_mode
 from awp_optim.attacks.losses import ce
 from awp_optim.landscape.probe import (
     SEED_NAME,
     MovableWeights,
-    check_labels,
     check_model,
+    count_classes,
     generate_examples,
 )
 from awp_optim.optimizer import AWP
@@ -162,8 +170,8 @@ def awp_direction(
         total: dict[Tensor, Tensor] = {}
         number = -1
         for number, (x, y) in enumerate(batches(data, batch_size)):
-            x, y = x.to(device or x.device), y.to(device or y.device, torch.int64)
-            check_labels(model, x, y)
+            x, y = to_device(x, y, device)
+            check_labels(y, count_classes(model, x))
             with seeded(x.device, seed, number, SEED_NAME):
                 x_adv = generate_examples(attack, model, x, y)
             for p, g in _gradients(model, weights, x_adv, y):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from awp_optim._utils.attacking import check_attack
-from awp_optim._utils.batches import NO_DATA, Data, batches, device_of
+from awp_optim._utils.batches import NO_DATA, Data, batches, device_of, to_device
 from awp_optim._utils.checks import describe
 from awp_optim._utils.distributed import Ranks
 from awp_optim._utils.identity import identify
@@ -206,11 +206,12 @@ def _measure(
     check_model(model)
     check_attack("attack", attack)
     named = [named_direction(model, direction) for direction in directions]
-    loaded = list(_on_device(batches(data, options.batch_size), device_of(model, options.device)))
+    device = device_of(model, options.device)
+    loaded = [to_device(x, y, device) for x, y in batches(data, options.batch_size)]
     if not loaded:
         raise ValueError(NO_DATA)
+    settings = _settings(model, attack, loaded, options)
     ranks = Ranks()
-    settings = {} if options.state is None else _settings(model, attack, loaded, options)
     journal = LandscapeJournal(options.state, settings, named, ranks)
     recorded = {point: journal.recorded(point) for point in [UNPERTURBED, *points]}
     measured = {point: losses for point, losses in recorded.items() if losses is not None}
@@ -219,41 +220,23 @@ def _measure(
     weights = MovableWeights(model, named)
     with torch.inference_mode(mode=False), in_mode(model, "eval"), bar as advance, journal, weights:
         probe = LossProbe(model, weights, loaded, attack, options)
-        for turn in _turns(todo, ranks.world):
-            own: PointLosses | None = None
-            if ranks.rank < len(turn):
-                losses = probe.losses_at(turn[ranks.rank])
-                own = PointLosses.of(*losses, measured.get(UNPERTURBED))
-            for point, found in zip(turn, ranks.gather(own), strict=False):
-                measured[point] = found
-                journal.note(point, found)
-                advance("landscape")
+        for point, losses in _share(todo, measured, probe, ranks):
+            measured[point] = losses
+            journal.note(point, losses)
+            advance("landscape")
     return measured
 
 
-def _on_device(
-    batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for x, y in batches:
-        yield x.to(device or x.device), y.to(device or y.device, torch.int64)
-
-
-def _settings(
-    model: nn.Module,
-    attack: Callable[..., Tensor],
-    batches: list[tuple[Tensor, Tensor]],
-    options: Options,
-) -> dict[str, Any]:
-    """What decides the losses, for the state file."""
-    return {
-        "model": identify("the model", model, options.key),
-        "data": checksum(itertools.chain.from_iterable(batches)),
-        "attack": identify("the attack", unwrap(attack), options.key),
-        "pregenerated": options.pregenerated,
-        "recompute_bn": options.recompute_bn,
-        "seed": options.seed,
-        "key": options.key,
-    }
+def _share(
+    points: list[Point], measured: Mapping[Point, PointLosses], probe: LossProbe, ranks: Ranks
+) -> Iterator[tuple[Point, PointLosses]]:
+    """Measure points on all ranks at once, and yield all of them on each rank."""
+    for turn in _turns(points, ranks.world):
+        own: PointLosses | None = None
+        if ranks.rank < len(turn):
+            adv, nat = probe.losses_at(turn[ranks.rank])
+            own = PointLosses.of(adv, nat, measured.get(UNPERTURBED))
+        yield from zip(turn, ranks.gather(own), strict=False)
 
 
 def _turns(points: list[Point], world: int) -> Iterator[list[Point]]:
@@ -266,3 +249,23 @@ def _turns(points: list[Point], world: int) -> Iterator[list[Point]]:
     others = [point for point in points if point != UNPERTURBED]
     for start in range(0, len(others), world):
         yield others[start : start + world]
+
+
+def _settings(
+    model: nn.Module,
+    attack: Callable[..., Tensor],
+    batches: list[tuple[Tensor, Tensor]],
+    options: Options,
+) -> dict[str, Any]:
+    """What decides the losses, for the state file; nothing if there is none."""
+    if options.state is None:
+        return {}
+    return {
+        "model": identify("the model", model, options.key),
+        "data": checksum(itertools.chain.from_iterable(batches)),
+        "attack": identify("the attack", unwrap(attack), options.key),
+        "pregenerated": options.pregenerated,
+        "recompute_bn": options.recompute_bn,
+        "seed": options.seed,
+        "key": options.key,
+    }

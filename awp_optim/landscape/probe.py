@@ -15,7 +15,7 @@ from awp_optim._core.perturbation import arithmetic_dtype
 from awp_optim._cuda_graphs.graphs import Graphs
 from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.attacking import perturb
-from awp_optim._utils.batches import seeded
+from awp_optim._utils.batches import check_labels, seeded
 from awp_optim._utils.checks import describe
 from awp_optim.attacks import Attack
 from awp_optim.attacks.base import ModelOracle
@@ -32,8 +32,8 @@ __all__ = [
     "MovableWeights",
     "Options",
     "Point",
-    "check_labels",
     "check_model",
+    "count_classes",
     "generate_examples",
 ]
 
@@ -55,15 +55,10 @@ def check_model(model: object) -> None:
         )
 
 
-def check_labels(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Raise ValueError for a label that is not among the model's classes.
-
-    An accelerator would abort the process in the middle of a loss.
-    """
+def count_classes(model: nn.Module, x: Tensor) -> int:
+    """The number of the model's classes, found with the first of the examples."""
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        classes = ModelOracle(model, x[:1], None).logits(x[:1]).shape[1]
-    if (largest := int(y.max())) >= classes:
-        raise ValueError(f"label {largest} is not among the model's {classes} classes, from 0")
+        return ModelOracle(model, x[:1], None).logits(x[:1]).shape[1]
 
 
 class MovableWeights:
@@ -154,7 +149,7 @@ class LossProbe:
         self._recompute_bn, self._seed = options.recompute_bn, options.seed
         capturable = isinstance(self._attack, Attack) and not hasattr(self._attack, "parts")
         self._graphs = Graphs("auto" if capturable else False, "the landscape's step")
-        check_labels(model, batches[0][0], torch.cat([y for _, y in batches]))
+        check_labels(torch.cat([y for _, y in batches]), count_classes(model, batches[0][0]))
         self._examples: list[Tensor] | None = None
         if options.pregenerated:
             self._examples = [self._generate(i, x, y) for i, (x, y) in enumerate(batches)]

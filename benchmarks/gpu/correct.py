@@ -28,13 +28,12 @@ MISSING_PACKAGE = re.compile(r"ModuleNotFoundError: No module named '(?!awp_opti
 
 def cases(options: Options) -> dict[str, partial[Details]]:
     tests = ROOT / "tests"
+    paths = [p for p in sorted(tests.iterdir()) if p.is_dir() or p.match("test_*.py")]
     if options.quick:
-        return {"test_batchnorm.py": partial(check, options, tests / "test_batchnorm.py")}
-    if not options.case:
-        return {"": partial(check, options, tests)}
-    paths = [p for p in sorted(tests.iterdir()) if p.name.startswith(("test_", options.case))]
-    found = {p.name: partial(check, options, p) for p in paths if options.case in p.name}
-    return dict(found)
+        paths = [tests / "test_batchnorm.py"]
+    elif not options.case:
+        return {"all tests": partial(check, options, tests)}
+    return {path.name: partial(check, options, path) for path in paths}
 
 
 def check(options: Options, path: Path, record: Record) -> Details:

@@ -43,6 +43,34 @@ def wrong(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         return model(x).argmax(1) != y
 
 
+def plain_pgd(
+    model: Callable[[Tensor], Tensor],
+    x: Tensor,
+    target: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    norm: str,
+    eps: float,
+    step_size: float,
+    steps: int,
+    start: Tensor,
+) -> Tensor:
+    """The textbook, one example at a time; backward() and nothing shared."""
+    out = []
+    for xi, ti, xa in zip(x.split(1), target.split(1), start.split(1), strict=True):
+        for _ in range(steps):
+            leaf = xa.clone().requires_grad_()
+            loss(model(leaf), ti).mean().backward()
+            g = leaf.grad
+            delta = xa + step_size * (g.sign() if norm == "linf" else g / g.norm()) - xi
+            if norm == "linf":
+                delta = delta.clamp(-eps, eps)
+            elif delta.norm() > eps:
+                delta = delta / delta.norm() * eps
+            xa = (xi + delta).clamp(0, 1)
+        out.append(xa)
+    return torch.cat(out)
+
+
 @pytest.fixture
 def cnn() -> nn.Sequential:
     return small_cnn()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awp_optim.attacks import APGD, PGD, Captured
+from awp_optim.attacks import APGD, Captured
 from awp_optim.attacks.apgd import _Halving, _Sparse, _State, checkpoints
 from awp_optim.attacks.balls import BALLS
 from awp_optim.attacks.losses import LOSSES, dlr_targeted
@@ -265,13 +265,6 @@ class TestContract:
         with torch.no_grad():
             got = LOSSES["ce"](model(x_adv), y)
         torch.testing.assert_close(got[stood], best[stood])
-
-    def test_beats_pgd_of_as_many_steps(self, solid):
-        model, x, y = solid(60)
-        torch.manual_seed(0)
-        apgd = wrong(model, APGD(0.012, 20, loss="cw")(model, x, y), y).sum()
-        pgd = wrong(model, PGD(0.012, 0.003, 20, loss="cw")(model, x, y), y).sum()
-        assert apgd >= pgd - 1
 
     def test_captured(self, cpu_graphs, solid):
         model, x, y = solid(6)

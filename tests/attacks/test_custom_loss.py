@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, Captured
 
+from .conftest import plain_pgd
+
 
 def distance(z, target):
     """|z - target|^2 over all but the first dimension."""
@@ -24,22 +26,6 @@ def squared_error(output, target):
 
 def own_ce(logits, y):
     return cross_entropy(logits, y, reduction="none")
-
-
-def by_hand(model, x, target, loss, norm, eps, steps):
-    """PGD from a Gaussian start, written out."""
-    x_adv = (x + 0.01 * torch.randn_like(x)).clamp(0, 1)
-    for _ in range(steps):
-        leaf = x_adv.clone().requires_grad_()
-        loss(model(leaf), target).sum().backward()
-        shape = (-1, *[1] * (x.ndim - 1))
-        length = leaf.grad.flatten(1).norm(dim=1).view(shape)
-        step = leaf.grad.sign() if norm == "linf" else leaf.grad / length
-        delta = x_adv + eps / 4 * step - x
-        size = delta.flatten(1).norm(dim=1).view(shape)
-        delta = delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / size).clamp_max(1)
-        x_adv = (x + delta).clamp(0, 1)
-    return x_adv
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -59,7 +45,8 @@ def test_is_the_plain_loop(kind, norm, cnn64, batch64):
     eps = 0.05 if norm == "linf" else 0.3
     attack = PGD(eps, eps / 4, 6, norm, loss, start_std=0.01)
     torch.manual_seed(1)
-    expected = by_hand(copy.deepcopy(model), x, target, loss, norm, eps, 6)
+    start = (x + 0.01 * torch.randn_like(x)).clamp(0, 1)
+    expected = plain_pgd(copy.deepcopy(model), x, target, loss, norm, eps, eps / 4, 6, start)
     torch.manual_seed(1)
     x_adv = attack(model, x, target)
     torch.testing.assert_close(x_adv, expected, atol=1e-12, rtol=0)

@@ -1,90 +1,160 @@
-"""The examples run as a user starts them."""
+"""``awp train``: what the command line makes of a run, how a run stops, and how it continues."""
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
-import subprocess
-import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+from awp_optim.lab.commands.options import peek
+from awp_optim.lab.commands.train import starting_point
+from awp_optim.lab.config import Config
 from awp_optim.lab.models import build_model
+from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.run_folder import read_metrics
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = ("train", "--dataset", "digits", "--arch", "preact_resnet_small", "--limit", 64)
+QUICK = (*SMALL, "--train-steps", 1, "--test-steps", 1, "--epochs", 2)
+TIMES = ("train_seconds", "eval_seconds")
 
 
-def run(script, *args, cwd):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
 
 
-def test_quickstart(tmp_path):
-    done = run("quickstart.py", "--seeds", 1, "--epochs", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for part in ("AT-AWP", "robust, best", "gap, last", "time of a step", "quickstart.png"):
-        assert part in done.stdout
-    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
-
-
-SMALL = ("--dataset", "digits", "--arch", "preact_resnet_small", "--limit", 64)
-
-
-def test_cifar10_trains_and_explains_itself(tmp_path):
-    args = (*SMALL, "--epochs", 2, "--precision", "bfloat16", "--out", "run")
-    done = run("cifar10.py", *args, "--max-minutes", 0, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Stopped after 0 of 2 epochs; go on with --resume" in done.stdout
-    again = run("cifar10.py", *args, cwd=tmp_path)
-    assert again.returncode == 1
-    assert again.stderr.startswith("error: run already holds a run: continue it with --resume")
-    done = run("cifar10.py", *args, "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Robust test accuracy (PGD-20)" in done.stdout
-    assert "go on" not in done.stdout
+def test_trains_stops_in_time_and_resumes(awp, tmp_path):
+    arguments = (*SMALL, "--epochs", 2, "--precision", "bfloat16", "--out", "run")
+    ended = awp(*arguments, "--max-minutes", 0)
+    assert ended.status == 0
+    assert "Stopped after 0 of 2 epochs; continue with --resume" in ended.out
+    ended = awp(*arguments, "--resume")
+    assert ended.status == 0
+    assert "Robust test accuracy (PGD-20)" in ended.out
+    assert "--resume" not in ended.out
     names = {p.name for p in (tmp_path / "run").iterdir()} - {"tensorboard"}
-    assert names == {"best.pt", "last.pt", "config.json", "metrics.csv", "curves.png"}
-    assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) == 3
+    assert {"best.pt", "last.pt", "config.json", "metrics.csv", "curves.png"} <= names
+    assert not any(name.endswith(".part") for name in names)
+    assert len(read_metrics(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_cifar10_stops_when_asked_to_and_goes_on(tmp_path, number, status):
-    args = (*SMALL, "--limit", 200, "--epochs", 500, "--train-steps", 1, "--test-steps", 1)
-    command = [sys.executable, str(EXAMPLES / "cifar10.py"), *map(str, args), "--out", "run"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
+def test_a_signal_saves_the_run(awp, start, tmp_path, number, status):
+    arguments = (*QUICK, "--limit", 200, "--epochs", 500, "--out", "run")
+    with start(*arguments) as process:
         text = process.stdout.readline()  # of the first epoch
         process.send_signal(number)
-        rest, said = process.communicate()
+        rest, err = process.communicate()
     text += rest
     assert process.returncode == status
-    assert said == f"{number.name}: stopping after this step (again: at once)\n"
-    assert "of 500 epochs; go on with --resume" in text
-    done = run("cifar10.py", *args, "--out", "run", "--resume", "--max-minutes", 0, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert err == f"{number.name}: stopping after this step (again: at once)\n"
+    assert "of 500 epochs; continue with --resume" in text
     epochs = text.count("  training steps: loss")
-    assert f"Stopped after {epochs} of 500 epochs" in done.stdout
+    again = awp(*arguments, "--resume", "--max-minutes", 0)
+    assert f"Stopped after {epochs} of 500 epochs" in again.out
 
 
-def test_cifar10_labels_what_has_no_labels_and_starts_from_a_checkpoint(tmp_path):
-    quick = ("--train-steps", 1, "--test-steps", 1, "--epochs", 2)
-    args = (*SMALL, *quick, "--method", "rst", "--labeled", 32, "--out", "rst")
-    done = run("cifar10.py", *args, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "32 images were labelled by a classifier trained on 32" in done.stdout
-    config = json.loads((tmp_path / "rst/config.json").read_text())
+def test_a_killed_run_resumes_to_the_same_end(awp, start, tmp_path):
+    arguments = (*QUICK, "--epochs", 8, "--limit", 128, "--out")
+    assert awp(*arguments, "whole").status == 0
+    with start(*arguments, "killed") as process:
+        process.stdout.readline()
+        process.kill()
+        process.communicate()
+    assert awp(*arguments, "killed", "--resume").status == 0
+    whole, killed = (
+        [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert whole == killed
+
+
+def test_every_setting_is_an_option(awp, tmp_path):
+    given = {
+        "method": "mart", "beta": 3.0, "gamma": 0.02, "direction": "random", "awp_start": 1,
+        "awp_norm": "l1", "ascent_steps": 2, "alternations": 2,
+        "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
+        "step_size": 0.25, "train_steps": 2, "test_steps": 3, "attack_mode": "train", "epochs": 1,
+        "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3,
+        "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "label_smoothing": 0.1, "precision": "bfloat16",
+        "schedule": "cosine", "augment": True, "cutout": 2, "mixup": 1.0, "unlabeled_share": 0.25,
+        "train_eval": 8, "eval_every": 2, "save_every": 1, "select_on": "val", "val_images": 8,
+        "patience": 3, "seed": 7,
+    }  # fmt: skip
+    assert given.keys() == {f.name for f in fields(Config)} - {"ascent"}  # not with ascent_steps
+    assert all(
+        value != getattr(Config(), name) for name, value in given.items() if name != "augment"
+    )
+    words = [
+        word
+        for name, value in given.items()
+        for word in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
+    ]
+    words[words.index("--eps") + 1] = "1/2"
+    ended = awp("train", "--dataset", "digits", "--limit", 64, *words, "--out", "run")
+    assert ended.status == 0, ended.err
+    found = config_of(tmp_path / "run")
+    assert {name: found[name] for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("words", "dataset", "expected", "changes"),
+    [
+        ("", "cifar10", "at-awp/cifar10-linf-preact18", {}),
+        ("--threat l2", "cifar10", "at-awp/cifar10-l2-preact18", {}),
+        ("--dataset svhn", "svhn", "at-awp/svhn-linf-preact18", {}),
+        ("--dataset digits", "digits", "at-awp/cifar10-linf-preact18", {"augment": False}),
+        ("--recipe mart/cifar10-linf-wrn34-10", "cifar10", "mart/cifar10-linf-wrn34-10", {}),
+        (
+            "--out --eps --recipe at/svhn-linf-preact18 --threat l2 --method mart",
+            "svhn",
+            "at/svhn-linf-preact18",
+            {"norm": "l2", "eps": 128 / 255, "step_size": 15 / 255},
+        ),
+    ],
+)
+def test_what_decides_the_defaults(words, dataset, expected, changes):
+    name, config = peek(starting_point, words.split(), "awp train")
+    assert name == dataset
+    recipe = RECIPES[expected].config
+    assert config == Config(**{**vars(recipe), **changes})
+
+
+def test_the_method_decides_the_defaults():
+    _, config = peek(starting_point, ["--method", "trades"], "awp train")
+    assert config == defaults("cifar10", "linf", "trades")
+    assert config.awp_start == 10
+
+
+def test_a_recipe_with_changes(awp, tmp_path):
+    changes = ("--epochs", 2, "--awp-start", 1, "--ema", 0.9, "--threat", "l2", "--beta", 3)
+    ended = awp(*SMALL, "--recipe", "trades-awp/cifar10-linf-wrn34-10", *changes, "--out", "run")
+    assert ended.status == 0, ended.err
+    config = config_of(tmp_path / "run")
+    assert (config["method"], config["gamma"], config["awp_start"]) == ("trades", 5e-3, 1)
+    assert (config["norm"], config["eps"], config["step_size"]) == ("l2", 128 / 255, 15 / 255)
+    assert (config["beta"], config["ema"], config["attack_mode"]) == (3.0, 0.9, "eval")
+    assert (config["dataset"], config["arch"]) == ("digits", "preact_resnet_small")
+    assert config["train_eval"] == 16  # a quarter of the images, unless it is given
+    assert "ema_test_robust_acc" in (tmp_path / "run/metrics.csv").read_text()
+
+
+def test_images_without_labels_and_given_weights(awp, tmp_path):
+    ended = awp(*QUICK, "--method", "rst", "--labeled", 32, "--train-eval", 20, "--out", "rst")
+    assert ended.status == 0, ended.err
+    assert "32 images were labeled by a classifier trained on 32" in ended.out
+    config = config_of(tmp_path / "rst")
     assert (config["train_images"], config["unlabeled_images"]) == (32, 32)
     assert (config["epoch_images"], config["batch_size"]) == (64, 256)
+    assert config["train_eval"] == 20
     last = ("--init", "rst/last.pt", "--lr", 0.01)
-    args = (*SMALL, *quick, "--method", "pretrain", *last, "--out", "pretrain")
-    done = run("cifar10.py", *args, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "pretrain/config.json").read_text())
+    ended = awp(*QUICK, "--method", "pretrain", *last, "--out", "pretrain")
+    assert ended.status == 0, ended.err
+    config = config_of(tmp_path / "pretrain")
     assert (config["schedule"], config["gamma"], config["lr"]) == ("cosine", 5e-3, 0.01)
     assert len(config["init"]) == 16
 
@@ -106,77 +176,19 @@ def test_cifar10_labels_what_has_no_labels_and_starts_from_a_checkpoint(tmp_path
         "pretrain-awp/cifar10-linf-wrn28-10",
     ],
 )
-def test_recipes_on_cifar10(tmp_path, recipe):
+def test_recipes_on_cifar10(awp, tmp_path, recipe):
     if "AWP_DATA" not in os.environ:
         pytest.skip("AWP_DATA names no data folder")
     cut = ("--limit", 8, "--batch-size", 4, "--epochs", 1, "--awp-start", 0)
-    args = ("--recipe", recipe, "--data-dir", Path(os.environ["AWP_DATA"]).resolve(), *cut)
-    args += ("--train-steps", 2, "--test-steps", 2)
+    cut += ("--train-steps", 2, "--test-steps", 2)
     if recipe.startswith("rst"):
-        args += ("--labeled", 4)
+        cut += ("--labeled", 4)
     if recipe.startswith("pretrain"):
         weights = build_model("wide_resnet28_10", num_classes=1000, in_channels=3).state_dict()
         torch.save(weights, tmp_path / "imagenet.pt")
-        args += ("--init", "imagenet.pt")
-    done = run("cifar10.py", *args, "--out", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+        cut += ("--init", "imagenet.pt")
+    data = Path(os.environ["AWP_DATA"]).resolve()
+    ended = awp("train", "--recipe", recipe, "--data-dir", data, *cut, "--out", "run")
+    assert ended.status == 0, ended.err
     (row,) = read_metrics(tmp_path / "run")
     assert 0 < row["step_robust_loss"] < 20
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("--gamma", "-1"), "gamma must be finite and >= 0"),
-        (("--limit", "0"), "n_train must be between 1"),
-        (("--epochs", "0"), "epochs must be at least 1"),
-        (("--method", "magic"), "invalid choice: 'magic'"),
-        (("--recipe", "magic"), "invalid choice: 'magic'"),
-        (("--arch", "magic"), "no model"),
-        (("--ema", "1"), "ema must be in [0, 1)"),
-        (("--awp-start", "-1"), "awp_start must be at least 0"),
-        (("--method", "rst"), "--unlabeled FILE or --labeled N"),
-        (("--method", "rst", "--labeled", "64"), "n must be between 1 and 63"),
-        (("--method", "pretrain"), "--init CHECKPOINT"),
-        (("--method", "pretrain", "--init", "none.pt"), "none.pt"),
-        (("--unlabeled", "none.npz"), "none.npz"),
-        (("--mixup", "-1"), "mixup must be finite and >= 0"),
-        (("--activation", "sine"), "invalid choice: 'sine'"),
-        (("--image-size", "8"), "--image-size is for --dataset folder"),
-    ],
-)
-def test_cifar10_names_what_is_wrong(tmp_path, monkeypatch, capsys, args, message):
-    """In this process, which saves the imports."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cifar10.py", *map(str, SMALL), "--out", "run", *args])
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / "cifar10.py"), run_name="__main__")
-    assert ended.value.code
-    said = f"{ended.value.code}\n{capsys.readouterr().err}"
-    assert message in said
-
-
-def test_cifar10_runs_a_recipe_with_changes(tmp_path):
-    changes = ("--epochs", 2, "--awp-start", 1, "--ema", 0.9, "--threat", "l2", "--beta", 3)
-    args = ("--recipe", "trades-awp/cifar10-linf-wrn34-10", *SMALL, *changes)
-    done = run("cifar10.py", *args, "--out", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    assert (config["method"], config["gamma"], config["awp_start"]) == ("trades", 5e-3, 1)
-    assert (config["norm"], config["eps"], config["step_size"]) == ("l2", 128 / 255, 15 / 255)
-    assert (config["beta"], config["ema"], config["attack_mode"]) == (3.0, 0.9, "eval")
-    assert (config["dataset"], config["arch"]) == ("digits", "preact_resnet_small")
-    assert "ema_test_robust_acc" in (tmp_path / "run/metrics.csv").read_text()
-
-
-def test_cifar10_lists_its_recipes(tmp_path):
-    done = run("cifar10.py", "--list-recipes", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "at-awp/cifar10-linf-preact18" in done.stdout
-    assert "55.39" in done.stdout
-    assert (
-        run("cifar10.py", cwd=tmp_path)
-        .stderr.strip()
-        .endswith("--out is needed: the folder of the run")
-    )

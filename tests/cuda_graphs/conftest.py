@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD
@@ -62,6 +63,12 @@ def trained(device, mode, data, make=awp, before=lambda i, opt, model: None, **k
     step = AdversarialStep(model, opt, cuda_graph=mode, **settings)
     outputs = run(step, data, lambda i: before(i, opt, model))
     return model, outputs, step
+
+
+def is_capturing(t):
+    if t.is_cuda:
+        return torch.cuda.is_current_stream_capturing()
+    return is_in_torch_dispatch_mode()
 
 
 def graphs_of(step):

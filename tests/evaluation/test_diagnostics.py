@@ -1,4 +1,4 @@
-"""Defences that mask gradients on purpose are flagged, an honest one is not."""
+"""Defenses that mask gradients on purpose are flagged, an honest one is not."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from awp_optim.attacks.base import Attack
 from awp_optim.evaluation import EvaluationWarning, evaluate
 from awp_optim.evaluation.diagnostics import compare, probe
 
-pytestmark = pytest.mark.filterwarnings("ignore::awp_optim.evaluation.EvaluationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
-    """In every test."""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::awp_optim.evaluation.EvaluationWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +29,24 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def honest(digits) -> Callable[[str], nn.Module]:
-    """A network trained on digits, plainly or adversarially."""
-    cache = {}
+def honest(digits) -> dict[str, nn.Module]:
+    """Networks trained on digits, plainly and adversarially."""
 
-    def train(how: str) -> nn.Module:
-        if how in cache:
-            return cache[how]
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-            optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-            attack = PGD(eps=0.15, step_size=0.05, steps=5)
-            x, y = digits[0][:1200], digits[1][:1200]
-            for _ in range(150):
-                z = x if how == "natural" else attack(model, x, y)
-                optimizer.zero_grad()
-                F.cross_entropy(model(z), y).backward()
-                optimizer.step()
-        cache[how] = model.eval()
-        return cache[how]
+    def train(adversarially: bool) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+        attack = PGD(eps=0.15, step_size=0.05, steps=5)
+        x, y = digits[0][:1200], digits[1][:1200]
+        for _ in range(150):
+            z = attack(model, x, y) if adversarially else x
+            optimizer.zero_grad()
+            F.cross_entropy(model(z), y).backward()
+            optimizer.step()
+        return model.eval()
 
-    return train
+    with torch.random.fork_rng():
+        return {"natural": train(False), "adversarial": train(True)}
 
 
 def checks(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> set[str]:
@@ -61,7 +55,7 @@ def checks(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> set[str]:
 
 @pytest.mark.parametrize("how", ["natural", "adversarial"])
 def test_an_honest_network_is_not_flagged(how, honest, digits):
-    model, x, y = honest(how), digits[0][1200:], digits[1][1200:]
+    model, x, y = honest[how], digits[0][1200:], digits[1][1200:]
     eps = 0.1
     attacks = {
         "fgsm": FGSM(eps),
@@ -77,18 +71,6 @@ def test_an_honest_network_is_not_flagged(how, honest, digits):
         assert r.robust["fgsm"] > r.robust["pgd20"] - 0.01
 
 
-def test_log_probabilities_are_logits(honest, digits):
-    """A shift an example changes no loss."""
-    model = honest("natural")
-    assert not checks(lambda z: model(z).log_softmax(1), digits[0][:64], digits[1][:64])
-
-
-def test_inputs_without_influence_are_fine(honest, digits):
-    model, x, y = honest("natural"), digits[0][:64], digits[1][:64]
-    mask = torch.arange(64) % 2
-    assert not checks(lambda z: model(z * mask), x, y)
-
-
 class Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z):
@@ -99,8 +81,20 @@ class Round(torch.autograd.Function):
         return g
 
 
-DEFENCES = {
-    "quantised input": (lambda m: lambda z: m((z * 8).round() / 8), {"vanishing", "unbounded"}),
+HONEST = {
+    "log-probabilities": lambda m: lambda z: m(z).log_softmax(1),
+    "inputs without influence": lambda m: lambda z: m(z * (torch.arange(64) % 2)),
+    "rounding with a straight-through gradient": lambda m: lambda z: m(Round.apply(z)),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_what_attacks_see_through_is_not_flagged(name, honest, digits):
+    assert not checks(HONEST[name](honest["natural"]), digits[0][:64], digits[1][:64])
+
+
+DEFENSES = {
+    "quantized input": (lambda m: lambda z: m((z * 8).round() / 8), {"vanishing", "unbounded"}),
     "saturated softmax": (lambda m: lambda z: m(z) * 1e3, {"saturated"}),
     "probabilities": (lambda m: lambda z: m(z).softmax(1), {"probabilities"}),
     "saturated probabilities": (
@@ -109,6 +103,7 @@ DEFENCES = {
     ),
     "no gradient": (lambda m: lambda z: m(z.detach()), {"no_gradient"}),
     "noise": (lambda m: lambda z: m(z + 0.1 * torch.randn_like(z)), {"random"}),
+    "dropout": (lambda m: lambda z: m(F.dropout(z, 0.3)), {"random", "random_gradient"}),
     "sign": (lambda m: lambda z: m(z.sub(0.5).sign()), {"vanishing", "unbounded"}),
     "not finite": (
         lambda m: lambda z: m(z) + (z - z.detach()).abs().sqrt().sum(1, True),
@@ -117,29 +112,17 @@ DEFENCES = {
 }
 
 
-@pytest.mark.parametrize("name", DEFENCES)
+@pytest.mark.parametrize("name", DEFENSES)
 def test_a_masked_gradient_is_flagged(name, honest, digits):
-    defend, expected = DEFENCES[name]
-    found = checks(defend(honest("natural")), digits[0][:64], digits[1][:64])
+    defend, expected = DEFENSES[name]
+    found = checks(defend(honest["natural"]), digits[0][:64], digits[1][:64])
     assert expected <= found
     if name in ("saturated softmax", "probabilities", "no gradient"):
         assert found == expected
 
 
-def test_an_honest_defence_that_rounds_with_a_straight_gradient_is_not(honest, digits):
-    """Attacks see through it."""
-    model = honest("natural")
-    assert not checks(lambda z: model(Round.apply(z)), digits[0][:64], digits[1][:64])
-
-
-def test_dropout_left_on_inside_is_random(honest, digits):
-    model = honest("natural")
-    found = checks(lambda z: model(F.dropout(z, 0.3)), digits[0][:64], digits[1][:64])
-    assert {"random", "random_gradient"} <= found
-
-
 def test_evaluate_says_it(honest, digits):
-    model = honest("natural")
+    model = honest["natural"]
     with pytest.warns(EvaluationWarning, match="vanishing.*BPDA"):
         r = evaluate(
             lambda z: model((z * 8).round() / 8),

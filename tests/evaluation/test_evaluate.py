@@ -586,6 +586,7 @@ class TestResume:
         [
             ({"model": two_classes}, "the model"),
             ({"attacks": {"own": lambda m, x, y: x}}, "attack 'own'"),
+            ({"attacks": {"own": PGD(loss=lambda z, y: z.sum(1))}}, "attack 'own'"),
             ({"logits": lambda out: out}, "logits"),
         ],
     )
@@ -596,7 +597,7 @@ class TestResume:
             "model": network(), "data": (images()[0], torch.zeros(N).long()), "attacks": {},
             "state": state,
         }  # fmt: skip
-        with pytest.raises(ValueError, match=f"cannot tell {what} .*key="):
+        with pytest.raises(ValueError, match=f"cannot identify {what}, .*key="):
             run(**settings | changed)
         assert not state.exists()
         named = run(**settings | changed, key="first")

@@ -1,123 +1,82 @@
-"""AWP inside Accelerate's AcceleratedOptimizer against the loop by hand."""
+"""AWP inside Accelerate's AcceleratedOptimizer equals the loop by hand."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from awp_optim import AWP
+from tests.integrations.toolbox import (
+    GAMMA,
+    SIZE,
+    assert_equal,
+    assert_same_bits,
+    data,
+    gradients,
+    halving,
+    network,
+    sgd,
+    step_by_hand,
+    train_by_hand,
+)
 
 accelerate = pytest.importorskip("accelerate")
 
-GAMMA = 0.02
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-
-
-def data() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(28, 6, generator=generator, dtype=torch.float64)
-    return x, torch.randint(5, (28,), generator=generator)
-
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def _fresh() -> Iterator[None]:
     yield
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
 
 
-def prepared(**settings: Any) -> tuple[Any, ...]:
+def prepared(dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[Any, ...]:
     accelerator = accelerate.Accelerator(cpu=True, **settings)
-    net = network()
+    net = network().to(dtype)
     opt = AWP(net.parameters(), torch.optim.SGD, gamma=GAMMA, lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.StepLR(opt, step_size=3, gamma=0.5)
-    loader = DataLoader(TensorDataset(*data()), batch_size=4)
-    return accelerator, net, *accelerator.prepare(net, opt, schedule, loader)
+    x, y = data()
+    loader = DataLoader(TensorDataset(x.to(dtype), y), batch_size=SIZE)
+    return accelerator, net, *accelerator.prepare(net, opt, halving(opt), loader)
 
 
-def hand(by_hand: Any, size: int = 4, clip: float | None = None) -> nn.Module:
-    net = network()
-    base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.StepLR(base, step_size=3, gamma=0.5)
-
-    def passes(x: Tensor, y: Tensor) -> Tensor:
-        net.zero_grad()
-        loss = F.cross_entropy(net(x), y)
-        loss.backward()
-        return loss
-
-    def update() -> None:
-        if clip is not None:
-            nn.utils.clip_grad_norm_(net.parameters(), clip)
-        base.step()
-
-    for x, y in zip(*(t.split(size) for t in data())):
-        by_hand(net.parameters(), partial(passes, x, y), update, GAMMA)
-        schedule.step()
-    return net
-
-
-def assert_equal(net: nn.Module, expected: nn.Module) -> None:
-    for (n, a), b in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=n: f"{n}: {m}")
-
-
-def test_step_with_a_closure(by_hand):
-    accelerator, net, model, opt, schedule, loader = prepared()
-    losses: list[float] = []
-    for x, y in loader:
-
-        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
-            opt.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            accelerator.backward(loss)
-            return loss
-
-        losses.append(opt.step(closure))
-        schedule.step()
-    assert_equal(net, hand(by_hand))
-
-
-def test_the_two_steps_and_clipping(by_hand):
-    """first_step is AWP's, inside; step() is Accelerate's, and at w + v the second step."""
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_the_two_steps(clip):
+    """first_step is AWP's own; Accelerate's step() is the second step."""
     accelerator, net, model, opt, schedule, loader = prepared()
     for x, y in loader:
         accelerator.backward(F.cross_entropy(model(x), y))
         opt.optimizer.first_step(zero_grad=True)
         accelerator.backward(F.cross_entropy(model(x), y))
-        accelerator.clip_grad_norm_(model.parameters(), 0.3)
+        if clip is not None:
+            accelerator.clip_grad_norm_(model.parameters(), clip)
         opt.step()
         opt.zero_grad()
         schedule.step()
-    assert_equal(net, hand(by_hand, clip=0.3))
+    assert_equal(net, train_by_hand(clip=clip)[0])
 
 
-@pytest.mark.parametrize("accumulate", [2, 3])
-def test_accumulation_is_the_big_batch(by_hand, accumulate):
-    """The batches of an update are collected and passed twice; 7 batches leave a short update."""
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_closure_with_accumulation_is_the_large_batch(accumulate):
+    """The batches of an update are collected and passed twice; 3 leaves a short update."""
     accelerator, net, model, opt, schedule, loader = prepared()
-    for window in windows(loader, accumulate):
+    batches = iter(loader)
+    while window := list(islice(batches, accumulate)):
         n = sum(len(x) for x, _ in window)
 
         def closure(window: list[Any] = window, n: int = n) -> Tensor:
             opt.zero_grad()
             total = torch.zeros(())
-            for x, y in window:
-                last = x is window[-1][0]
-                with nullcontext() if last else accelerator.no_sync(model):
+            for i, (x, y) in enumerate(window, 1):
+                with nullcontext() if i == len(window) else accelerator.no_sync(model):
                     loss = F.cross_entropy(model(x), y) * len(x) / n
                     accelerator.backward(loss)
                 total = total + loss.detach()
@@ -125,68 +84,60 @@ def test_accumulation_is_the_big_batch(by_hand, accumulate):
 
         opt.step(closure)
         schedule.step()
-    assert_equal(net, hand(by_hand, size=4 * accumulate))
+    assert_equal(net, train_by_hand(batches=accumulate)[0])
 
 
-def windows(loader: Any, n: int) -> Iterator[list[Any]]:
-    window = []
-    for batch in loader:
-        window.append(batch)
-        if len(window) == n:
-            yield window
-            window = []
-    if window:
-        yield window
-
-
-def test_within_accumulate_a_closure_would_see_one_batch_of_several():
-    """accelerator.accumulate steps at the last batch alone: what it skips never reaches AWP."""
+def test_inside_accumulate_a_skipped_step_is_neither_an_update_nor_an_error():
     accelerator, net, model, opt, _, loader = prepared(gradient_accumulation_steps=2)
     before = copy.deepcopy(net.state_dict())
     x, y = next(iter(loader))
     with accelerator.accumulate(model):
         accelerator.backward(F.cross_entropy(model(x), y))
-        opt.step()  # not its turn: neither an update nor an error
-    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+        opt.step()
+    assert_same_bits(net, before)
 
 
-def test_bfloat16(by_hand):
-    accelerator, net, model, opt, schedule, _ = prepared(mixed_precision="bf16")
-    net.float()
-    expected = network().float()
-    base = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
-    plan = torch.optim.lr_scheduler.StepLR(base, step_size=3, gamma=0.5)
-
-    def passes(x: Tensor, y: Tensor) -> Tensor:
-        expected.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = expected(x)
-        loss = F.cross_entropy(logits.float(), y)
-        loss.backward()
-        return loss
-
-    for x, y in zip(*(t.split(4) for t in data())):
-        x = x.float()
+def train(prepared: tuple[Any, ...], first: int = 0, save: tuple[int, Any] | None = None) -> None:
+    """The two steps on the batches from ``first`` on; saves a checkpoint after so many."""
+    accelerator, _, model, opt, schedule, loader = prepared
+    for i, (x, y) in enumerate(loader):
+        if i < first:
+            continue
         accelerator.backward(F.cross_entropy(model(x), y))
         opt.optimizer.first_step(zero_grad=True)
         accelerator.backward(F.cross_entropy(model(x), y))
         opt.step()
         opt.zero_grad()
         schedule.step()
-        by_hand(expected.parameters(), partial(passes, x, y), base.step, GAMMA)
-        plan.step()
-    for a, b in zip(net.parameters(), expected.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        if save is not None and i + 1 == save[0]:
+            accelerator.save_state(save[1])
 
 
-def test_a_scaler_skips_overflows_and_brings_the_weights_home(by_hand):
+def test_bfloat16():
+    state = prepared(torch.float32, mixed_precision="bf16")
+    train(state)
+    expected, _ = train_by_hand(network().float(), autocast=torch.bfloat16)
+    assert_equal(state[1], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_of_accelerate(tmp_path):
+    whole = prepared()
+    train(whole, save=(3, tmp_path))
+    resumed = prepared()
+    resumed[0].load_state(tmp_path)
+    train(resumed, first=3)
+    assert_same_bits(resumed[1], whole[1].state_dict())
+    assert_equal(whole[1], train_by_hand()[0])
+
+
+def test_a_scaler_skips_an_overflow_and_the_weights_are_restored():
     """Accelerate makes no scaler on a CPU; this is what it does with one elsewhere."""
     _, net, model, opt, _, loader = prepared()
     inner = opt.optimizer
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     opt = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=scaler)
-    expected, base = network(), None
-    base = torch.optim.SGD(expected.parameters(), lr=0.1, momentum=0.9)
+    expected = network()
+    base = sgd(expected)
     for i, (x, y) in enumerate(loader):
         before = copy.deepcopy(net.state_dict())
         scaler.scale(F.cross_entropy(model(x), y)).backward()
@@ -198,38 +149,8 @@ def test_a_scaler_skips_overflows_and_brings_the_weights_home(by_hand):
         opt.zero_grad()
         assert not inner.is_perturbed
         if i == 2:
-            assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
-            continue
-
-        def passes(x: Tensor = x, y: Tensor = y) -> Tensor:
-            expected.zero_grad()
-            loss = F.cross_entropy(expected(x), y)
-            loss.backward()
-            return loss
-
-        by_hand(expected.parameters(), passes, base.step, GAMMA)
+            assert_same_bits(net, before)
+        else:
+            passes = lambda x=x, y=y: gradients(expected, x, y)  # noqa: E731
+            step_by_hand(expected.parameters(), passes, base.step)
     assert_equal(net, expected)
-
-
-def test_a_checkpoint_of_accelerate(by_hand, tmp_path):
-    def train(saved_after: int | None, start: int = 0) -> nn.Module:
-        accelerator, net, model, opt, schedule, loader = prepared()
-        if start:
-            accelerator.load_state(tmp_path)
-        for i, (x, y) in enumerate(loader):
-            if i < start:
-                continue
-            accelerator.backward(F.cross_entropy(model(x), y))
-            opt.optimizer.first_step(zero_grad=True)
-            accelerator.backward(F.cross_entropy(model(x), y))
-            opt.step()
-            opt.zero_grad()
-            schedule.step()
-            if i + 1 == saved_after:
-                accelerator.save_state(tmp_path)
-        return net
-
-    whole = train(saved_after=3)
-    resumed = train(saved_after=None, start=3)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
-    assert_equal(whole, hand(by_hand))

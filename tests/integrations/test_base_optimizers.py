@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, swa_utils
 
 from awp_optim import AWP
-
-GAMMA = 0.02
+from tests.integrations.toolbox import (
+    GAMMA,
+    assert_equal,
+    assert_same_bits,
+    gradients,
+    step_by_hand,
+)
 
 
 class Tokens(nn.Module):
@@ -44,15 +49,7 @@ def batches(n: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x, torch.randint(5, (n, 16), generator=generator)))
 
 
-def passes(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    model.zero_grad()
-    loss = nn.functional.cross_entropy(model(x), y)
-    loss.backward()
-    return loss
-
-
 def assert_equal_training(
-    by_hand: Callable[..., Tensor],
     make: Callable[[list[Tensor]], Optimizer],
     kind: str = "dense",
     ascent_steps: int = 1,
@@ -65,25 +62,24 @@ def assert_equal_training(
     before = copy.deepcopy(hand.state_dict())
     for seed, (x, y) in enumerate(batches(4)):
         torch.manual_seed(seed)
-        expected = by_hand(
-            hand.parameters(), partial(passes, hand, x, y), base.step, GAMMA, ascent_steps
+        expected = step_by_hand(
+            hand.parameters(), partial(gradients, hand, x, y), base.step, GAMMA, ascent_steps
         )
 
         torch.manual_seed(seed)
         for _ in range(ascent_steps):
-            passes(steps, x, y)
+            gradients(steps, x, y)
             opt.first_step()
-        passes(steps, x, y)
+        gradients(steps, x, y)
         opt.second_step()
 
         torch.manual_seed(seed)
-        loss = wrapped.step(partial(passes, closed, x, y))
+        loss = wrapped.step(partial(gradients, closed, x, y))
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
 
-    for name, p in hand.state_dict().items():
-        assert not torch.equal(p, before[name])
-        for model in (steps, closed):
-            torch.testing.assert_close(model.state_dict()[name], p, rtol=1e-8, atol=1e-11)
+    assert all(not torch.equal(p, before[name]) for name, p in hand.state_dict().items())
+    for model in (steps, closed):
+        assert_equal(model, hand, rtol=1e-8, atol=1e-11)
     assert_states_equal(opt.base_optimizer, base)
 
 
@@ -117,18 +113,14 @@ TORCH_CLASSES = {
 
 @pytest.mark.parametrize("ascent_steps", [1, 2])
 @pytest.mark.parametrize("name", sorted(TORCH_CLASSES))
-def test_torch(by_hand, name, ascent_steps):
+def test_torch(name, ascent_steps):
     kind, settings = TORCH.get(name, ("dense", {}))
-    assert_equal_training(by_hand, partial(TORCH_CLASSES[name], **settings), kind, ascent_steps)
-
-
-def test_optimizers_of_the_installed_torch_are_all_seen():
-    assert len(TORCH_CLASSES) >= 14
+    assert_equal_training(partial(TORCH_CLASSES[name], **settings), kind, ascent_steps)
 
 
 def test_lbfgs_is_refused_before_anything_happens():
     model = network()
-    with pytest.raises(TypeError, match="LBFGS calls a closure several times"):
+    with pytest.raises(TypeError, match="LBFGS"):
         AWP(model.parameters(), torch.optim.LBFGS, lr=0.1)
 
 
@@ -136,7 +128,7 @@ def test_lbfgs_is_refused_before_anything_happens():
 
 
 @pytest.mark.parametrize("name", ["SGDScheduleFree", "AdamWScheduleFree", "RAdamScheduleFree"])
-def test_schedulefree(by_hand, name):
+def test_schedulefree(name):
     """In train mode the weights are y, where the gradients belong: v is a perturbation of y."""
     schedulefree = pytest.importorskip("schedulefree")
 
@@ -148,10 +140,10 @@ def test_schedulefree(by_hand, name):
         optimizer.train()
         return optimizer
 
-    assert_equal_training(by_hand, make)
+    assert_equal_training(make)
 
 
-def test_schedulefree_changes_between_y_and_x_at_the_centre(by_hand):
+def test_schedulefree_changes_between_y_and_x_between_steps():
     schedulefree = pytest.importorskip("schedulefree")
     hand, model = network(), network()
     base = schedulefree.SGDScheduleFree(hand.parameters(), lr=0.1)
@@ -160,26 +152,25 @@ def test_schedulefree_changes_between_y_and_x_at_the_centre(by_hand):
         base.train()
         opt.base_optimizer.train()
         at_y = copy.deepcopy(model.state_dict())
-        by_hand(hand.parameters(), partial(passes, hand, x, y), base.step, GAMMA)
-        passes(model, x, y)
+        step_by_hand(hand.parameters(), partial(gradients, hand, x, y), base.step)
+        gradients(model, x, y)
         opt.first_step()
         for p, v in opt.perturbation().items():
             w = at_y[{id(q): n for n, q in model.named_parameters()}[id(p)]]
             torch.testing.assert_close(v.norm(), GAMMA * w.norm())  # relative to y
-        passes(model, x, y)
+        gradients(model, x, y)
         opt.second_step()
         base.eval()
         opt.base_optimizer.eval()
-        for p, q in zip(model.parameters(), hand.parameters()):  # x, what is evaluated
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-    # A step in eval mode is schedulefree's error, and leaves the weights at the centre.
+        assert_equal(model, hand)  # x, which is evaluated
+    # A step in eval mode is schedulefree's error, and restores the weights.
     at_x = copy.deepcopy(model.state_dict())
-    passes(model, x, y)
+    gradients(model, x, y)
     opt.first_step()
     with pytest.raises(Exception, match="not in train mode"):
         opt.second_step()
     assert not opt.is_perturbed
-    assert all(torch.equal(p, at_x[n]) for n, p in model.named_parameters())
+    assert_same_bits(model, at_x)
 
 
 def test_schedulefree_wrapper_is_no_optimizer():
@@ -200,7 +191,7 @@ PYTORCH_OPTIMIZER = (
 
 
 @pytest.mark.parametrize("name", PYTORCH_OPTIMIZER)
-def test_pytorch_optimizer(by_hand, name):
+def test_pytorch_optimizer(name):
     library = pytest.importorskip("pytorch_optimizer")
 
     def make(params: list[Tensor]) -> Optimizer:
@@ -209,28 +200,25 @@ def test_pytorch_optimizer(by_hand, name):
             optimizer.train()
         return optimizer
 
-    assert_equal_training(by_hand, make)
+    assert_equal_training(make)
 
 
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("alig", "closure"),  # wants the loss
-        (
-            "adahessian",
-            "does not require grad",
-        ),  # wants second derivatives, at the weights of the step
+        ("alig", "closure"),  # needs the loss
+        ("adahessian", "does not require grad"),  # needs second derivatives at the step's weights
     ],
 )
 def test_optimizers_that_need_more_than_gradients_say_so(name, error):
     library = pytest.importorskip("pytorch_optimizer")
     model = network()
     opt = AWP(model.parameters(), library.load_optimizer(name), gamma=GAMMA)
-    centre = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(Exception, match=error):
-        opt.step(partial(passes, model, *batches(1)[0]))
+        opt.step(partial(gradients, model, *batches(1)[0]))
     assert not opt.is_perturbed
-    assert all(torch.equal(p, centre[n]) for n, p in model.named_parameters())
+    assert_same_bits(model, before)
 
 
 def test_a_sam_of_pytorch_optimizer_is_not_a_base():
@@ -239,7 +227,7 @@ def test_a_sam_of_pytorch_optimizer_is_not_a_base():
     sam = partial(library.SAM, base_optimizer=torch.optim.SGD, lr=0.1)
     opt = AWP(model.parameters(), sam)
     with pytest.raises(Exception, match="closure"):
-        opt.step(partial(passes, model, *batches(1)[0]))
+        opt.step(partial(gradients, model, *batches(1)[0]))
     assert not opt.is_perturbed
 
 
@@ -247,7 +235,7 @@ def test_a_sam_of_pytorch_optimizer_is_not_a_base():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "nadamw", "adafactorbv", "cadamw"])
-def test_timm(by_hand, name):
+def test_timm(name):
     optim = pytest.importorskip("timm.optim")
     hand, model = network(), network()
     base = optim.create_optimizer_v2(hand, opt=name, lr=1e-2, weight_decay=0.05)
@@ -255,26 +243,25 @@ def test_timm(by_hand, name):
     opt = AWP.wrap(inner, gamma=GAMMA)
     assert len(opt.param_groups) == 2  # with and without weight decay
     for x, y in batches(4):
-        by_hand(hand.parameters(), partial(passes, hand, x, y), base.step, GAMMA)
-        opt.step(partial(passes, model, x, y))
-    for p, q in zip(model.parameters(), hand.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
+        step_by_hand(hand.parameters(), partial(gradients, hand, x, y), base.step)
+        opt.step(partial(gradients, model, x, y))
+    assert_equal(model, hand, rtol=1e-7, atol=1e-10)
 
 
-# ---------------------------------------------------------------- quantised state, as bitsandbytes
+# ---------------------------------------------------------------- quantized state, as bitsandbytes
 
 
 class EightBit(Optimizer):
     """Momentum in 8 bits, kept beside ``state`` by the parameter's place, with a step of its own.
 
-    The protocol of bitsandbytes: quantised tensors and their scales, ``initialized`` at the first
+    The protocol of bitsandbytes: quantized tensors and their scales, ``initialized`` at the first
     step, ``p.data`` written through, and a ``step`` that no ``super().step`` is behind.
     """
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
         self.initialized = False
-        self.quantised: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.quantized: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         loss = None
@@ -287,23 +274,23 @@ class EightBit(Optimizer):
                     continue
                 m = p.grad.data
                 if self.initialized:
-                    q, scale = self.quantised[g, i]
+                    q, scale = self.quantized[g, i]
                     m = m + 0.9 * q.to(m.dtype) * scale
                 scale = m.abs().max() / 127
-                self.quantised[g, i] = (m / scale).round().to(torch.int8), scale
+                self.quantized[g, i] = (m / scale).round().to(torch.int8), scale
                 p.data.add_(m, alpha=-group["lr"])
         self.initialized = True
         return loss
 
 
-def test_an_optimizer_with_state_of_its_own(by_hand):
-    assert_equal_training(by_hand, EightBit)
+def test_an_optimizer_with_state_of_its_own():
+    assert_equal_training(EightBit)
 
 
 # ---------------------------------------------------------------- averages of weights
 
 
-def test_swa_averages_the_centre(by_hand):
+def test_swa_averages_unperturbed_weights():
     """AveragedModel, SWALR and update_bn between steps see weights by hand."""
 
     def make() -> nn.Module:
@@ -315,7 +302,7 @@ def test_swa_averages_the_centre(by_hand):
         averaged = swa_utils.AveragedModel(model)
         schedule = swa_utils.SWALR(optimizer, swa_lr=0.01, anneal_epochs=2)
         for x, y in batches(5):
-            step(partial(passes, model, x, y))
+            step(partial(gradients, model, x, y))
             averaged.update_parameters(model)
             schedule.step()
         swa_utils.update_bn(batches(3), averaged)
@@ -325,7 +312,6 @@ def test_swa_averages_the_centre(by_hand):
     opt = AWP(model.parameters(), torch.optim.SGD, gamma=GAMMA, lr=0.1, momentum=0.9)
     base = torch.optim.SGD(hand.parameters(), lr=0.1, momentum=0.9)
     ours = train(model, opt, lambda f: opt.step(f))
-    theirs = train(hand, base, lambda f: by_hand(hand.parameters(), f, base.step, GAMMA))
+    theirs = train(hand, base, lambda f: step_by_hand(hand.parameters(), f, base.step))
     assert opt.param_groups[0]["lr"] == base.param_groups[0]["lr"] == 0.01
-    for name, t in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], t, rtol=1e-9, atol=1e-12)
+    assert_equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""Two processes, accumulating three batches each, are one process with the big batch."""
+"""Two processes that accumulate three batches each equal one process with the large batch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
+
+from tests.integrations.toolbox import GAMMA, data, gradients, network, step_by_hand
 
 HERE = Path(__file__).parent
-GAMMA = 0.02
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -40,30 +40,21 @@ def weights(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def reference(by_hand, first: int) -> dict[str, Tensor]:
+def reference(first: int) -> dict[str, Tensor]:
     """Two updates of 24 rows, perturbed from the update ``first`` on."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(48, 6, generator=generator, dtype=torch.float64)
-    y = torch.randint(5, (48,), generator=generator)
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    x, y = data(batches=12)
+    net = network()
     base = torch.optim.SGD(net.parameters(), lr=0.1)
-
-    def passes(x: Tensor, y: Tensor) -> Tensor:
-        net.zero_grad()
-        loss = F.cross_entropy(net(x), y)
-        loss.backward()
-        return loss
 
     for i, batch in enumerate(zip(x.split(24), y.split(24))):
         gamma = GAMMA if i >= first else 0.0
-        by_hand(net.parameters(), partial(passes, *batch), base.step, gamma)
+        step_by_hand(net.parameters(), partial(gradients, net, *batch), base.step, gamma)
     return net.state_dict()
 
 
 @pytest.mark.parametrize(("what", "first"), [("accelerate", 0), ("trainer", 1)])
-def test_two_processes_are_the_big_batch(by_hand, weights, what, first):
-    expected = reference(by_hand, first)
+def test_two_processes_equal_the_large_batch(weights, what, first):
+    expected = reference(first)
     for rank in (0, 1):
         for name, t in expected.items():
             got = weights[rank][what][f"layers.{name}"]

@@ -1,11 +1,10 @@
-"""AWP under Lightning, automatic and manual optimisation, against the loop by hand."""
+"""AWP in Lightning, with automatic and manual optimization, equals the loop by hand."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,29 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from awp_optim import AWP, frozen_batch_norm
 from awp_optim.integrations import StartWhen
+from tests.integrations.toolbox import (
+    GAMMA,
+    assert_equal,
+    assert_same_bits,
+    data,
+    halving,
+    network,
+    train_by_hand,
+)
 
 L = pytest.importorskip("lightning")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-GAMMA = 0.02
-
-
-def network(batch_norm: bool = False) -> nn.Sequential:
-    torch.manual_seed(0)
-    norm = [nn.BatchNorm1d(8)] if batch_norm else []
-    return nn.Sequential(nn.Linear(6, 8), *norm, nn.Tanh(), nn.Linear(8, 5)).double()
-
-
-def data(n: int = 8) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(n, 4, 6, generator=generator, dtype=torch.float64)
-    return list(zip(x, torch.randint(5, (n, 4), generator=generator)))
-
 
 def optimizers(net: nn.Module) -> tuple[AWP, Any]:
     opt = AWP(net.parameters(), torch.optim.SGD, gamma=GAMMA, lr=0.1, momentum=0.9)
-    return opt, torch.optim.lr_scheduler.StepLR(opt, step_size=3, gamma=0.5)
+    return opt, halving(opt)
 
 
 class Automatic(L.LightningModule):
-    def __init__(self, batch_norm: bool = False) -> None:
+    def __init__(self, *norm: nn.Module) -> None:
         super().__init__()
-        self.net = network(batch_norm)
+        self.net = network(*norm)
         self.losses: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -93,7 +87,7 @@ class Manual(Automatic):
 
 
 def fit(module: L.LightningModule, batch_size: int = 4, ckpt_path: Any = None, **settings: Any):
-    x, y = (torch.cat(t) for t in zip(*data()))
+    x, y = data()
     loader = DataLoader(TensorDataset(x.to(next(module.parameters()).dtype), y), batch_size)
     quiet: dict[str, Any] = {
         "accelerator": "cpu",
@@ -110,40 +104,11 @@ def fit(module: L.LightningModule, batch_size: int = 4, ckpt_path: Any = None, *
     return trainer
 
 
-def gradients(net: nn.Module, x: Tensor, y: Tensor, clip: float | None = None) -> Tensor:
-    net.zero_grad()
-    loss = F.cross_entropy(net(x), y)
-    loss.backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_(net.parameters(), clip)
-    return loss
-
-
-def hand(by_hand: Any, size: int = 4, clip: float | None = None, epochs: int = 1):
-    net = network()
-    base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.StepLR(base, step_size=3, gamma=0.5)
-    x, y = (torch.cat(t) for t in zip(*data()))
-    losses = []
-    for _ in range(epochs):
-        for a, b in zip(x.split(size), y.split(size)):
-            f = partial(gradients, net, a, b, clip)
-            losses.append(by_hand(net.parameters(), f, base.step, GAMMA).item())
-            schedule.step()
-    return net, losses
-
-
-def assert_equal(net: nn.Module, expected: nn.Module, **tolerance: float) -> None:
-    tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-12}
-    for (n, a), b in zip(net.state_dict().items(), expected.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, **tolerance, msg=lambda m, n=n: f"{n}: {m}")
-
-
 @pytest.mark.parametrize("clip", [None, 0.3])
-def test_automatic_optimisation(by_hand, clip):
+def test_automatic_optimization(clip):
     module = Automatic()
     trainer = fit(module, max_epochs=2, gradient_clip_val=clip)
-    net, losses = hand(by_hand, clip=clip, epochs=2)
+    net, losses = train_by_hand(clip=clip, epochs=2)
     assert_equal(module.net, net)
     assert trainer.global_step == 16
     assert module.losses == pytest.approx(losses, rel=1e-9)
@@ -151,14 +116,14 @@ def test_automatic_optimisation(by_hand, clip):
     assert not trainer.optimizers[0].is_perturbed
 
 
-def test_batch_norm_counts_the_pass_at_the_perturbed_weights_alone():
-    module = Automatic(batch_norm=True)
+def test_batch_norm_counts_only_the_pass_at_the_perturbed_weights():
+    module = Automatic(nn.BatchNorm1d(8))
     fit(module)
-    net = network(batch_norm=True)
+    net = network(nn.BatchNorm1d(8))
     opt, schedule = optimizers(net)
-    for x, y in data():
+    for x, y in zip(*(t.split(4) for t in data())):
         opt.zero_grad()
-        with frozen_batch_norm(net):  # equal to 1e-9 with the README's loop
+        with frozen_batch_norm(net):
             F.cross_entropy(net(x), y).backward()
         opt.first_step(zero_grad=True)
         F.cross_entropy(net(x), y).backward()
@@ -168,24 +133,11 @@ def test_batch_norm_counts_the_pass_at_the_perturbed_weights_alone():
     assert module.net[1].num_batches_tracked == 8
 
 
-def test_mixed_precision_in_bfloat16(by_hand):
+def test_mixed_precision_in_bfloat16():
     module = Automatic().float()
     fit(module, precision="bf16-mixed")
-    net = network().float()
-    base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.StepLR(base, step_size=3, gamma=0.5)
-    for x, y in data():
-
-        def f(x: Tensor, y: Tensor) -> Tensor:
-            net.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = F.cross_entropy(net(x), y)
-            loss.backward()
-            return loss
-
-        by_hand(net.parameters(), partial(f, x.float(), y), base.step, GAMMA)
-        schedule.step()
-    assert_equal(module.net, net, rtol=1e-5, atol=1e-6)
+    expected, _ = train_by_hand(network().float(), autocast=torch.bfloat16)
+    assert_equal(module.net, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_fp16_is_refused_and_leaves_the_weights():
@@ -195,39 +147,17 @@ def test_fp16_is_refused_and_leaves_the_weights():
     module = Automatic()
     before = copy.deepcopy(module.state_dict())
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(RuntimeError, match=r"step\(\) without a closure would be a plain step"):
+    with pytest.raises(RuntimeError, match="plain step"):
         fit(module, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
-
-
-def test_fp16_by_manual_optimisation(by_hand):
-    from lightning.pytorch.plugins import MixedPrecision
-
-    class Half(Automatic):
-        automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            opt, (x, y) = self.optimizers(), batch
-            opt.zero_grad()
-            self.manual_backward(F.cross_entropy(self.net(x), y))
-            opt.optimizer.first_step(zero_grad=True)  # the loss scale cancels
-            self.manual_backward(F.cross_entropy(self.net(x), y))
-            opt.step()  # the scaler unscales, and skips on an overflow
-            self.lr_schedulers().step()
-
-    module = Half()
-    trainer = fit(module, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
-    # float64 data under autocast stay float64: what is compared is the scaler's protocol.
-    assert_equal(module.net, hand(by_hand)[0])
-    assert trainer.global_step == 8
+    assert_same_bits(module, before)
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_manual_optimisation_with_accumulation_is_the_big_batch(by_hand, batches):
-    """3 does not divide 8: the last update has two batches, and its own mean."""
+def test_manual_optimization_with_accumulation_is_the_large_batch(batches):
+    """3 does not divide 8: the last update has two batches."""
     module = Manual()
     trainer = fit(module, batch_size=4 * batches)
-    assert_equal(module.net, hand(by_hand, size=4 * batches)[0])
+    assert_equal(module.net, train_by_hand(batches=batches)[0])
     assert trainer.global_step == -(-8 // batches)
 
 
@@ -238,12 +168,13 @@ def test_automatic_accumulation_is_refused(clip):
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(RuntimeError, match="accumulate_grad_batches"):
         fit(module, accumulate_grad_batches=2, gradient_clip_val=clip)
-    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+    assert_same_bits(module, before)
 
 
 @pytest.mark.parametrize("last", ["second_step", "step"])
 @pytest.mark.parametrize("half", [False, True])
-def test_the_two_steps_through_lightnings_wrapper(by_hand, last, half):
+def test_the_two_steps_through_lightnings_wrapper(last, half):
+    """With a scaler, which skips an overflow: float64 data stay float64 under autocast."""
     from lightning.pytorch.plugins import MixedPrecision
 
     class TwoSteps(Automatic):
@@ -266,7 +197,7 @@ def test_the_two_steps_through_lightnings_wrapper(by_hand, last, half):
     scaler = torch.amp.GradScaler("cpu")
     plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if half else []
     trainer = fit(module, plugins=plugins)
-    assert_equal(module.net, hand(by_hand)[0])
+    assert_equal(module.net, train_by_hand()[0])
     assert trainer.global_step == 8
 
 
@@ -276,11 +207,10 @@ def test_a_run_resumed_equals_one_that_was_not_stopped(tmp_path: Path):
     trainer = fit(first, max_epochs=1)
     trainer.save_checkpoint(tmp_path / "1.ckpt")
     fit(second, max_epochs=3, ckpt_path=tmp_path / "1.ckpt")
-    for (n, a), b in zip(whole.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b), n
+    assert_same_bits(second, whole.state_dict())
 
 
-def test_callbacks_see_the_centre_and_a_start_condition_is_one():
+def test_callbacks_see_unperturbed_weights_and_a_start_condition_is_one():
     from lightning.pytorch.callbacks import Callback, EarlyStopping
 
     start, seen = StartWhen(epoch=1), []

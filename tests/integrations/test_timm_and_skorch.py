@@ -1,4 +1,4 @@
-"""timm's models and schedulers, and skorch's estimator, with AWP: equal to the loop by hand."""
+"""AWP with timm's models and schedulers and in skorch's estimator equals the loop by hand."""
 
 from __future__ import annotations
 
@@ -11,25 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from awp_optim import AWP, frozen_batch_norm
-
-GAMMA = 0.02
+from awp_optim import AWP
+from tests.integrations.toolbox import GAMMA, assert_equal, gradients, sgd, step_by_hand
 
 
-def passes(model: nn.Module, x: Tensor, y: Tensor, frozen: bool = False) -> Tensor:
-    model.zero_grad()
-    if frozen:
-        with frozen_batch_norm(model):
-            loss = F.cross_entropy(model(x), y)
-    else:
-        loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    return loss
-
-
-def test_a_timm_model_and_its_scheduler(by_hand):
+def test_a_timm_model_and_its_scheduler():
     """step_update sets the learning rate on AWP, which the base optimizer steps with."""
     timm = pytest.importorskip("timm")
     from timm.scheduler import create_scheduler_v2
@@ -40,7 +27,7 @@ def test_a_timm_model_and_its_scheduler(by_hand):
 
     model, hand = make(), make()
     opt = AWP(model.parameters(), torch.optim.SGD, gamma=GAMMA, lr=0.1, momentum=0.9)
-    base = torch.optim.SGD(hand.parameters(), lr=0.1, momentum=0.9)
+    base = sgd(hand)
     settings: dict[str, Any] = {
         "sched": "cosine", "num_epochs": 2, "warmup_epochs": 1, "step_on_epochs": False,
         "updates_per_epoch": 2, "warmup_lr": 1e-3,
@@ -50,13 +37,12 @@ def test_a_timm_model_and_its_scheduler(by_hand):
         schedules = [create_scheduler_v2(o, **settings)[0] for o in (opt, base)]
         x, y = torch.rand(3, 4, 3, 16, 16).double(), torch.randint(3, (3, 4))
         for i in range(3):
-            opt.step(partial(passes, model, x[i], y[i]))
-            by_hand(hand.parameters(), partial(passes, hand, x[i], y[i]), base.step, GAMMA)
+            opt.step(partial(gradients, model, x[i], y[i]))
+            step_by_hand(hand.parameters(), partial(gradients, hand, x[i], y[i]), base.step)
             for schedule in schedules:
                 schedule.step_update(i + 1)
             assert opt.base_optimizer.param_groups[0]["lr"] == base.param_groups[0]["lr"] != 0.1
-    for (n, a), b in zip(model.state_dict().items(), hand.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=lambda m, n=n: f"{n}: {m}")
+    assert_equal(model, hand, rtol=1e-6, atol=1e-9)
 
 
 class Net(nn.Module):
@@ -84,20 +70,19 @@ def classifier(**settings: Any) -> Any:
     )  # fmt: skip
 
 
-def test_skorch(by_hand):
-    """skorch hands step a closure that zeroes, computes and backpropagates: both passes are its."""
+def test_skorch():
+    """skorch calls step with a closure that zeroes, computes and backpropagates."""
     x, y = table()
     net = classifier().fit(x, y)
     hand = Net()
-    base = torch.optim.SGD(hand.parameters(), lr=0.1, momentum=0.9)
+    base = sgd(hand)
     losses = []
     for _ in range(2):
         for i in range(0, 20, 5):
             batch = torch.tensor(x[i : i + 5]), torch.tensor(y[i : i + 5])
-            f = partial(passes, hand, *batch)
-            losses.append(by_hand(hand.parameters(), f, base.step, GAMMA).item())
-    for a, b in zip(net.module_.parameters(), hand.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            f = partial(gradients, hand, *batch)
+            losses.append(step_by_hand(hand.parameters(), f, base.step).item())
+    assert_equal(net.module_, hand, rtol=1e-5, atol=1e-6)
     assert not net.optimizer_.is_perturbed
     assert net.history[:, "train_loss"] == pytest.approx(
         [sum(losses[:4]) / 4, sum(losses[4:]) / 4], rel=1e-5

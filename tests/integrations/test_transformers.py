@@ -1,4 +1,4 @@
-"""The Trainer with AWP against loops by hand over the same batches."""
+"""Hugging Face's Trainer with AWP equals loops by hand over the same batches."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from awp_optim import AWP
 from awp_optim.integrations import perturb_only
 from awp_optim.integrations.transformers import AWPArguments, AWPTrainerMixin
+from tests.integrations.toolbox import GAMMA, assert_same_bits, step_by_hand
+from tests.integrations.toolbox import assert_equal as assert_close
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 Trainer = transformers.Trainer
 
-GAMMA = 0.02
 SIZE = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -29,7 +30,7 @@ class AWPTrainer(AWPTrainerMixin, Trainer):
 
 
 class Watch(transformers.TrainerCallback):
-    """What Trainer logs, and whether the weights are home whenever somebody may look."""
+    """Records what Trainer logs; checks that a callback never sees perturbed weights."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -116,7 +117,6 @@ def trainer_of(
 
 
 def hand(
-    by_hand: Any,
     model: nn.Module,
     data: list[dict[str, Tensor]],
     accumulate: int,
@@ -163,7 +163,7 @@ def hand(
             batch = {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
             gamma = GAMMA if done >= start else 0.0
             if gamma:
-                loss = by_hand(
+                loss = step_by_hand(
                     model.parameters(),
                     partial(passes, batch),
                     update,
@@ -185,13 +185,12 @@ def decays(name: str) -> bool:
 
 
 def assert_equal(model: nn.Module, expected: nn.Module, atol: float = 1e-8) -> None:
-    for (n, a), b in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=lambda m, n=n: f"{n}: {m}")
+    assert_close(model, expected, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kind", ["classes", "language"])
-def test_the_trainer_equals_the_loop_by_hand(by_hand, tmp_path, kind, accumulate):
+def test_the_trainer_equals_the_loop_by_hand(tmp_path, kind, accumulate):
     """22 sequences in batches of 4: the last of an epoch has 2, and with 2 accumulated no partner
     of its size."""
     make, data = (bert, texts("class")) if kind == "classes" else (gpt2, texts("tokens"))
@@ -205,13 +204,13 @@ def test_the_trainer_equals_the_loop_by_hand(by_hand, tmp_path, kind, accumulate
         max_grad_norm=0.5,
     )
     trainer.train()
-    losses = hand(by_hand, expected, data, accumulate, clip=0.5)
+    losses = hand(expected, data, accumulate, clip=0.5)
     assert_equal(model, expected, atol=1e-8 if kind == "classes" else 1e-6)
     assert watch.losses == pytest.approx(losses, rel=1e-4)  # at w; Trainer keeps them in float32
     assert not trainer.awp.is_perturbed
 
 
-def test_chosen_names_a_start_and_two_ascents(by_hand, tmp_path):
+def test_chosen_names_a_start_and_two_ascents(tmp_path):
     model, expected, data = bert(), bert(), texts("class")
     settings = AWPArguments(
         gamma=GAMMA, perturb=["word_embeddings", "classifier"], start_epoch=1, ascent_steps=2
@@ -223,7 +222,7 @@ def test_chosen_names_a_start_and_two_ascents(by_hand, tmp_path):
         for n, p in expected.named_parameters()
         if n in ("bert.embeddings.word_embeddings.weight", "classifier.weight")
     }
-    hand(by_hand, expected, data, 2, lambda p: id(p) in chosen, start=3, ascent_steps=2)
+    hand(expected, data, 2, lambda p: id(p) in chosen, start=3, ascent_steps=2)
     assert_equal(model, expected)
     assert watch.gammas == [0.0] * 3 + [GAMMA] * 3
 
@@ -264,20 +263,19 @@ def test_a_run_resumed_equals_one_that_was_not_stopped(tmp_path, start):
         trainer.train(resume_from_checkpoint=str(checkpoint) if part == "resumed" else None)
         assert trainer.state.global_step == 6
         models.append(model)
-    for (n, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values()):
-        assert torch.equal(a, b), n
+    assert_same_bits(models[1], models[0].state_dict())
 
 
-def test_bfloat16(by_hand, tmp_path):
+def test_bfloat16(tmp_path):
     model, expected, data = bert().float(), bert().float(), texts("class")
     before = copy.deepcopy(expected.state_dict())
     trainer, watch = trainer_of(
         model, data, tmp_path, AWPArguments(gamma=GAMMA), bf16=True, num_train_epochs=1
     )
     trainer.train()
-    losses = hand(by_hand, expected, data, 1, epochs=1, autocast=True)
+    losses = hand(expected, data, 1, epochs=1, autocast=True)
     assert watch.losses == pytest.approx(losses, rel=1e-2)
-    # Rounding to 8 bits goes its own way, which Adam makes large: the whole is compared.
+    # Adam amplifies the rounding to 8 bits: the update as a whole is compared.
     names = [n for n in before if "key.bias" not in n]  # its gradient is rounding alone
     flat = [
         torch.cat([m[n].flatten() for n in names])
@@ -286,7 +284,7 @@ def test_bfloat16(by_hand, tmp_path):
     assert (flat[0] - flat[1]).norm() < 0.15 * (flat[1] - flat[2]).norm()
 
 
-def test_evaluation_and_checkpoints_see_the_centre(tmp_path):
+def test_evaluation_and_checkpoints_see_unperturbed_weights(tmp_path):
     """Evaluated in the middle of training and again from the file: the same loss."""
     seen = []
 
@@ -305,7 +303,7 @@ def test_evaluation_and_checkpoints_see_the_centre(tmp_path):
     assert again.evaluate()["eval_loss"] == pytest.approx(seen[0], rel=1e-6)
 
 
-def test_an_epoch_broken_off_within_an_update_leaves_the_centre(tmp_path):
+def test_an_epoch_that_ends_within_an_update_restores_the_weights(tmp_path):
     class Stop(transformers.TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):
             assert trainer.awp.is_perturbed
@@ -322,10 +320,10 @@ def test_an_epoch_broken_off_within_an_update_leaves_the_centre(tmp_path):
     )  # fmt: skip
     trainer.add_callback(Stop())
     trainer.train()
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert_same_bits(model, before)
 
 
-def test_an_exception_leaves_the_centre(tmp_path):
+def test_an_exception_restores_the_weights(tmp_path):
     class Fails(InOrder):
         calls = 0
 
@@ -341,10 +339,10 @@ def test_an_exception_leaves_the_centre(tmp_path):
     trainer, _ = trainer_of(model, texts("class"), tmp_path, AWPArguments(), cls=Fails)
     with pytest.raises(RuntimeError, match="here"):
         trainer.train()
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert_same_bits(model, before)
 
 
-def test_an_awp_of_ones_own(by_hand, tmp_path):
+def test_an_awp_of_ones_own(tmp_path):
     model, expected, data = gpt2(), gpt2(), texts("tokens", 8)
     own = AWP(perturb_only(model, "wte", gamma=GAMMA), torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.ConstantLR(own, 1.0)
@@ -364,11 +362,11 @@ def test_an_awp_of_ones_own(by_hand, tmp_path):
                 loss.backward()
                 return loss
 
-            by_hand(expected.parameters(), passes, base.step, GAMMA, 1, lambda p: p is wte)
+            step_by_hand(expected.parameters(), passes, base.step, GAMMA, 1, lambda p: p is wte)
     assert_equal(model, expected, atol=1e-6)
 
     both, _ = trainer_of(model, data, tmp_path, AWPArguments(), optimizers=(own, schedule))
-    with pytest.raises(ValueError, match="an AWP already"):
+    with pytest.raises(ValueError, match="AWP already"):
         both.train()
 
 
@@ -418,7 +416,7 @@ def test_arguments_are_read_from_a_command_line():
     )
 
 
-def test_training_again_goes_on_with_the_same_awp(tmp_path):
+def test_training_again_continues_with_the_same_awp(tmp_path):
     model = bert()
     trainer, _ = trainer_of(
         model, texts("class", 8), tmp_path, AWPArguments(gamma=GAMMA), num_train_epochs=1

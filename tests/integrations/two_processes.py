@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from awp_optim import AWP
 from awp_optim.integrations.transformers import AWPArguments, AWPTrainerMixin
-
-GAMMA = 0.02
+from tests.integrations.toolbox import GAMMA, data, network
 
 
 class Net(nn.Module):
@@ -22,18 +21,14 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+        self.layers = network()
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(self.layers(x), labels)}
 
 
 def rows() -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(48, 6, generator=generator, dtype=torch.float64)
-    y = torch.randint(5, (48,), generator=generator)
-    return [{"x": a, "labels": b} for a, b in zip(x, y)]
+    return [{"x": x, "labels": y} for x, y in zip(*data(batches=12))]
 
 
 def by_trainer(folder: str) -> Net:
@@ -51,7 +46,7 @@ def by_trainer(folder: str) -> Net:
         dataloader_pin_memory=False, ddp_backend="gloo",
     )  # fmt: skip
     net = Net()
-    # From the second update on: the first has to tell the loss.
+    # Starts at the second update, after the first one has given a loss.
     awp = AWPArguments(gamma=GAMMA, start_loss_below=100.0)
     AWPTrainer(net, args, train_dataset=rows(), awp=awp).train()
     return net

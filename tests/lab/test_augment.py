@@ -78,28 +78,32 @@ def test_channels_move_together():
     assert torch.equal(out, out[:, :1].expand_as(out))
 
 
-def test_padding_zero_is_the_identity_but_for_flips():
+def test_padding_zero_is_the_identity_except_for_flips():
     x = torch.rand(200, 3, 4, 6)
-    assert torch.equal(random_crop_flip(x, padding=0, flip=False), x)
+    assert torch.equal(random_crop_flip(x, padding=0, flip=False).zero_(), torch.zeros_like(x))
+    assert x.any()  # the input is not changed
     out = random_crop_flip(x, padding=0, generator=torch.Generator().manual_seed(0))
     same = (out == x).flatten(1).all(1)
     mirrored = (out == x.flip(-1)).flatten(1).all(1)
     assert (same ^ mirrored).all()
     assert 70 < mirrored.sum() < 130
+    assert torch.equal(random_crop_flip(x, padding=0, flip=False), x)
 
 
-def test_the_generator_alone_decides():
+@pytest.mark.parametrize("augment", [random_crop_flip, cutout])
+def test_the_generator_alone_decides(augment):
     x = torch.rand(32, 3, 8, 8)
-    draw = [random_crop_flip(x, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    draw = [augment(x, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
     assert torch.equal(draw[0], draw[1])
     assert not torch.equal(draw[0], draw[2])
     # Two calls with one generator differ, and the global state is neither used nor moved.
     before = torch.get_rng_state()
     generator = torch.Generator().manual_seed(3)
-    first, second = (random_crop_flip(x, generator=generator) for _ in range(2))
+    first, second = (augment(x, generator=generator) for _ in range(2))
     assert torch.equal(first, draw[0])
     assert not torch.equal(first, second)
     assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(augment(x), x)  # with the global state it works too
 
 
 def test_without_flip_the_offsets_are_the_same():
@@ -114,35 +118,43 @@ def test_without_flip_the_offsets_are_the_same():
     assert generators[0].get_state().equal(generators[1].get_state())
 
 
-def test_the_input_is_left_alone():
-    x = torch.rand(4, 3, 8, 8)
-    copy = x.clone()
-    out = random_crop_flip(x, padding=0, flip=False)
-    out.zero_()
-    assert torch.equal(x, copy)
-
-
-def test_bad_input():
-    with pytest.raises(ValueError, match=r"\(N, C, H, W\), not \(3, 8, 8\)"):
-        random_crop_flip(torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match="padding must be 0 or more, not -1"):
-        random_crop_flip(torch.zeros(1, 3, 8, 8), padding=-1)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: random_crop_flip(torch.zeros(3, 8, 8)), r"\(N, C, H, W\), not \(3, 8, 8\)"),
+        (lambda: random_crop_flip(torch.zeros(1, 3, 8, 8), padding=-1), "padding .* not -1"),
+        (lambda: cutout(torch.zeros(3, 8, 8)), r"\(N, C, H, W\), not \(3, 8, 8\)"),
+        (lambda: cutout(torch.zeros(1, 3, 8, 8), length=0), "length .* not 0"),
+        (lambda: mixup(torch.zeros(4, 1, dtype=torch.uint8), torch.arange(4), 4), "use x.float"),
+        (lambda: mixup(torch.zeros(4, 1), torch.zeros(4), 4), r"y must be int64 of shape \(4,\)"),
+        (lambda: mixup(torch.zeros(4, 1), torch.arange(3), 4), r"y must be int64 .* \(3,\)"),
+        (lambda: mixup(torch.zeros(4, 1), torch.arange(4), 4, alpha=0), "alpha must be above 0"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("on_device", [True, False])
 def test_cuda_without_synchronization(on_device):
-    x = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    x = torch.rand(64, 3, 32, 32, device="cuda")
+    y = torch.arange(64, device="cuda") % 10
     generator = torch.Generator("cuda" if on_device else "cpu").manual_seed(0)
-    random_crop_flip(x, generator=generator)
+
+    def augment():
+        images = cutout(random_crop_flip(x, generator=generator), generator=generator)
+        return mixup(images, y, 10, generator=generator)
+
+    augment()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = random_crop_flip(x, generator=generator)
+        mixed, labels = augment()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert out.device == x.device
-    assert out.dtype == x.dtype
+    assert mixed.device == labels.device == x.device
 
 
 # --- cutout -----------------------------------------------------------------------------------
@@ -199,27 +211,6 @@ def test_every_center_is_as_likely(dtype):
     assert ((out[:, 0] == 0).flatten(1).sum(1) == 1).all()
     counts = (out[:, 0] == 0).sum(0)  # expected: 400 each, deviation 20
     assert (counts - 400).abs().max() < 90
-
-
-def test_cutout_generator_alone_decides():
-    x = torch.ones(32, 1, 8, 8)
-    draw = [cutout(x, 3, torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
-    assert torch.equal(draw[0], draw[1])
-    assert not torch.equal(draw[0], draw[2])
-    before = torch.get_rng_state()
-    generator = torch.Generator().manual_seed(3)
-    first, second = (cutout(x, 3, generator) for _ in range(2))
-    assert torch.equal(first, draw[0])
-    assert not torch.equal(first, second)
-    assert torch.equal(before, torch.get_rng_state())
-    assert not torch.equal(cutout(x, 3), x)  # with the global state it works too
-
-
-def test_cutout_bad_input():
-    with pytest.raises(ValueError, match=r"\(N, C, H, W\), not \(3, 8, 8\)"):
-        cutout(torch.zeros(3, 8, 8))
-    with pytest.raises(ValueError, match="length must be 1 or more, not 0"):
-        cutout(torch.zeros(1, 3, 8, 8), length=0)
 
 
 # --- mixup ------------------------------------------------------------------------------------
@@ -332,31 +323,3 @@ def test_mixup_is_repeatable():
     for _ in range(2):
         torch.randperm(16, generator=plain)
     assert torch.equal(generator.get_state(), plain.get_state())
-
-
-def test_mixup_bad_input():
-    x, y = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"x must be floating-point, not torch.uint8: use x.float"):
-        mixup(x.to(torch.uint8), y, 3)
-    with pytest.raises(ValueError, match=r"y must be int64 of shape \(4,\)"):
-        mixup(x, y.float(), 3)
-    with pytest.raises(ValueError, match=r"y must be int64 of shape \(4,\), not .* \(3,\)"):
-        mixup(x, y[:3], 3)
-    with pytest.raises(ValueError, match="alpha must be above 0, not 0"):
-        mixup(x, y, 3, alpha=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("on_device", [True, False])
-def test_cutout_and_mixup_on_cuda_without_synchronization(on_device):
-    x = torch.rand(64, 3, 32, 32, device="cuda")
-    y = torch.arange(64, device="cuda") % 10
-    generator = torch.Generator("cuda" if on_device else "cpu").manual_seed(0)
-    mixup(cutout(x, generator=generator), y, 10, generator=generator)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        mixed, labels = mixup(cutout(x, generator=generator), y, 10, generator=generator)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert mixed.device == labels.device == x.device

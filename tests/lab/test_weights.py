@@ -273,34 +273,21 @@ class TestInitialize:
 
     def test_other_precisions(self):
         source, model = network(1), network(2)
-        initialize(model, {name: t.double() for name, t in source.state_dict().items()})
-        equal(model.state_dict(), source.state_dict())
         initialize(model, {name: t.half() for name, t in source.state_dict().items()})
         assert model.conv1.weight.dtype == torch.float32
         assert torch.equal(model.conv1.weight, source.conv1.weight.half().float())
 
-    def test_statistics_come_with_the_weights(self):
-        model = network(2, mean=(0.1,), std=(0.2,))
-        source = network(1)
-        initialize(model, source.state_dict())
-        assert torch.equal(model.normalize.mean, source.normalize.mean)
-        # Published weights have none: the network was normalized outside.
-        model = network(2)
-        built = state_of(model)
-        published = {k: v for k, v in source.state_dict().items() if "normalize" not in k}
-        initialize(model, published)
-        assert torch.equal(model.normalize.mean, built["normalize.mean"])
-        assert torch.equal(model.normalize.std, built["normalize.std"])
-        assert torch.equal(model.conv1.weight, source.conv1.weight)
-
-    def test_counters_may_be_missing(self):
-        """Those of before torch 0.4.1 have none."""
+    def test_statistics_and_counters_may_be_missing(self):
+        """A network that was normalized outside has no statistics; old ones have no counters."""
         source, model = network(1), network(2)
         built = state_of(model)
-        old = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
-        initialize(model, old)
-        assert torch.equal(model.bn.num_batches_tracked, built["bn.num_batches_tracked"])
-        assert torch.equal(model.bn.running_var, source.bn.running_var)
+        given = {
+            name: tensor for name, tensor in source.state_dict().items()
+            if "normalize" not in name and "num_batches" not in name
+        }  # fmt: skip
+        initialize(model, given)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, given[name] if name in given else built[name])
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -351,10 +338,6 @@ class TestInitialize:
             source.linear.bias[0] = float("nan")
         with pytest.raises(ValueError, match=r"1 not finite: linear\.bias"):
             initialize(model, source.state_dict())
-
-    def test_another_architecture(self):
-        with pytest.raises(ValueError, match=r"\d+ missing.*unexpected.*of another shape: conv1"):
-            initialize(network(), WideResNet(10, 1).state_dict())
 
     def test_only_the_last_layer_is_a_head(self):
         def mlp(hidden, classes):

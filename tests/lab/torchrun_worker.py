@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 --max-restarts 1 torchrun_worker.py FOLDER
 
-It is in float64, where rounding does not turn the sign of a gradient, and continues the runs that
-it finds in FOLDER. The run "killed" is ended by the death of a rank; then, started again, by a
-signal to one. What each rank saw is in FOLDER/rank0.pt and so on. In between it is ``awp train``,
-and at the end ``awp train`` in the same folder again, which is refused.
+It is in float64, where rounding does not turn the sign of a gradient, and goes on with the runs it
+finds in FOLDER. The run "killed" is broken off by the death of a rank; then, started again, by a
+signal to one. What each rank saw is in FOLDER/rank0.pt and so on. In between it is awp train, and
+at the end awp train without an option that it needs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from awp_optim import AWP
 from awp_optim.lab import tensorboard, trainer, training_set
 from awp_optim.lab.augment import mixup
-from awp_optim.lab.commands.train import main
+from awp_optim.lab.commands.ending import sentences
+from awp_optim.lab.commands.train import main as train_command
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.interrupt import graceful_stop
@@ -154,14 +155,11 @@ def ask(done: int, steps: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def command(ranks: Job) -> None:
-    """What ``awp train`` does on these ranks."""
+def command(ranks: Job, *arguments: str) -> None:
+    """``awp train`` on these ranks."""
     small = ("--dataset", "digits", "--arch", "preact_resnet_small", "--limit", "64")
     quick = ("--epochs", "2", "--train-steps", "1", "--test-steps", "1", "--eval-every", "2")
-    try:
-        main([*small, *quick, "--out", str(FOLDER / "command")], ranks)
-    except FileExistsError as error:
-        sys.exit(f"error: {error}")
+    train_command([*small, *quick, "--out", str(FOLDER / "command"), *arguments], ranks)
 
 
 if __name__ == "__main__":
@@ -182,4 +180,5 @@ if __name__ == "__main__":
         with graceful_stop(lambda text: None, echo=5) as request:
             train("killed", FOLDER, on_step=ask, stop=request)
         print(json.dumps({"statuses": ranks.gather(request.exit_status)}))
-        command(ranks)
+        with sentences():
+            command(ranks, "--method", "pretrain", "--resume")

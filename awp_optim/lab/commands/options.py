@@ -14,8 +14,8 @@ from typing import Annotated, Any, TypeVar, Union, get_args
 
 import torch
 import tyro
-from matplotlib.backend_bases import FigureCanvasBase
 from rich.console import Console
+from rich.table import Table
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from awp_optim._utils.io import atomic_write
@@ -28,12 +28,13 @@ __all__ = [
     "Flag",
     "Number",
     "Positive",
-    "check_picture",
+    "check_writable",
     "default_device",
     "number",
     "one_of",
     "parse",
     "peek",
+    "print_table",
     "terminal",
     "write",
     "writing",
@@ -177,13 +178,34 @@ def terminal() -> Console:
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
-def check_picture(path: Path) -> None:
-    """Raise an error for a file that matplotlib could not write, before there is what to draw."""
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
-        raise ValueError(f"{path}: the picture must be a file of type {', '.join(sorted(known))}")
-    with writing(path), TemporaryFile(dir=path.parent):
-        pass
+def print_table(
+    console: Console, cells: Sequence[Sequence[str]], title: str | None = None, bold: str = ""
+) -> None:
+    """Print a table of names and numbers.
+
+    Args:
+        console: where to print it.
+        cells: row by row; the first row is the head.
+        title: what stands above it.
+        bold: the name of the row to emphasize.
+    """
+    head, *rows = cells
+    table = Table(title=title)
+    for i, column in enumerate(head):
+        # On a narrow terminal only the head is broken.
+        widest = max((len(row[i]) for row in rows), default=0)
+        table.add_column(column, justify="right" if i else "left", min_width=widest)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == bold else None)
+    console.print(table)
+
+
+def check_writable(path: Path) -> None:
+    """Raise an OSError for a file that cannot be written, before there is what to write."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
 
 
 @contextmanager

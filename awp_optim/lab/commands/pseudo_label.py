@@ -9,19 +9,26 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from awp_optim.lab.commands.options import Device, Number, Positive, default_device, parse, terminal
+from awp_optim.lab.commands.options import (
+    Device,
+    Number,
+    Positive,
+    check_writable,
+    default_device,
+    parse,
+    print_table,
+    terminal,
+)
 from awp_optim.lab.job import Job
 from awp_optim.lab.loading import from_checkpoint, from_function
-from awp_optim.lab.progress import step_bars
+from awp_optim.lab.progress import StepBar, step_bars
 from awp_optim.lab.pseudo import (
     PseudoLabeled,
     classify,
     confident,
     load_images,
-    load_labels,
     save_pseudo_labeled,
 )
 
@@ -29,9 +36,10 @@ __all__ = ["Options", "main"]
 
 HELP = """Label images with a classifier, for robust self-training (RST, Carmon et al., 2019).
 
-Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If the file
-holds labels as well (y), the share that agrees is printed. The classifier is a checkpoint of awp train, a state dict with --arch, or what a
-function of your own returns (--model MODULE:FUNCTION: this runs that code).
+Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If the
+file holds labels as well (y), the share that agrees is printed. The classifier is a checkpoint of
+awp train, a state dict with --arch, or what a function of your own returns (--model
+MODULE:FUNCTION: this runs that code).
 """
 
 CLASSIFIER = tyro.conf.create_mutex_group(required=True, title="classifier")
@@ -71,16 +79,19 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     """Label images as the command line says."""
     options = parse(Options, arguments, "awp pseudo-label", HELP)
     given = None if options.model is None else from_function(options.model)
-    x, truth = load_images(options.images), load_labels(options.images)
-    if truth is not None and len(truth) != len(x):
-        raise ValueError(f"{options.images} has {len(x)} images and {len(truth)} labels")
+    x, truth = load_images(options.images)
     model = _classifier(options, x.shape[1]) if given is None else given
+    check_writable(options.out)
     console = terminal()
     y, confidence = _classify(options, model.to(options.device), x, console)
     kept = confident(confidence, options.min_confidence)
     labeled = PseudoLabeled(x[kept], y[kept])
     save_pseudo_labeled(labeled, options.out)
-    _report(console, labeled)
+    counts = [
+        [str(label), str(n), f"{n / len(labeled):.1%}"]
+        for label, n in enumerate(labeled.y.bincount().tolist())
+    ]
+    print_table(console, [["label", "images", "share"], *counts], "Images by label")
     shape = "x".join(map(str, x.shape[1:]))
     console.out(
         f"{len(x)} images of {shape}, {len(labeled)} kept ({len(labeled) / len(x):.2%}), with a "
@@ -105,18 +116,5 @@ def _classify(
     options: Options, model: nn.Module, x: Tensor, console: Console
 ) -> tuple[Tensor, Tensor]:
     with step_bars(console) as progress:
-        bar = progress.add_task(options.images.name, total=None)
-
-        def on_step(done: int, steps: int) -> None:
-            progress.update(bar, completed=done, total=steps)
-
-        return classify(model, x, options.batch_size, on_step=on_step)
-
-
-def _report(console: Console, labeled: PseudoLabeled) -> None:
-    table = Table(title="Images by label")
-    for column in ("label", "images", "share"):
-        table.add_column(column, justify="right")
-    for label, n in enumerate(labeled.y.bincount().tolist()):
-        table.add_row(str(label), str(n), f"{n / len(labeled):.1%}")
-    console.print(table)
+        bar = StepBar(progress, options.images.name)
+        return classify(model, x, options.batch_size, on_step=bar)

@@ -89,9 +89,13 @@ def _tree(root: Path, size: int | None) -> ImageFolder:
     resize = [] if size is None else [v2.Resize((size, size))]
     transform = v2.Compose([*resize, v2.PILToTensor()])
     try:
-        return ImageFolder(str(root), transform=transform, loader=_open)
+        tree = ImageFolder(str(root), transform=transform, loader=_open)
     except FileNotFoundError as error:
         raise ValueError(f"{root}: {error} (the layout is {LAYOUT})") from error
+    for file, _ in tree.samples:  # else path/train/<class>/ alone would be one class, train
+        if Path(file).parent.parent != root:
+            raise ValueError(f"{file} is too deep in {root} (the layout is {LAYOUT})")
+    return tree
 
 
 def _check_same_classes(root: Path, train: ImageFolder, test: ImageFolder) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["ImageData", "check_images", "check_labels", "draw"]
+__all__ = ["ImageData", "check_images", "check_labels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +62,13 @@ class ImageData:
     def limit(self, n_train: int | None, n_test: int | None = None, seed: int = 0) -> ImageData:
         """A random subset: the first n images of a seeded permutation, in that order.
 
-        With one seed, a smaller subset is the beginning of a larger one. Classes are balanced only
-        on average. ``mean`` and ``std`` are kept.
+        With one seed, a smaller subset is the beginning of a larger one, on any device. Classes are
+        balanced only on average. ``mean`` and ``std`` are kept.
 
         Args:
             n_train: Number of training images to keep; None keeps all of them in their order.
             n_test: Number of test images to keep, likewise.
-            seed: Seed of both permutations, which do not depend on the device.
+            seed: Seed of both permutations.
 
         Raises:
             ValueError: A number is below 1 or above the number of images.
@@ -77,7 +77,7 @@ class ImageData:
         for part, n in (("train", n_train), ("test", n_test)):
             if n is not None:
                 x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
-                index = draw(f"n_{part}", n, x, len(x), seed)[0]
+                index = _draw(f"n_{part}", n, x, len(x), seed)[0]
                 kept |= {f"x_{part}": x[index], f"y_{part}": y[index]}
         return replace(self, **kept)  # type: ignore[arg-type]
 
@@ -86,12 +86,8 @@ class ImageData:
 
             data, (x_val, y_val) = data.split(1000)
 
-        The images held out are those of ``limit(n, seed=seed)``. Both sides keep the original
-        order. ``mean`` and ``std`` are kept.
-
-        Args:
-            n: Number of images to hold out.
-            seed: Seed of the draw, which does not depend on the device.
+        They are the images of ``limit(n, seed=seed)``, but both sides keep the original order.
+        ``mean`` and ``std`` are kept.
 
         Returns:
             The data without these images; these images and their labels.
@@ -100,7 +96,7 @@ class ImageData:
             ValueError: Nothing would be held out, or nothing would be left to train on.
         """
         x, y = self.x_train, self.y_train
-        out, rest = (i.sort().values for i in draw("n", n, x, len(x) - 1, seed))
+        out, rest = (i.sort().values for i in _draw("n", n, x, len(x) - 1, seed))
         return replace(self, x_train=x[rest], y_train=y[rest]), (x[out], y[out])
 
     def with_statistics(self) -> ImageData:
@@ -148,7 +144,7 @@ def check_labels(name: str, y: Tensor, n: int, num_classes: int | None = None) -
         raise ValueError(f"{name} must hold labels from 0{below}, not {least} to {most}")
 
 
-def draw(name: str, n: int, x: Tensor, most: int, seed: int) -> tuple[Tensor, Tensor]:
+def _draw(name: str, n: int, x: Tensor, most: int, seed: int) -> tuple[Tensor, Tensor]:
     """The first n indices of a seeded permutation of ``x``, and the others, on its device.
 
     The permutation is drawn on the CPU, so it does not depend on the device.

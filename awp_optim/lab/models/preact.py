@@ -94,11 +94,8 @@ class PreActResNet(nn.Module):
             ``expansion`` of the block, and every stage but the first halves height and width.
         width: Channels of the stem and, times ``expansion``, of the first stage.
         block: :class:`PreActBlock` or :class:`PreActBottleneck`.
-        num_classes, in_channels, mean, std: As in :func:`~awp_optim.lab.models.build_model`.
-        activation: The activation of all blocks and before the pooling.
-
-    Raises:
-        ValueError: A size is below 1, or ``mean`` and ``std`` do not fit ``in_channels``.
+        num_classes, in_channels, mean, std, activation: As in
+            :func:`~awp_optim.lab.models.build_model`.
     """
 
     def __init__(

@@ -28,11 +28,8 @@ class VGG(nn.Module):
             Stage i has ``width * 2**i`` channels, at most ``8 * width``, and ends with a 2x2
             max-pool, which keeps the last row and column of odd sizes.
         width: Channels of the first stage.
-        num_classes, in_channels, mean, std: As in :func:`~awp_optim.lab.models.build_model`.
-        activation: The activation after each BN.
-
-    Raises:
-        ValueError: A size is below 1, or ``mean`` and ``std`` do not fit ``in_channels``.
+        num_classes, in_channels, mean, std, activation: As in
+            :func:`~awp_optim.lab.models.build_model`.
     """
 
     def __init__(

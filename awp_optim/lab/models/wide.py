@@ -66,13 +66,8 @@ class WideResNet(nn.Module):
             stages of n blocks.
         width: k; the stages have 16k, 32k and 64k channels, and the second and third halve height
             and width.
-        num_classes, in_channels, mean, std: As in :func:`~awp_optim.lab.models.build_model`.
-        activation: The activation of all blocks and before the pooling. The initialization is
-            ReLU's throughout.
-
-    Raises:
-        ValueError: ``depth`` is not 6n + 4, a size is below 1, or ``mean`` and ``std`` do not fit
-            ``in_channels``.
+        num_classes, in_channels, mean, std, activation: As in
+            :func:`~awp_optim.lab.models.build_model`.
     """
 
     def __init__(

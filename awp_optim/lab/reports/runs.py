@@ -91,16 +91,18 @@ class Run:
         name = self.about.get("dataset")
         if not isinstance(name, str) or name not in DATASETS:
             raise ValueError(f"{self.path}: its data set, {name!r}, cannot be loaded by its name")
-        counts = {key: self.about.get(key) for key in ("train_images", "test_images")}
-        for key, count in counts.items():
-            if type(count) is not int or count < 1:
-                file = self.path / "config.json"
-                raise ValueError(f"{file}: {key} must be a number of images, got {count!r}")
         data = load(name, data_dir)
-        # --limit took a random subset; a full data set keeps its order.
-        totals = {"train_images": len(data.x_train), "test_images": len(data.x_test)}
-        n_train, n_test = (None if counts[key] == totals[key] else counts[key] for key in totals)
+        n_train = self._count("train_images", len(data.x_train))
+        n_test = self._count("test_images", len(data.x_test))
         return data.limit(n_train, n_test)
+
+    def _count(self, key: str, total: int) -> int | None:
+        """How many images ``--limit`` took at random; None for all of them, in their order."""
+        count = self.about.get(key)
+        if type(count) is not int or not 1 <= count <= total:
+            file = self.path / "config.json"
+            raise ValueError(f"{file}: {key} must be from 1 to {total}, got {count!r}")
+        return None if count == total else count
 
 
 Groups = Mapping[str, list[Run]]

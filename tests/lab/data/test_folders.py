@@ -121,7 +121,9 @@ def test_bad_trees(root):
         load_folder(root / "none")
     with pytest.raises(ValueError, match="layout is path/train"):
         load_folder(root)
-    put_images(root / "train" / "a", noise(1, 4, 4))
+    put_images(root / "train" / "a", noise(1, 4, 4))  # without a test part
+    with pytest.raises(ValueError, match=r"000\.png is too deep in .*pets .*layout is path/train"):
+        load_folder(root)
     (root / "test" / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match="classes a"):
         load_folder(root)

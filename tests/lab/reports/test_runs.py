@@ -145,9 +145,9 @@ def test_a_damaged_config_is_named(content, tmp_path):
     [
         ({"dataset": "mine"}, "by its name"),
         ({"dataset": ["digits"]}, "by its name"),
-        ({"train_images": None}, "train_images must be a number of images"),
-        ({"train_images": "450"}, "train_images must be a number of images"),
-        ({"test_images": 0}, "test_images must be a number of images"),
+        ({"train_images": None}, "train_images must be"),
+        ({"train_images": "450"}, "train_images must be"),
+        ({"test_images": 10**6}, "test_images must be"),
     ],
 )
 def test_images_that_cannot_be_loaded_again(about, why, tmp_path):

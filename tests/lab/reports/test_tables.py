@@ -20,7 +20,6 @@ from awp_optim.lab.reports.tables import (
     per_attack,
     per_example,
     radius,
-    title,
 )
 
 
@@ -51,14 +50,6 @@ def test_attacks_that_skip_what_is_broken_are_in_the_order_run():
     head, _, accuracies, _ = as_markdown(evaluation(skip_broken=True)).splitlines()
     assert head == "|  | Natural | own | PGD-100 | FGSM | worst case |"
     assert accuracies == "| accuracy | 90.00 | 30.00 | 30.00 | 30.00 | 30.00 |"
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("pgdx", "pgdx"), ("autoattack-plus", "AA-plus"), ("autoattack/square", "AA/square")],
-)
-def test_titles(name, expected):
-    assert title(name) == expected
 
 
 @pytest.mark.parametrize(

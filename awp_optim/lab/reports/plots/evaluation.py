@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from awp_optim.lab.reports.plots.style import MARKERS, MAX_PAIRS, colored, picture
+from awp_optim.lab.reports.plots.style import MARKERS, MAX_PAIRS, picture, with_colors
 from awp_optim.lab.reports.tables import radius
 
 __all__ = ["accuracy_by_radius", "adversarial_images"]
@@ -28,7 +28,7 @@ def accuracy_by_radius(
     """
     with picture(path, title, 6.4, 4.2) as figure:
         axes = figure.subplots()
-        for i, (color, (label, points)) in enumerate(colored(accuracies, MAX_PAIRS)):
+        for i, (color, label, points) in enumerate(with_colors(accuracies, MAX_PAIRS)):
             radii = sorted(points)
             percent = [100 * points[eps] for eps in radii]
             axes.plot(radii, percent, color=color, label=label, marker=MARKERS[i])

@@ -20,11 +20,11 @@ from awp_optim.lab.reports.plots.style import (
     Array,
     band,
     by_epoch,
-    colored,
     error_bars,
     mean_and_deviation,
     note,
     picture,
+    with_colors,
 )
 from awp_optim.lab.reports.summary import Runs, values_of
 from awp_optim.lab.run_folder import Row, best
@@ -62,7 +62,7 @@ def landscapes(
     """
     with picture(path, title, 11, 4.4) as figure:
         accuracies, axes = figure.subplots(1, 2)
-        for i, (color, (label, of_label)) in enumerate(colored(curves)):
+        for i, (color, label, of_label) in enumerate(with_colors(curves)):
             alphas, losses = _losses(of_label)
             band(axes, alphas, losses, color, label, marker=MARKERS[i])
             if len(curves) <= MAX_PAIRS:
@@ -117,7 +117,7 @@ def directions(curves: Mapping[str, LossCurve], path: Path | str, title: str = "
     """How much a landscape depends on the random direction: a thin line for each (Figure 5)."""
     with picture(path, title, 7, 4.4) as figure:
         axes = figure.subplots()
-        for color, (label, curve) in colored(curves):
+        for color, label, curve in with_colors(curves):
             alphas, losses = _losses([curve])
             axes.plot(alphas, losses.T, color=color, linewidth=0.7, alpha=0.5)
             count = "1 direction" if len(losses) == 1 else f"{len(losses)} directions"
@@ -134,7 +134,7 @@ def perturbed_weights(curves: Mapping[str, LossCurve], path: Path | str, title: 
     """
     with picture(path, title, 7, 4.4) as figure:
         axes = figure.subplots()
-        for i, (color, (label, curve)) in enumerate(colored(curves)):
+        for i, (color, label, curve) in enumerate(with_colors(curves)):
             gammas, losses = _losses([curve])
             if not (gammas > 0).any():
                 raise ValueError(f"{label} has no gamma above 0")
@@ -162,7 +162,7 @@ def weight_histograms(
     edges = np.linspace(-reach, reach, 81)
     with picture(path, title, 7, 4.4) as figure:
         axes = figure.subplots()
-        for color, (label, values) in colored(pooled):
+        for color, label, values in with_colors(pooled):
             density, _ = np.histogram(values.clip(-reach, reach), edges, density=True)
             about = f"standard deviation {values.std():.3g}, largest {np.abs(values).max():.3g}"
             axes.stairs(density, edges, color=color, linewidth=1.4, label=f"{label}: {about}")
@@ -198,7 +198,7 @@ def on_the_fly(curves: Mapping[str, LossCurve], path: Path | str, title: str = "
     """
     with picture(path, title, 7, 4.4) as figure:
         axes = figure.subplots()
-        for i, (color, (label, curve)) in enumerate(colored(curves)):
+        for i, (color, label, curve) in enumerate(with_colors(curves)):
             alphas, losses = _losses([curve])
             mean = losses.mean(0)
             # An upper bound for the mean over directions, which share their examples.
@@ -287,12 +287,12 @@ def _learning_curve(axes: Axes, rows: Sequence[Row], best_epoch: int) -> None:
 
 def _accuracy_bars(axes: Axes, runs: Mapping[str, Runs]) -> None:
     """Last robust accuracy on training and test images, and the gap between them."""
-    for i, (color, (_, seeds)) in enumerate(colored(runs)):
-        samples = {name: values_of(seeds, name) for name in (TRAIN, TEST)}
+    for i, (color, _, seeds) in enumerate(with_colors(runs)):
+        top = 0.0
         for x, name, alpha in ((i - 0.2, TRAIN, 0.35), (i + 0.2, TEST, 0.9)):
-            axes.bar(x, np.mean(samples[name]), 0.38, color=color, alpha=alpha)
-            error_bars(axes, [x], [samples[name]], color="black")
-        top = max(sum(mean_and_deviation(sample)) for sample in samples.values())
+            mean, deviation = mean_and_deviation(values_of(seeds, name))
+            axes.bar(x, mean, 0.38, yerr=deviation or None, color=color, alpha=alpha)
+            top = max(top, mean + deviation)
         gap = f"gap {np.mean(values_of(seeds, GAP)):.1f}"
         place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
         axes.annotate(gap, (i, top), (0, 4), **place)

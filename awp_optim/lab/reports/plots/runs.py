@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,10 +19,10 @@ from awp_optim.lab.reports.plots.style import (
     Array,
     band,
     by_epoch,
-    colored,
     error_bars,
     mean_and_deviation,
     picture,
+    with_colors,
 )
 from awp_optim.lab.reports.summary import Runs, values_of
 
@@ -40,7 +40,7 @@ def learning_curves(runs: Mapping[str, Runs], path: Path | str, title: str = "")
     """Robust accuracy and its generalization gap by epoch, for at most 4 labels (Figure 1)."""
     with picture(path, title, 10, 4 + 0.2 * len(runs)) as figure:
         robust, gap = figure.subplots(1, 2)
-        for color, (label, seeds) in colored(runs, MAX_PAIRS):
+        for color, label, seeds in with_colors(runs, MAX_PAIRS):
             _train_and_test(robust, seeds, color, label)
             epochs, train, test = robust_curves(seeds)
             band(gap, epochs, train - test, color, label)
@@ -67,7 +67,7 @@ def curve_panels(
     with picture(path, title, max(6, 1 + 2.6 * columns), 0.8 + 2.4 * rows) as figure:
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for i, (axes, (name, runs)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-            for color, (label, seeds) in colored(runs, MAX_PAIRS):
+            for color, label, seeds in with_colors(runs, MAX_PAIRS):
                 _train_and_test(axes, seeds, color, label)
             axes.set_title(name)
             by_epoch(axes)
@@ -121,12 +121,12 @@ def perturbation_sizes(sizes: Sizes, path: Path | str, title: str = "") -> None:
 def robust_curves(seeds: Runs) -> tuple[list[float], Array, Array]:
     """The epochs evaluated; robust accuracies in % on training and test images, (runs, epochs)."""
     evaluated = [[row for row in rows if "test_robust_acc" in row] for rows in seeds]
-    train, test = (
-        100
-        * np.array([[row.get(f"{part}_robust_acc", np.nan) for row in rows] for rows in evaluated])
-        for part in ("train", "test")
-    )
-    return [row["epoch"] + 1 for row in evaluated[0]], train, test
+
+    def percent(name: str) -> Array:
+        return 100 * np.array([[row.get(name, np.nan) for row in rows] for rows in evaluated])
+
+    epochs = [row["epoch"] + 1 for row in evaluated[0]]
+    return epochs, percent("train_robust_acc"), percent("test_robust_acc")
 
 
 def _train_and_test(axes: Axes, seeds: Runs, color: str, label: str) -> None:
@@ -142,23 +142,20 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 
 def _cost_bars(axes: Axes, strategies: Mapping[str, Mapping[str, tuple[Runs, float]]]) -> None:
     """A group of bars for each setting: best robust test accuracy, labeled with the cost."""
-    x, ticks, tops, bottoms = 0.0, {}, [], []
-    for color, (setting, values) in colored(strategies, MAX_PAIRS):
+    x, ticks, ends = 0.0, {}, []
+    for color, setting, values in with_colors(strategies, MAX_PAIRS):
         for name, (seeds, cost) in values.items():
-            accuracies = values_of(seeds, "robust, best")
-            mean, deviation = mean_and_deviation(accuracies)
-            axes.bar(x, mean, 0.8, color=color, alpha=0.75)
-            error_bars(axes, [x], [accuracies], color="black", capsize=3)
-            above: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
-            axes.annotate(f"x {cost:.2f}", (x, mean + deviation), (0, 4), **above)
+            mean, deviation = mean_and_deviation(values_of(seeds, "robust, best"))
+            bar = axes.bar(x, mean, yerr=deviation or None, color=color, alpha=0.75)
+            axes.bar_label(bar, [f"x {cost:.2f}"], padding=4, fontsize=9)
             ticks[x] = f"{setting} = {name}"
-            bottoms.append(mean - deviation)
-            tops.append(mean + deviation)
+            ends += [mean - deviation, mean + deviation]
             x += 1
         x += 0.5
     # Bars from 0 would all look alike; the label on the axis says that these do not begin there.
-    room = max(max(tops) - min(bottoms), 1.0)
-    axes.set_ylim(max(0.0, min(bottoms) - 2 * room), min(110.0, max(tops) + room))
+    low, high = min(ends), max(ends)
+    room = max(high - low, 1.0)
+    axes.set_ylim(max(0.0, low - 2 * room), min(110.0, high + room))
     axes.set_xticks(list(ticks), list(ticks.values()), fontsize=8, rotation=30)
     axes.set_xlabel("on the bars: cost of a step in passes, AT = 1")
     axes.set_ylabel("robust test accuracy, best (%; not from 0)")
@@ -167,7 +164,7 @@ def _cost_bars(axes: Axes, strategies: Mapping[str, Mapping[str, tuple[Runs, flo
 
 def _lines_by_gamma(axes: Axes, sizes: Sizes, names: Mapping[str, str]) -> None:
     """One or two figures of :func:`summary` by gamma: the first solid, the second dashed."""
-    for i, (color, (label, runs)) in enumerate(colored(sizes, MAX_PAIRS)):
+    for i, (color, label, runs) in enumerate(with_colors(sizes, MAX_PAIRS)):
         gammas = sorted(gamma for gamma in runs if gamma > 0)
         for j, (part, name) in enumerate(names.items()):
             error_bars(

@@ -23,11 +23,11 @@ __all__ = [
     "Array",
     "band",
     "by_epoch",
-    "colored",
     "error_bars",
     "mean_and_deviation",
     "note",
     "picture",
+    "with_colors",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -64,17 +64,15 @@ def picture(path: Path | str, title: str, width: float, height: float) -> Iterat
             figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
 
 
-def colored(
-    labeled: Mapping[str, V], most: int = MAX_LABELS
-) -> Iterator[tuple[str, tuple[str, V]]]:
-    """A color for each label.
+def with_colors(labeled: Mapping[str, V], most: int = MAX_LABELS) -> Iterator[tuple[str, str, V]]:
+    """A color, the label and the value, for each label.
 
     Raises:
         ValueError: there are more than ``most`` labels.
     """
     if len(labeled) > most:
         raise ValueError(f"a panel shows at most {most} labels, got {list(labeled)}")
-    return ((f"C{i}", item) for i, item in enumerate(labeled.items()))
+    return ((f"C{i}", label, value) for i, (label, value) in enumerate(labeled.items()))
 
 
 def band(

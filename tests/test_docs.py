@@ -1,0 +1,208 @@
+"""The code in README.md and docs/ runs, and what the pages name exists."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import re
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import awp_optim
+from awp_optim import AWP, frozen_batch_norm
+from awp_optim.attacks import PGD
+
+ROOT = Path(__file__).parents[1]
+OF_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+FILES = [*OF_THE_ROOT, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {file.stem: file.read_text(encoding="utf-8") for file in FILES}
+# In docs/migration.md, a block of another package's code comes before each of ours.
+BLOCKS = {
+    f"{page}-{i}": code
+    for page, text in PAGES.items()
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S))
+    if not code.startswith("# before")
+}
+FRAMEWORKS = {
+    "LightningModule": "lightning",
+    "Accelerator(": "accelerate",
+    "AWPTrainer(": "transformers",
+    "create_optimizer_v2": "timm",
+    "NeuralNetClassifier": "skorch",
+}
+
+
+class Net(nn.Module):
+    """A classifier of images whose parameters have the names that the pages use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings = nn.Linear(12, 8)
+        self.layer = nn.ModuleList([nn.Linear(8, 8)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer[0](self.embeddings(x.flatten(1)).relu()).relu())
+
+
+def names_of_the_reader() -> dict[str, Any]:
+    """What a page takes for granted."""
+    torch.manual_seed(0)
+    model = Net()
+    x, y = torch.rand(64, 3, 2, 2), torch.randint(4, (64,))
+    opt = AWP(model.parameters(), torch.optim.SGD, lr=0.1)
+    return {
+        "torch": torch,
+        "nn": nn,
+        "F": F,
+        "AWP": AWP,
+        "PGD": PGD,
+        "frozen_batch_norm": frozen_batch_norm,
+        "nullcontext": nullcontext,
+        "partial": partial,
+        "model": model,
+        "loader": DataLoader(TensorDataset(x, y), 16),
+        "x": x[:8],
+        "y": y[:8],
+        "loss_fn": F.cross_entropy,
+        "attack": PGD(eps=0.1, step_size=0.05, steps=2),
+        "opt": opt,
+        "scheduler": SimpleNamespace(step=lambda: None),
+        "epochs": 2,
+        "awp_warmup": 1,
+    }
+
+
+def names_of_the_frameworks(code: str, folder: Path) -> dict[str, Any]:
+    """What a block on a framework takes for granted; skips the test where it is not installed."""
+    needed = [package for word, package in FRAMEWORKS.items() if word in code]
+    modules = {package: pytest.importorskip(package) for package in needed}
+    names: dict[str, Any] = {}
+    if "lightning" in modules:
+        names["L"] = modules["lightning"]
+    if "accelerate" in modules:
+        names["Accelerator"] = partial(modules["accelerate"].Accelerator, cpu=True)
+    if "timm" in modules:
+        names["create_optimizer_v2"] = importlib.import_module("timm.optim").create_optimizer_v2
+        scheduler = importlib.import_module("timm.scheduler")
+        names["create_scheduler_v2"] = scheduler.create_scheduler_v2
+    if "skorch" in modules:
+        names["NeuralNetClassifier"] = modules["skorch"].NeuralNetClassifier
+        names |= {"Net": partial(nn.Linear, 6, 3), "table": torch.rand(30, 6).numpy()}
+        names["labels"] = (torch.arange(30) % 3).numpy()
+    if "transformers" in modules:
+        names |= names_of_transformers(modules["transformers"], folder)
+    return names
+
+
+def names_of_transformers(transformers: Any, folder: Path) -> dict[str, Any]:
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8, max_position_embeddings=8,
+    )  # fmt: skip
+    return {
+        "Trainer": transformers.Trainer,
+        "bert": transformers.BertForSequenceClassification(config),
+        "dataset": [{"input_ids": torch.arange(4), "labels": torch.tensor(1)}] * 4,
+        "training_args": transformers.TrainingArguments(
+            str(folder), num_train_epochs=2, use_cpu=True, report_to=[], save_strategy="no",
+            dataloader_pin_memory=False, disable_tqdm=True,
+        ),
+    }  # fmt: skip
+
+
+def train_with_lightning(L: Any, module: Any, names: dict[str, Any]) -> None:
+    """Train a LightningModule of a page."""
+    module.net = names["model"]
+    module.configure_optimizers = lambda: AWP(module.parameters(), torch.optim.SGD, lr=0.1)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", **dict.fromkeys(quiet, False))
+    trainer.fit(module, names["loader"])
+    assert trainer.global_step == 4
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate(one_thread):
+    yield
+    state = importlib.util.find_spec("accelerate") and importlib.import_module("accelerate.state")
+    if state:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
+@pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_code_of_a_page_runs(code, tmp_path):
+    names = names_of_the_reader() | names_of_the_frameworks(code, tmp_path)
+    before = copy.deepcopy(names["model"].state_dict())
+    exec(code, names)
+    for name in ("Robust", "Accumulating"):
+        if name in names:
+            train_with_lightning(names["L"], names[name](), names)
+    opt = getattr(names["opt"], "optimizer", names["opt"])
+    assert not opt.is_perturbed
+    trains = any(word in code for word in (".backward(", "step(x, y)", "def training_step"))
+    for name, p in names["model"].state_dict().items():
+        assert torch.equal(p, before[name]) != trains, name
+
+
+def test_every_page_with_code_is_tested():
+    pages = {name.rsplit("-", 1)[0] for name in BLOCKS}
+    assert pages >= {"README", "index", "training", "own-loop", "precision", "which-weights"}
+    assert pages >= {"frameworks", "migration", "evaluation", "landscapes"}
+    kinds = re.findall(r"```python\n# (\w+)", PAGES["migration"])
+    assert kinds == ["before", "after"] * 4
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    folder = ROOT if page.isupper() else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (folder / path).resolve() if path else None
+        assert file is None or file.exists(), target
+        if anchor:
+            text = file.read_text(encoding="utf-8") if file else PAGES[page]
+            titles = re.findall(r"^#+ (.*)$", text, re.M)
+            slugs = [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+            assert anchor in slugs, target
+
+
+def test_commands_exist():
+    text = "\n".join(PAGES.values())
+    for script in set(re.findall(r"(examples/\w+\.py|benchmarks/\w+\.py)", text)):
+        assert (ROOT / script).exists(), script
+    for module in set(re.findall(r"-m ((?:benchmarks|awp_optim)[\w.]+)", text)):
+        assert importlib.util.find_spec(module), module
+    commands = pytest.importorskip("awp_optim.cli").COMMANDS
+    for command in set(re.findall(r"^    awp ([\w-]+)", text, re.M)):
+        assert command in commands, command
+
+
+def test_every_public_name_is_documented():
+    text = "\n".join(PAGES.values())
+    undocumented = {"Attack", "Evaluation", "Finding", "Objective", "Record"}
+    for part in ("", ".attacks", ".evaluation", ".integrations", ".landscape", ".objectives"):
+        module = importlib.import_module(f"awp_optim{part}")
+        for name in set(module.__all__) - undocumented:
+            assert name in text, f"{module.__name__}.{name}"
+
+
+def test_version_changelog_and_citation_agree():
+    heading = re.search(r"^## (.*)$", PAGES["CHANGELOG"], re.M)[1]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version = re.search(r"^version: (.*)$", citation, re.M)[1]
+    assert version == awp_optim.__version__
+    assert heading == "Unreleased" or heading.split()[0] == version
