@@ -173,7 +173,7 @@ def _on_processes(
             bars.update(*reports.get())
 
     try:
-        with _deaf_to_interrupts():
+        with _interrupts_ignored():
             pool = ProcessPoolExecutor(workers, context, _begin, (reports, threads))
             futures = _submit(pool, todo, train)
         yield from _collect(futures, show)
@@ -183,7 +183,7 @@ def _on_processes(
             "does not suffice, try fewer workers"
         ) from error
     finally:
-        # What still runs is not waited for.
+        # After an exception, runs are still running: they are not waited for.
         for process in multiprocessing.active_children():
             if process not in others:
                 process.terminate()
@@ -191,8 +191,8 @@ def _on_processes(
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes that are started inside ignore Ctrl-C: it is for the parent, which ends them."""
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C; this one handles it, and ends them."""
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     except ValueError:  # not the main thread, which alone gets a Ctrl-C
@@ -225,7 +225,7 @@ def _end_with_parent() -> None:
 
 
 def _report(name: str, done: int, steps: int) -> None:
-    """Report to the parent, in a worker; on an executor of the caller there is nobody to hear."""
+    """Report to the parent process; on an executor of the caller, to nobody."""
     global _last_report
     now = time.monotonic()
     if _reports is not None and (done in (0, steps) or now > _last_report + POLL):
