@@ -50,7 +50,15 @@ def mixed(data, share=0.7):
     return [(x, share * one_hot[y] + (1 - share) * one_hot[y.roll(1)]) for x, y in data]
 
 
-def algorithm_2(model, data, gamma, alternations, k2, lr, objective):  # noqa: C901 -- as printed
+def ascend(v, w, g, gamma, steps):
+    """Eq. (10) and (15), in place in v."""
+    for n in w:
+        if w[n].ndim > 1 and gamma > 0:
+            v[n] = v[n] + gamma / steps * w[n].norm() * g[n] / g[n].norm()
+            v[n] *= min(1, gamma * w[n].norm() / v[n].norm())
+
+
+def algorithm_2(model, data, gamma, alternations, k2, lr, objective):
     """With w and v kept apart; the attack alone is the package's."""
     steps = alternations * k2
     for x, y in data:
@@ -76,10 +84,7 @@ def algorithm_2(model, data, gamma, alternations, k2, lr, objective):  # noqa: C
             for _ in range(k2):
                 scratch = {n: b.clone() for n, b in statistics.items()}
                 _, g = gradient(x_adv, scratch)
-                for n in w:
-                    if w[n].ndim > 1 and gamma > 0:
-                        v[n] = v[n] + gamma / steps * w[n].norm() * g[n] / g[n].norm()
-                        v[n] *= min(1, gamma * w[n].norm() / v[n].norm())
+                ascend(v, w, g, gamma, steps)
         loss, g = gradient(x_adv, statistics)  # updates the statistics in place
         with torch.no_grad():
             for n, p in model.named_parameters():

@@ -85,7 +85,10 @@ class CudaRecorder:
             failure = failure or error
         if failure is not None:
             self._recover()
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # else a cycle would keep the tensors in its frames alive
         return outputs, graph.replay
 
     def _recover(self) -> None:
@@ -135,7 +138,8 @@ def host_random_state() -> Any:
 #
 # A parameter's AccumulateGrad node keeps the stream it was made on as long as any autograd graph
 # holds the node: the caller's logits of an earlier forward pass, say. Accumulating there during a
-# capture invalidates it. torch >= 2.13 can override the stream; before, the node must be a new one.
+# capture invalidates it. Newer versions can override the stream; in torch 2.6 to 2.11 the node must
+# be a new one.
 
 
 @contextlib.contextmanager
@@ -171,7 +175,8 @@ def _end_allocation(device: torch.device, pool: Any) -> None:
     """End and release the allocations of a capture, where ``capture_end()`` raised before it did.
 
     Raises:
-        RuntimeError: ``capture_end()`` did it, as in torch >= 2.12 or after an orderly capture.
+        RuntimeError: ``capture_end()`` did it: in newer versions always, in others after an error
+            that left the capture valid.
     """
     # No public name exists; torch 2.6 has the second one.
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # noqa: SLF001

@@ -133,7 +133,7 @@ def job() -> Iterator[Job]:
         if isinstance(error.code, str):
             consequence = isinstance(error.__context__, RankLost)
             ranks.report(f"{error.code}\n", is_consequence=consequence)
-            raise SystemExit(1) from None
+            raise SystemExit(2) from None
         _wait_for_all(ranks)
         raise
     _wait_for_all(ranks)

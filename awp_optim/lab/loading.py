@@ -53,7 +53,7 @@ def from_checkpoint(
         in_channels: Channels of the images.
         ema: Take the averaged weights.
         mean: Mean of each channel for images in [0, 1], for weights without a normalization. None
-            leaves the images as they are.
+            means no normalization.
         std: Standard deviation of each channel, likewise.
 
     Raises:

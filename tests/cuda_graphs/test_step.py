@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,47 +37,38 @@ needs_gpu = [
 ]
 
 
+KL = PGD(0.1, 0.04, steps=2, loss="kl")
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
         {},
         {"ascent": "attack"},
         {"clip_grad_norm": 0.5},
-        {"objective": TRADES(), "attack": PGD(0.1, 0.04, steps=2, loss="kl")},
+        {"objective": TRADES(), "attack": KL},
         {"objective": MART()},
         {"attack": PGD(0.1, 0.04, steps=2, random_start=False, model_mode="train")},
         {"attack": FGSM(0.1, norm="l2")},
+        {"mixed": True, "ascent": "attack"},
+        {"mixed": True, "objective": AT(0.1)},
+        {"mixed": True, "objective": TRADES(6.0, 0.1), "attack": KL},
+        {"mixed": True, "objective": MART(6.0, 0.1)},
+        {"mixed": True, "attack": PGD(0.1, 0.04, steps=2, restarts=2)},
     ],
     ids=str,
 )
 def test_captured_equals_the_readable_step(graph_device, kwargs):
     device, counts = graph_device
-    if device == "cuda" and kwargs.get("objective") == TRADES():
-        pytest.skip("the random start decides")
-    data = batches(10, device)
+    if device == "cuda" and getattr(kwargs.get("attack"), "random_start", False):
+        pytest.skip("a graph may draw other random numbers")
+    kwargs = dict(kwargs)
+    data = mixed(batches(10, device)) if kwargs.pop("mixed", False) else batches(10, device)
     readable, truth, _ = trained(device, False, data, lambda m: awp(m, foreach=False), **kwargs)
     model, outputs, _ = trained(device, True, data, **kwargs)
     assert_same(model, readable, outputs, truth)
     assert counts.captures == 1
     assert counts.replays >= 5
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"ascent": "attack"},
-        {"objective": AT(0.1)},
-        {"objective": TRADES(6.0, 0.1), "attack": PGD(0.1, 0.04, steps=2, loss="kl")},
-        {"objective": MART(6.0, 0.1)},
-        {"attack": PGD(0.1, 0.04, steps=2, restarts=2)},
-    ],
-    ids=str,
-)
-def test_captured_with_mixed_labels(graph_device, kwargs):
-    device, _ = graph_device
-    if device == "cuda" and "attack" in kwargs:
-        pytest.skip("the random start decides")
-    assert_captured_equals_eager(graph_device, mixed(batches(10, device)), replays=5, **kwargs)
 
 
 def test_each_kind_of_labels_has_its_graph(graph_device):
@@ -99,30 +91,28 @@ def test_labels_that_require_gradients_get_none_from_a_graph(graph_device):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "kwargs"),
     [
-        lambda m: SGD(m.parameters(), lr=0.125),
-        lambda m: SGD(m.parameters(), lr=0.125, momentum=0.5, nesterov=True, weight_decay=0.125),
-        lambda m: awp(m, momentum=0.0, norm="l1"),
-        lambda m: awp(m, ascent_steps=2),
-        lambda m: AWP(m.parameters(), torch.optim.Adam, gamma=0.0625, lr=0.0625),
-        lambda m: AWP(m.parameters(), torch.optim.RMSprop, gamma=0.0625, lr=0.0625),
-        lambda m: AWP(
-            [{"params": [m[0].weight], "gamma": 0.25, "lr": 0.5}, {"params": m[4].parameters()}],
-            SGD,
-            gamma=0.0,
-            lr=0.125,
+        (lambda m: SGD(m.parameters(), lr=0.125), {}),
+        (lambda m: SGD(m.parameters(), 0.125, 0.5, nesterov=True, weight_decay=0.125), {}),
+        (lambda m: awp(m, momentum=0.0, norm="l1"), {}),
+        (lambda m: awp(m, ascent_steps=4), {"alternations": 2}),
+        (lambda m: AWP(m.parameters(), torch.optim.Adam, gamma=0.0625, lr=0.0625), {}),
+        (lambda m: AWP(m.parameters(), torch.optim.RMSprop, gamma=0.0625, lr=0.0625), {}),
+        (
+            lambda m: AWP(
+                [{"params": [m[0].weight], "gamma": 0.25}, {"params": m[4].parameters()}],
+                SGD,
+                gamma=0.0,
+                lr=0.125,
+            ),
+            {},
         ),
     ],
 )
-def test_any_optimizer(graph_device, make):
+def test_any_optimizer(graph_device, make, kwargs):
     data = batches(8, graph_device[0])
-    assert_captured_equals_eager(graph_device, data, make=make, rtol=1e-7)
-
-
-def test_algorithm_2_with_alternations(graph_device):
-    data, make = batches(8, graph_device[0]), lambda m: awp(m, ascent_steps=4)
-    assert_captured_equals_eager(graph_device, data, make=make, alternations=2)
+    assert_captured_equals_eager(graph_device, data, make=make, rtol=1e-7, **kwargs)
 
 
 def test_learning_rate_and_gamma_change_without_a_new_graph(graph_device):
@@ -137,22 +127,17 @@ def test_learning_rate_and_gamma_change_without_a_new_graph(graph_device):
 
 
 def test_a_scheduler_drives_a_captured_step(graph_device):
-    device, counts = graph_device
-    results = []
-    for mode in (False, True):
-        model = network(device)
-        opt = awp(model)
-        step = AdversarialStep(model, opt, attack(device), cuda_graph=mode)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
-            torch.manual_seed(3)
-            for x, y in batches(8, device):
-                step(x, y)
-                scheduler.step()
-        results.append(model)
-    assert_same(*results)
-    assert counts.captures == 1
+    schedulers = {}
+
+    def before(i, opt, model):
+        if i == 0:
+            schedulers[opt] = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        else:
+            schedulers[opt].step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_captured_equals_eager(graph_device, batches(8, graph_device[0]), before=before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -274,25 +259,17 @@ def test_an_optimizer_that_says_it_is_capturable(cpu_graphs, monkeypatch, recwar
 @pytest.mark.parametrize("moved", ["weights", "state"])
 def test_momenta_laid_out_unlike_the_weights(graph_device, moved):
     """More than the fused update can do; plain SGD can."""
-    device, counts = graph_device
 
     def before(i, opt, model):
         if i == 4 and moved == "weights":
             model.to(memory_format=torch.channels_last)
         elif i == 4:
-            saved = opt.state_dict()
-            for state in saved["state"].values():
-                buffer = state["momentum_buffer"]
-                if buffer.ndim == 4:
-                    strided = torch.empty_strided(buffer.shape, (9, 9, 1, 3), dtype=buffer.dtype)
-                    state["momentum_buffer"] = strided.to(device).copy_(buffer)
-            opt.load_state_dict(saved)
+            buffer = opt.state[model[0].weight]["momentum_buffer"]
+            strided = torch.empty_strided(buffer.shape, (9, 9, 1, 3)).to(buffer)
+            opt.state[model[0].weight]["momentum_buffer"] = strided.copy_(buffer)
 
-    data = batches(12, device)
-    eager, truth, _ = trained(device, False, data, before=before)
-    model, outputs, _ = trained(device, True, data, before=before)
-    assert_same(model, eager, outputs, truth)
-    assert counts.replays >= 4
+    data = batches(12, graph_device[0])
+    assert_captured_equals_eager(graph_device, data, captures=2, before=before)
 
 
 def test_a_weight_that_joins_later(graph_device):
@@ -510,47 +487,33 @@ def test_auto_does_without_where_capturing_fails(graph_device):
     assert_same(model, eager, outputs, truth)
 
 
-def test_an_error_in_the_update_after_a_replay_restores_the_weights(graph_device):
-    device, counts = graph_device
-    model, fail = network(device), []
+def captured_passes(device, hook=lambda *args: None):
+    """A step whose graph does not contain the update, because of a hook."""
+    model = network(device)
     opt = awp(model)
-
-    def hook(*args):
-        if fail:
-            raise KeyboardInterrupt
-
     opt.register_step_pre_hook(hook)
     step = AdversarialStep(model, opt, attack(device), cuda_graph=True)
     run(step, batches(6, device))
+    return model, opt, step
+
+
+@pytest.mark.parametrize("interrupted", ["before the replay", "in the update"])
+def test_ctrl_c_around_a_replay_restores_the_weights(graph_device, interrupted):
+    device, counts = graph_device
+    hooks = [lambda *args: None]
+    model, opt, step = captured_passes(device, lambda *args: hooks[-1](*args))
     assert counts.replays
     before = copy.deepcopy([*model.parameters()])
-    fail.append(True)
+    interrupt = Mock(side_effect=KeyboardInterrupt)
+    if interrupted == "in the update":
+        hooks.append(interrupt)
+    else:
+        (graph,) = graphs_of(step)._graphs.values()
+        graph._inputs[0] = Mock(copy_=interrupt)
     with pytest.raises(KeyboardInterrupt):
         step(*batches(1, device)[0])
     assert not opt.is_perturbed
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
-
-
-def test_ctrl_c_before_a_replay_takes_nothing_back(graph_device):
-    device, counts = graph_device
-    model = network(device)
-    opt = awp(model)
-    opt.register_step_pre_hook(lambda *a: None)  # the update is not in the graph
-    step = AdversarialStep(model, opt, attack(device), cuda_graph=True)
-    run(step, batches(6, device))
-    assert counts.replays
-    before = copy.deepcopy(model.state_dict())
-
-    class Interrupted:
-        def copy_(self, *args, **kwargs):
-            raise KeyboardInterrupt
-
-    (graph,) = graphs_of(step)._graphs.values()
-    graph._inputs[0] = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        step(*batches(1, device)[0])
-    assert not opt.is_perturbed
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_settings_are_checked_before_a_replay(graph_device):

@@ -586,6 +586,7 @@ class TestResume:
         [
             ({"model": two_classes}, "the model"),
             ({"attacks": {"own": lambda m, x, y: x}}, "attack 'own'"),
+            ({"attacks": {"own": PGD(loss=lambda z, y: z.sum(1))}}, "attack 'own'"),
             ({"logits": lambda out: out}, "logits"),
         ],
     )

@@ -1,4 +1,4 @@
-"""Pseudo-labels by a classifier of the run's own: who is labelled, by what, and that it goes on."""
+"""Pseudo-labels by the classifier of a run: which images get them, which labels, and resuming."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def classifier_in(folder):
     return model.double().eval()
 
 
-# ------------------------------------------------------------------------ who is labelled, by what
+# --- Which images get labels, and which labels ------------------------------------------------
 
 
 def test_some_keep_their_labels_and_the_others_get_the_classifiers(data, tmp_path):
@@ -77,7 +77,7 @@ def test_some_keep_their_labels_and_the_others_get_the_classifiers(data, tmp_pat
     assert 0 < right < 1  # so that the share says something
 
 
-def test_the_labels_that_are_not_kept_have_no_say(data):
+def test_the_labels_that_are_not_kept_do_not_matter(data):
     hidden = torch.ones(len(data.x_train), dtype=torch.bool)
     order = torch.randperm(len(data.x_train), generator=torch.Generator().manual_seed(0))
     hidden[order[:40]] = False
@@ -114,11 +114,11 @@ def test_a_run_on_them_shows_both_kinds_in_every_batch(data, monkeypatch):
     assert seen == [(16, 8)] * 7
 
 
-# ------------------------------------------------------------------------ without an adversary
+# --- Without an adversary -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_natural_training_is_plain_descent_on_the_images_as_they_are(data, monkeypatch, method):
+def test_natural_training_is_plain_descent_on_clean_images(data, monkeypatch, method):
     """Two steps on all images at once, beside the same by hand."""
     built = []
     build = trainer.build_model
@@ -191,13 +191,13 @@ def test_natural_training_has_the_runs_network_and_length(data):
     assert not any(name.startswith("ema_") for name in last)
 
 
-# ------------------------------------------------------------------------ broken off
+# --- Interrupted ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop_at", [1, 2, 5, STEPS, STEPS + 1, STEPS + 2])
-def test_stopped_it_is_none_and_goes_on_as_if_it_had_not(data, tmp_path, stop_at):
+@pytest.mark.parametrize("stop_at", [1, 5, STEPS, STEPS + 2])
+def test_stopped_it_returns_none_and_resumes_exactly(data, tmp_path, stop_at):
     """Before the first step, between and after epochs, and in the one evaluation."""
-    whole = pseudo_label_rest(CONFIG, data, 40, tmp_path / "whole")
+    full = pseudo_label_rest(CONFIG, data, 40, tmp_path / "full")
     asked = []
 
     def stop():
@@ -207,24 +207,24 @@ def test_stopped_it_is_none_and_goes_on_as_if_it_had_not(data, tmp_path, stop_at
     assert pseudo_label_rest(CONFIG, data, 40, tmp_path / "parts", stop=stop) is None
     torch.manual_seed(77)
     resumed = pseudo_label_rest(CONFIG, data, 40, tmp_path / "parts", resume=True)
-    assert torch.equal(whole[0].x_train, resumed[0].x_train)
-    assert torch.equal(whole[1].x, resumed[1].x)
-    assert torch.equal(whole[1].y, resumed[1].y)
-    assert whole[2] == resumed[2]
-    first, second = (classifier_in(tmp_path / name).state_dict() for name in ("whole", "parts"))
+    assert torch.equal(full[0].x_train, resumed[0].x_train)
+    assert torch.equal(full[1].x, resumed[1].x)
+    assert torch.equal(full[1].y, resumed[1].y)
+    assert full[2] == resumed[2]
+    first, second = (classifier_in(tmp_path / name).state_dict() for name in ("full", "parts"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_classifier_that_is_there_is_used_again(data, tmp_path):
+def test_an_existing_classifier_is_used_again(data, tmp_path):
     steps = []
-    whole = pseudo_label_rest(CONFIG, data, 40, tmp_path, on_step=lambda *s: steps.append(s))
+    full = pseudo_label_rest(CONFIG, data, 40, tmp_path, on_step=lambda *s: steps.append(s))
     assert steps == [(i, STEPS) for i in range(1, STEPS + 1)]
     with pytest.raises(FileExistsError, match="--resume"):
         pseudo_label_rest(CONFIG, data, 40, tmp_path)
     # What changes the run alone changes nothing about its classifier.
     other = replace(CONFIG, method="trades", gamma=0.0, eps=0.1, ema=0.9, mixup=1.0)
     again = pseudo_label_rest(other, data, 40, tmp_path, resume=True, on_step=lambda *s: 1 / 0)
-    assert torch.equal(whole[1].y, again[1].y)
+    assert torch.equal(full[1].y, again[1].y)
     with pytest.raises(ValueError, match=r"train_images was 40, is 41"):
         pseudo_label_rest(CONFIG, data, 41, tmp_path, resume=True)
     assert len(read_metrics(tmp_path)) == CONFIG.epochs

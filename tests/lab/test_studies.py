@@ -9,8 +9,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("matplotlib")
-
 from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.config import Config
 from awp_optim.lab.recipes import QUICKSTART, RECIPES
@@ -34,7 +32,7 @@ def changes(config, base=BASE):
         ({"gamma": 0.01, "direction": "random"}, 23),
         ({"gamma": 0.01, "ascent_steps": 10}, 53),
         ({"gamma": 0.01, "alternations": 3}, 72),
-        ({"gamma": 0.0, "alternations": 3}, 23),  # without AWP there is nothing to take turns with
+        ({"gamma": 0.0, "alternations": 3}, 23),  # without AWP there are no alternations
         ({"train_steps": 1}, 5),
         ({"method": "trades", "gamma": 0.01}, 33),
         ({"method": "mart"}, 26),
@@ -91,7 +89,7 @@ def test_passes_are_those_that_a_step_makes(method, settings):
 
 
 def test_methods():
-    study = STUDIES["methods"](BASE, True)
+    study = STUDIES["methods"](BASE, digits=True)
     plain = ["AT", "TRADES", "MART", "RST", "Pre-training"]
     assert list(study.configs) == [label for name in plain for label in (name, f"{name}-AWP")]
     assert study.compared_with == {f"{name}-AWP": name for name in plain}
@@ -104,14 +102,14 @@ def test_methods():
 
 
 def test_methods_elsewhere_say_what_is_left_out():
-    study = STUDIES["methods"](RECIPES["at/cifar10-linf-preact18"].config, False)
+    study = STUDIES["methods"](RECIPES["at/cifar10-linf-preact18"].config, digits=False)
     assert list(study.configs) == ["AT", "AT-AWP", "TRADES", "TRADES-AWP", "MART", "MART-AWP"]
     assert "RST needs --unlabeled FILE" in study.note
     assert "pre-training needs --init FILE" in study.note
 
 
 def test_figure2():
-    study = STUDIES["figure2"](BASE, True)
+    study = STUDIES["figure2"](BASE, digits=True)
     gammas = (1e-4, 1e-3, 5e-3, 1e-2, 2e-2)
     expected = [{}, {"method": "trades"}]
     expected += [{"gamma": g} for g in gammas]
@@ -126,8 +124,8 @@ def test_figure2():
 
 
 @pytest.mark.parametrize(("digits", "side"), [(True, 4), (False, 14)])
-def test_regularisers(digits, side):
-    study = STUDIES["regularisers"](BASE, digits)
+def test_regularizers(digits, side):
+    study = STUDIES["regularizers"](BASE, digits=digits)
     assert [changes(config) for config in study.configs.values()] == [
         {},
         {"gamma": 0.01},
@@ -141,16 +139,16 @@ def test_regularisers(digits, side):
     assert study.compared_with == dict.fromkeys(list(study.configs)[1:], "AT")
 
 
-def test_regularisers_are_those_of_the_paper():
+def test_regularizers_are_those_of_the_paper():
     base = RECIPES["at/cifar10-linf-preact18"].config
-    configs = STUDIES["regularisers"](base, False).configs
+    configs = STUDIES["regularizers"](base, digits=False).configs
     for label in ("AT-AWP", "L1", "L2", "Cutout", "Mixup"):
         name = "at-" + label.lower().removeprefix("at-")
         assert configs[label] == RECIPES[f"{name}/cifar10-linf-preact18"].config
 
 
 def test_rwp():
-    study = STUDIES["rwp"](BASE, True)
+    study = STUDIES["rwp"](BASE, digits=True)
     found = [changes(config) for config in study.configs.values()]
     awp = [{"gamma": g} for g in (1e-4, 1e-3, 5e-3, 1e-2, 2e-2)]
     random = [{"gamma": g, "direction": "random"} for g in (1e-3, 1e-2, 0.1, 0.3, 0.6, 1.0, 2.0)]
@@ -164,7 +162,7 @@ def test_rwp():
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("digits", [True, False])
 def test_pictures_show_every_run(tmp_path, name, digits):
-    study = STUDIES[name](BASE, digits)
+    study = STUDIES[name](BASE, digits=digits)
     asked = set()
 
     class Runs(dict):

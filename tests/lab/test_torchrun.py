@@ -149,15 +149,17 @@ def test_errors_are_the_same_on_all_ranks(runs):
         assert said.startswith(beginning)
 
 
-def test_the_example_speaks_once(runs):
-    names = {p.name for p in (runs.two / "example").iterdir()} - {"tensorboard"}
+def test_the_command_speaks_once(runs):
+    names = {p.name for p in (runs.two / "command").iterdir()} - {"tensorboard"}
     assert names == {"best.pt", "last.pt", "config.json", "metrics.csv", "curves.png"}
-    assert len(list((runs.two / "example").glob("tensorboard/*"))) <= 1
-    assert len(read_metrics(runs.two / "example")) == 2
+    assert len(list((runs.two / "command").glob("tensorboard/*"))) <= 1
+    assert len(read_metrics(runs.two / "command")) == 2
     for text in ("epoch 1/2", "epoch 2/2", "Robust test accuracy (PGD-1): best"):
         assert runs.out.count(text) == 1
     # At the very end, with an option that is wrong on every rank.
-    assert own(runs.err)[1:] == ["error: gamma must be finite and >= 0, got -1.0"]
+    assert own(runs.err)[1:] == [
+        "error: method 'pretrain' needs weights to start from: --init CHECKPOINT"
+    ]
 
 
 def test_the_death_of_a_rank_is_named_and_the_run_goes_on(runs):

@@ -4,15 +4,14 @@
 
 It is in float64, where rounding does not turn the sign of a gradient, and goes on with the runs it
 finds in FOLDER. The run "killed" is broken off by the death of a rank; then, started again, by a
-signal to one. What each rank saw is in FOLDER/rank0.pt and so on. In between it is the example, and
-at the end the example with an option that is wrong.
+signal to one. What each rank saw is in FOLDER/rank0.pt and so on. In between it is awp train, and
+at the end awp train without an option that it needs.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import sys
 import time
@@ -29,6 +28,8 @@ from torch import Tensor, nn
 from awp_optim import AWP
 from awp_optim.lab import tensorboard, trainer, training_set
 from awp_optim.lab.augment import mixup
+from awp_optim.lab.commands.ending import sentences
+from awp_optim.lab.commands.train import main as train_command
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.interrupt import graceful_stop
@@ -154,14 +155,11 @@ def ask(done: int, steps: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def example(ranks: Job, *arguments: str) -> None:
-    """What examples/cifar10.py does on these ranks."""
-    path = Path(__file__).parents[2] / "examples/cifar10.py"
+def command(ranks: Job, *arguments: str) -> None:
+    """``awp train`` on these ranks."""
     small = ("--dataset", "digits", "--arch", "preact_resnet_small", "--limit", "64")
     quick = ("--epochs", "2", "--train-steps", "1", "--test-steps", "1", "--eval-every", "2")
-    argv = [str(path), *small, *quick, "--out", str(FOLDER / "example"), *arguments]
-    with mock.patch.object(sys, "argv", argv):
-        runpy.run_path(str(path))["run"](ranks)
+    train_command([*small, *quick, "--out", str(FOLDER / "command"), *arguments], ranks)
 
 
 if __name__ == "__main__":
@@ -172,7 +170,7 @@ if __name__ == "__main__":
             seen = {name: train(name, FOLDER) for name in RUNS if name != "killed"}
             seen["dropout"], seen["errors"] = dropout(), errors(ranks)
             torch.save(seen, FOLDER / f"rank{ranks.rank}.pt")
-            example(ranks)
+            command(ranks)
             try:
                 with graceful_stop(lambda text: None, echo=5):
                     train("killed", FOLDER, on_step=die)
@@ -182,4 +180,5 @@ if __name__ == "__main__":
         with graceful_stop(lambda text: None, echo=5) as request:
             train("killed", FOLDER, on_step=ask, stop=request)
         print(json.dumps({"statuses": ranks.gather(request.exit_status)}))
-        example(ranks, "--gamma", "-1")
+        with sentences():
+            command(ranks, "--method", "pretrain", "--resume")

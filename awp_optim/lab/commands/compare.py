@@ -12,9 +12,17 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.table import Table
 
-from awp_optim.lab.commands.options import Device, Positive, one_of, parse, terminal, write, writing
+from awp_optim.lab.commands.options import (
+    Device,
+    Positive,
+    one_of,
+    parse,
+    print_table,
+    terminal,
+    write,
+    writing,
+)
 from awp_optim.lab.commands.train import fast_kernels
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import ImageData, load
@@ -209,12 +217,7 @@ def _write(
         ("Accuracy in %, mean ± standard deviation over seeds", accuracies(runs)),
         ("Differences seed by seed, in points", differences(runs, study.compared_with)),
     ):
-        table = Table(title=title)
-        for i, name in enumerate(cells[0]):
-            table.add_column(name, justify="right" if i else "left", no_wrap=not i)
-        for row in cells[1:]:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, cells, title)
         text += [f"{title}:", markdown(cells)]
     console.out(about)
     text += [f"![{study.title}]({options.study}.png)", machine, ""]

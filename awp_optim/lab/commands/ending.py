@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from awp_optim.lab.job import Job, job
 
-__all__ = ["run"]
+__all__ = ["run", "sentences"]
 
 ERRORS = (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 """What bad input, a full disk or a lost process raise. Anything else is a bug: a traceback."""
@@ -29,7 +29,7 @@ def run(command: Callable[[Job], None], resume: str = "") -> None:
         SystemExit: it has failed, or was stopped.
     """
     try:
-        with job() as ranks, _sentences(resume):
+        with job() as ranks, sentences(resume):
             command(ranks)
     except SystemExit as end:
         if not isinstance(end.code, str):
@@ -39,7 +39,7 @@ def run(command: Callable[[Job], None], resume: str = "") -> None:
 
 
 @contextmanager
-def _sentences(resume: str) -> Iterator[None]:
+def sentences(resume: str = "") -> Iterator[None]:
     """Inside, an error becomes a SystemExit with a sentence, which ``job`` reports once."""
     try:
         yield

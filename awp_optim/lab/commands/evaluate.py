@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -37,6 +36,7 @@ from awp_optim.lab.commands.options import (
     number,
     one_of,
     parse,
+    print_table,
     terminal,
     write,
     writing,
@@ -295,14 +295,7 @@ def _write(task: _Task, dataset: str, r: Evaluation, command: str, console: Cons
     write(out / "results.csv", as_csv(r))
     write(out / "results.md", as_report(r, what, name, norm))
     write(out / "record.csv", per_example(r))
-    head, *rows = per_attack(r, norm)
-    table = Table(title=what)
-    for i, column in enumerate(head):
-        widest = max(len(row[i]) for row in rows)  # only the head is broken on a narrow terminal
-        table.add_column(column, justify="right" if i else "left", min_width=widest)
-    for row in rows:
-        table.add_row(*row, style="bold" if row[0] == title("worst_case") else None)
-    console.print(table)
+    print_table(console, per_attack(r, norm), what, bold=title("worst_case"))
     if r.warnings:
         console.print("Warnings, which make these figures doubtful:", style="bold")
         console.out(findings(r))

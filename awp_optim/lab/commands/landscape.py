@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from awp_optim.lab.commands.options import (
     Device,
@@ -25,6 +24,7 @@ from awp_optim.lab.commands.options import (
     default_device,
     one_of,
     parse,
+    print_table,
     terminal,
     write,
     writing,
@@ -194,14 +194,9 @@ def _write(drawing: Drawing, out: Path, console: Console) -> Picture:
         "data": drawing.data,
     }
     write(file.with_suffix(".json"), json.dumps(content, indent=1))
-    for title, (head, *rows) in drawing.tables:
+    for title, cells in drawing.tables:
         console.out(f"{drawing.title}. {title}.")
-        table = Table()
-        for i, name in enumerate(head):
-            table.add_column(name, justify="right" if i else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(console, cells)
     console.out(drawing.caption)
     console.out(f"{file}\n")
     return Picture(drawing.title, drawing.caption, file, drawing.tables)

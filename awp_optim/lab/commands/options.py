@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args
 import torch
 import tyro
 from rich.console import Console
+from rich.table import Table
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from awp_optim._utils.io import atomic_write
@@ -33,6 +34,7 @@ __all__ = [
     "one_of",
     "parse",
     "peek",
+    "print_table",
     "terminal",
     "write",
     "writing",
@@ -174,6 +176,28 @@ def terminal() -> Console:
     """The standard output. It prints strings unchanged: brackets in a path are no markup."""
     width = None if sys.stdout.isatty() else 130
     return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def print_table(
+    console: Console, cells: Sequence[Sequence[str]], title: str | None = None, bold: str = ""
+) -> None:
+    """Print a table of names and numbers.
+
+    Args:
+        console: where to print it.
+        cells: row by row; the first row is the head.
+        title: what stands above it.
+        bold: the name of the row to emphasize.
+    """
+    head, *rows = cells
+    table = Table(title=title)
+    for i, column in enumerate(head):
+        # On a narrow terminal only the head is broken.
+        widest = max((len(row[i]) for row in rows), default=0)
+        table.add_column(column, justify="right" if i else "left", min_width=widest)
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == bold else None)
+    console.print(table)
 
 
 def check_writable(path: Path) -> None:

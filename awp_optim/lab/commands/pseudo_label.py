@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from awp_optim.lab.commands.options import (
@@ -19,6 +18,7 @@ from awp_optim.lab.commands.options import (
     check_writable,
     default_device,
     parse,
+    print_table,
     terminal,
 )
 from awp_optim.lab.job import Job
@@ -87,7 +87,11 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     kept = confident(confidence, options.min_confidence)
     labeled = PseudoLabeled(x[kept], y[kept])
     save_pseudo_labeled(labeled, options.out)
-    _report(console, labeled)
+    counts = [
+        [str(label), str(n), f"{n / len(labeled):.1%}"]
+        for label, n in enumerate(labeled.y.bincount().tolist())
+    ]
+    print_table(console, [["label", "images", "share"], *counts], "Images by label")
     shape = "x".join(map(str, x.shape[1:]))
     console.out(
         f"{len(x)} images of {shape}, {len(labeled)} kept ({len(labeled) / len(x):.2%}), with a "
@@ -114,12 +118,3 @@ def _classify(
     with step_bars(console) as progress:
         bar = StepBar(progress, options.images.name)
         return classify(model, x, options.batch_size, on_step=bar)
-
-
-def _report(console: Console, labeled: PseudoLabeled) -> None:
-    table = Table(title="Images by label")
-    for column in ("label", "images", "share"):
-        table.add_column(column, justify="right")
-    for label, n in enumerate(labeled.y.bincount().tolist()):
-        table.add_row(str(label), str(n), f"{n / len(labeled):.1%}")
-    console.print(table)

@@ -145,8 +145,11 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
     config = _fit_to_data(options, given, data)
     console = terminal()
     with step_bars(console) as progress, _signals(ranks) as request:
-        run = _Run(options, config, init, console, progress)
-        run.stop = lambda: request() or time.monotonic() >= deadline
+
+        def stop() -> bool:
+            return request() or time.monotonic() >= deadline
+
+        run = _Run(options, config, init, console, progress, stop)
         rows = run.train(data, unlabeled)
     status = max(ranks.gather(request.exit_status))
     if ranks.rank == 0:
@@ -185,7 +188,7 @@ class _Run:
     init: dict[str, torch.Tensor] | None
     console: Console
     progress: Progress
-    stop: Callable[[], bool] = lambda: False
+    stop: Callable[[], bool]
 
     def train(self, data: ImageData, unlabeled: PseudoLabeled | None) -> list[Row]:
         if self.options.labeled is not None:
@@ -214,7 +217,7 @@ class _Run:
             "init": self.init,
             "resume": self.options.resume,
             "on_step": StepBar(self.progress, name),
-            "stop": lambda: self.stop(),
+            "stop": self.stop,
         }
 
     def _report(self, row: Row) -> None:
@@ -247,7 +250,7 @@ def _summarize(
         return
     label = config.method.upper()
     if config.gamma:
-        label += f"-AWP, gamma {config.gamma:g}"
+        label += f"-{'RWP' if config.direction == 'random' else 'AWP'}, gamma {config.gamma:g}"
     learning_curves({label: [rows]}, options.out / "curves.png", f"{dataset}, {config.arch}")
     top, last = best(rows), evaluated[-1]
     console.out(

@@ -167,8 +167,8 @@ def test_a_damaged_cache_is_named(damage, arrays, folder):
     elif damage == "no key":
         np.savez(cache, x_train=arrays["x_train"])
     else:
-        whole = cache.read_bytes()
-        cache.write_bytes({"cut": whole[:999], "garbage": b"<html>", "empty": b""}[damage])
+        content = cache.read_bytes()
+        cache.write_bytes({"cut": content[:999], "garbage": b"<html>", "empty": b""}[damage])
     with pytest.raises(RuntimeError, match=r"cifar10\.npz is damaged.*: delete it") as error:
         load_cifar10(folder, download=False)
     assert "allow_pickle" not in str(error.value)
