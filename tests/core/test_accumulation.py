@@ -1,4 +1,4 @@
-"""Gradients accumulated over micro-batches: v of all of them, or of one."""
+"""Gradients accumulated over micro-batches: v from all of them, or from one."""
 
 from __future__ import annotations
 
@@ -6,116 +6,78 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from awp_optim import AWP
+from tests.core.toolbox import SGD, assert_close, backward, flat_batches, mlp, train
 
 GAMMA, PARTS = 0.05, 4
-SGD = torch.optim.SGD
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 5)).double()
-
-
-def batches(n):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(n):
-        x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
-        yield x, torch.randint(5, (8,), generator=generator)
 
 
 def accumulate(model, x, y):
     """The mean of the losses of all micro-batches, one at a time."""
-    for micro_x, micro_y in zip(x.chunk(PARTS), y.chunk(PARTS)):
-        (F.cross_entropy(model(micro_x), micro_y) / PARTS).backward()
-
-
-def assert_equal_weights(one, other):
-    for p, q in zip(one.parameters(), other.parameters(), strict=True):
-        assert (p - q).norm() <= 1e-12 * q.norm()
+    for micro_batch in zip(x.chunk(PARTS), y.chunk(PARTS)):
+        backward(model, *micro_batch, 1 / PARTS)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 @pytest.mark.parametrize("closure", [False, True])
-def test_v_of_all_micro_batches_is_that_of_the_whole_batch(model, steps, norm, closure):
-    whole = copy.deepcopy(model)
+def test_v_from_all_micro_batches_is_that_of_the_large_batch(steps, norm, closure):
+    model, other, data = mlp(), mlp(), flat_batches(20)
     settings = {"gamma": GAMMA, "ascent_steps": steps, "norm": norm, "lr": 0.1, "momentum": 0.9}
-    opts = [AWP(m.parameters(), SGD, **settings) for m in (model, whole)]
-    for x, y in batches(20):
-        for _ in range(steps):
-            opts[1].zero_grad()
-            F.cross_entropy(whole(x), y).backward()
-            opts[1].first_step()
-        opts[1].zero_grad()
-        F.cross_entropy(whole(x), y).backward()
-        opts[1].second_step()
+    opt = AWP(model.parameters(), SGD, **settings)
+    train(other, AWP(other.parameters(), SGD, **settings), data)
+    for x, y in data:
+
+        def passes(x=x, y=y):
+            opt.zero_grad()
+            accumulate(model, x, y)
+
         if closure:
-
-            def accumulated(x=x, y=y):
-                opts[0].zero_grad()
-                accumulate(model, x, y)
-
-            opts[0].step(accumulated)
+            opt.step(passes)
             continue
         for _ in range(steps):
-            opts[0].zero_grad()
-            accumulate(model, x, y)
-            opts[0].first_step()
-        opts[0].zero_grad()
-        accumulate(model, x, y)
-        opts[0].second_step()
-    assert_equal_weights(model, whole)
+            passes()
+            opt.first_step()
+        passes()
+        opt.second_step()
+    assert_close(model, other, rtol=1e-10, atol=1e-12)
 
 
-def test_v_of_one_micro_batch_and_the_update_of_all(model):
-    by_hand = copy.deepcopy(model)
+def test_v_from_one_micro_batch_and_the_update_from_all():
+    model, by_hand = mlp(), mlp()
     base = SGD(by_hand.parameters(), lr=0.1, momentum=0.9)
     opt = AWP(model.parameters(), SGD, gamma=GAMMA, lr=0.1, momentum=0.9)
-    for x, y in batches(20):
-        there = copy.deepcopy(by_hand)
-        loss = F.cross_entropy(there(x[: 8 // PARTS]), y[: 8 // PARTS])
-        for p, g in zip(there.parameters(), torch.autograd.grad(loss, list(there.parameters()))):
+    for x, y in flat_batches(20):
+        micro_batch = x[: 8 // PARTS], y[: 8 // PARTS]
+        perturbed = copy.deepcopy(by_hand)
+        perturbed.zero_grad()
+        backward(perturbed, *micro_batch)
+        for p in perturbed.parameters():
             if p.ndim > 1:
-                p.data += GAMMA * p.data.norm() * g / g.norm()
-        loss = F.cross_entropy(there(x), y)
-        grads = torch.autograd.grad(loss, list(there.parameters()))
-        for p, g in zip(by_hand.parameters(), grads):
-            p.grad = g
+                p.data += GAMMA * p.data.norm() * p.grad / p.grad.norm()
+        perturbed.zero_grad()
+        backward(perturbed, x, y)
+        for p, q in zip(by_hand.parameters(), perturbed.parameters()):
+            p.grad = q.grad
         base.step()
 
-        F.cross_entropy(model(x[: 8 // PARTS]), y[: 8 // PARTS]).backward()
+        backward(model, *micro_batch)
         opt.first_step(zero_grad=True)
         accumulate(model, x, y)
         opt.second_step(zero_grad=True)
-    assert_equal_weights(model, by_hand)
+    assert_close(model, by_hand, rtol=1e-10, atol=1e-12)
 
 
-def test_the_sum_over_micro_batches_gives_the_same_v_as_their_mean(model):
-    (x, y), *_ = batches(1)
-    opt = AWP(model.parameters(), SGD, gamma=GAMMA, lr=0.1)
-    found = []
-    for factor in (1, PARTS):
-        for micro_x, micro_y in zip(x.chunk(PARTS), y.chunk(PARTS)):
-            (F.cross_entropy(model(micro_x), micro_y) / factor).backward()
-        with opt.perturbed(zero_grad=True):
-            found.append(opt.perturbation())
-    for p, v in found[0].items():
-        torch.testing.assert_close(v, found[1][p], rtol=1e-12, atol=0)
-
-
-def test_gradients_left_from_the_ascent_are_in_the_update(model):
+def test_gradients_left_from_the_ascent_are_part_of_the_update():
     """What goes wrong without zero_grad in between: as with any optimizer, gradients add up."""
-    (x, y), *_ = batches(1)
-    left, zeroed = model, copy.deepcopy(model)
-    for m, zero_grad in ((left, False), (zeroed, True)):
-        opt = AWP(m.parameters(), SGD, gamma=GAMMA, lr=0.1)
-        accumulate(m, x, y)
-        opt.first_step(zero_grad=zero_grad)
-        accumulate(m, x, y)
-        opt.second_step()
-    assert not torch.allclose(left[0].weight, zeroed[0].weight, rtol=1e-3)
+    model, ((x, y),) = mlp(), flat_batches(1)
+    opt, w = AWP(model.parameters(), SGD, gamma=GAMMA, lr=1.0), model[0].weight
+    backward(model, x, y)
+    before, at_w = w.detach().clone(), w.grad.clone()
+    opt.first_step()
+    (at_w_plus_v,) = torch.autograd.grad(F.cross_entropy(model(x), y), w)
+    backward(model, x, y)
+    opt.second_step()
+    torch.testing.assert_close(w.detach(), before - at_w - at_w_plus_v)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from awp_optim import AWP
 SHAPES = [(4, 3), (2, 3, 2, 2), (5,), (1, 6)]
 
 
-class Interrupted(Exception):
-    pass
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt, which Hypothesis keeps for itself."""
 
 
 class AWPMachine(RuleBasedStateMachine):
@@ -36,17 +37,8 @@ class AWPMachine(RuleBasedStateMachine):
         self.gamma, self.order, self.dtype = gamma, int(norm[1]), dtype
         self.foreach = foreach
         self.params = [nn.Parameter(torch.randn(s).to(dtype)) for s in SHAPES]
-        self.opt = AWP(
-            self.params,
-            torch.optim.SGD,
-            gamma,
-            norm=norm,
-            ascent_steps=steps,
-            foreach=foreach,
-            direction=direction,
-            lr=0.1,
-            momentum=0.9,
-        )
+        awp = {"norm": norm, "ascent_steps": steps, "foreach": foreach, "direction": direction}
+        self.opt = AWP(self.params, torch.optim.SGD, gamma, **awp, lr=0.1, momentum=0.9)
         self.start_twin()
 
     def start_twin(self):
@@ -67,16 +59,11 @@ class AWPMachine(RuleBasedStateMachine):
             chosen.grad = None
         elif kind == "zero":
             chosen.grad.zero_()
-        elif kind != "normal":
-            bad = chosen.grad.clone()
-            bad[0, 0] = float(kind)
-            self.ascend_along(bad)
-
-    def ascend_along(self, bad):
-        """An ascent meets the bad gradient; the update that follows has a good one."""
-        good, self.params[0].grad = self.params[0].grad, bad
-        self.opt.first_step()
-        self.params[0].grad = good
+        elif kind != "normal":  # an ascent meets the bad gradient, the next update a good one
+            good, chosen.grad = chosen.grad, chosen.grad.clone()
+            chosen.grad[0, 0] = float(kind)
+            self.opt.first_step()
+            chosen.grad = good
 
     @rule(zero_grad=st.booleans())
     def first_step(self, zero_grad):
@@ -102,13 +89,10 @@ class AWPMachine(RuleBasedStateMachine):
 
     @rule(fails=st.booleans())
     def inside_perturbed(self, fails):
-        try:
-            with self.opt.perturbed():
-                self.the_weights_are_where_they_should_be()
-                if fails:
-                    raise Interrupted
-        except Interrupted:
-            pass
+        with suppress(Interrupted), self.opt.perturbed():
+            self.the_weights_are_where_they_should_be()
+            if fails:
+                raise Interrupted
         assert not self.opt.is_perturbed
 
     @precondition(lambda self: not self.opt.is_perturbed)

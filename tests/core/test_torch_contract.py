@@ -6,6 +6,7 @@ import io
 import pickle
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ import torch
 from awp_optim import AWP
 from tests.core.toolbox import (
     SGD,
-    Net,
-    assert_same_bits,
+    assert_close,
+    assert_same_weights,
     backward,
     batches,
-    snapshot,
+    ready,
     train,
+    train_plainly,
 )
 
 
@@ -33,38 +35,31 @@ from tests.core.toolbox import (
     ],
 )
 def test_schedulers_drive_the_base_and_do_not_warn(net, make):
-    other = copy.deepcopy(net)
+    other, data = copy.deepcopy(net), batches(5)
     opt = AWP(net.parameters(), SGD, gamma=1e-9, lr=0.1, momentum=0.9)
     sgd = SGD(other.parameters(), lr=0.1, momentum=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours, theirs = make(opt), make(sgd)
-        for x, y in batches(5):
-            train(net, opt, [(x, y)], ours)
-            sgd.zero_grad()
-            backward(other, x, y)
-            sgd.step()
-            theirs.step()
-            assert opt.base_optimizer.param_groups[0]["lr"] == sgd.param_groups[0]["lr"]
-            assert opt.param_groups[0]["momentum"] == sgd.param_groups[0]["momentum"]
-    for p, q in zip(net.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        for batch in data:
+            train(net, opt, [batch], ours)
+            train_plainly(other, sgd, [batch], theirs)
+            for name in ("lr", "momentum"):
+                assert opt.base_optimizer.param_groups[0][name] == sgd.param_groups[0][name]
+    assert_close(net, other, rtol=1e-4, atol=1e-5)
 
 
 def test_zero_grad_resets_as_torch_does(net):
-    opt = AWP(net.parameters(), SGD, lr=0.1)
-    (x, y), *_ = batches(1)
-    backward(net, x, y)
+    opt, batch, _ = ready(net)
     opt.zero_grad(set_to_none=False)
     assert all(p.grad.eq(0).all() for p in net.parameters())
-    opt.zero_grad()
-    assert all(p.grad is None for p in net.parameters())
-    backward(net, x, y)
-    opt.first_step(zero_grad=True)
-    assert all(p.grad is None for p in net.parameters())
-    backward(net, x, y)
-    opt.second_step(zero_grad=True)
-    assert all(p.grad is None for p in net.parameters())
+    for zero in (
+        opt.zero_grad,
+        *(partial(f, zero_grad=True) for f in (opt.first_step, opt.second_step)),
+    ):
+        backward(net, *batch)
+        zero()
+        assert all(p.grad is None for p in net.parameters())
 
 
 def test_hooks_run_once_a_step(net):
@@ -110,15 +105,13 @@ def test_state_dict_is_the_base_optimizers_and_holds_no_backup(net):
 
 
 @pytest.mark.parametrize("copied_by", ["checkpoint", "deepcopy", "pickle"])
-def test_training_resumed_is_identical_to_training_that_went_on(net, copied_by):
+def test_training_resumed_is_identical_to_training_without_a_stop(net, copied_by):
     settings = {"gamma": 0.02, "lr": 0.05, "momentum": 0.9, "ascent_steps": 2}
-    opt = AWP(net.parameters(), SGD, **settings)
-    data = batches(8)
+    opt, data = AWP(net.parameters(), SGD, **settings), batches(8)
     train(net, opt, data[:4])
     opt.param_groups[0]["gamma"] = 0.03  # a change of a setting is part of the state
     if copied_by == "checkpoint":
-        other = Net()
-        other.load_state_dict(net.state_dict())
+        other = copy.deepcopy(net)
         twin = AWP(other.parameters(), SGD, **settings)
         twin.load_state_dict(copy.deepcopy(opt.state_dict()))
     elif copied_by == "deepcopy":
@@ -126,10 +119,10 @@ def test_training_resumed_is_identical_to_training_that_went_on(net, copied_by):
     else:
         other, twin = pickle.loads(pickle.dumps((net, opt)))
     assert twin.param_groups is twin.base_optimizer.param_groups
-    assert twin.param_groups[0]["params"][0] is next(iter(other.parameters()))
+    assert twin.param_groups[0]["params"][0] is next(other.parameters())
     train(net, opt, data[4:])
     train(other, twin, data[4:])
-    assert_same_bits(other.parameters(), snapshot(net.parameters()))
+    assert_same_weights(net, other)
 
 
 def test_a_checkpoint_loads_into_another_dtype(net):
@@ -142,24 +135,12 @@ def test_a_checkpoint_loads_into_another_dtype(net):
     assert next(iter(twin.state.values()))["momentum_buffer"].dtype == torch.float64
     train(net, opt, batches(2))
     train(other, twin, batches(2, torch.float64))
-    for p, q in zip(net.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p.double(), q, rtol=1e-3, atol=1e-4)
-
-
-def test_a_model_may_change_its_dtype_between_steps(net):
-    opt = AWP(net.parameters(), SGD, gamma=0.02, lr=0.05)
-    train(net, opt, batches(1))
-    net.double()
-    opt.zero_grad()
-    train(net, opt, batches(1, torch.float64))
-    assert all(b.dtype == torch.float64 for b in opt.backup.buffers.values())
+    assert_close(net.double(), other, rtol=1e-3, atol=1e-4)
 
 
 def test_a_plain_optimizers_checkpoint_loads_and_keeps_our_settings(net):
     sgd = SGD(net.parameters(), lr=0.3, momentum=0.9)
-    (x, y), *_ = batches(1)
-    backward(net, x, y)
-    sgd.step()
+    train_plainly(net, sgd, batches(1))
     opt = AWP(net.parameters(), SGD, gamma=0.02, norm="l1", lr=0.1, momentum=0.5)
     opt.load_state_dict(sgd.state_dict())
     group = opt.param_groups[0]
@@ -169,9 +150,10 @@ def test_a_plain_optimizers_checkpoint_loads_and_keeps_our_settings(net):
 
 
 def test_an_optimizer_no_longer_used_is_freed(net):
-    opt = AWP(net.parameters(), SGD, gamma=0.1, lr=0.1)
-    train(net, opt, batches(1))
-    gone = weakref.ref(opt)
+    opt, *_ = ready(net)
+    opt.first_step()
+    opt.second_step()
+    reference = weakref.ref(opt)
     del opt
     gc.collect()
-    assert gone() is None
+    assert reference() is None

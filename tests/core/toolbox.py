@@ -1,9 +1,11 @@
-"""What the tests of the optimizer share: a small network, its data, and the textbook."""
+"""What the tests of the optimizer share: small networks, their data, and the textbook."""
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+
+from awp_optim import AWP
 
 SGD = torch.optim.SGD
 ORDER = {"l1": 1, "l2": 2}
@@ -28,6 +30,25 @@ def batches(n, dtype=torch.float32, seed=1):
     return list(zip(x, y))
 
 
+def mlp():
+    """A network for ``[(x.flatten(1), y) for x, y in batches(n)]``."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(72, 10), nn.Tanh(), nn.Linear(10, 5)).double()
+
+
+def flat_batches(n):
+    return [(x.flatten(1), y) for x, y in batches(n, torch.float64)]
+
+
+def ready(net, base=SGD, **settings):
+    """An AWP whose parameters have gradients, their batch and a copy of the weights."""
+    opt = AWP(net.parameters(), base, **{"gamma": 0.1, "lr": 0.1, **settings})
+    batch = batches(1)[0]
+    start = snapshot(net.parameters())
+    backward(net, *batch)
+    return opt, batch, start
+
+
 def snapshot(params):
     return [p.detach().clone() for p in params]
 
@@ -37,6 +58,21 @@ def assert_same_bits(params, expected):
         assert p.dtype == e.dtype
         bits = [t.detach().reshape(-1).view(torch.uint8) for t in (p, e)]
         assert torch.equal(*bits)
+
+
+def assert_same_weights(net, other):
+    assert_same_bits(net.parameters(), list(other.parameters()))
+
+
+def assert_close(net, other, **tolerances):
+    weights = (list(model.parameters()) for model in (net, other))
+    torch.testing.assert_close(*weights, **tolerances)
+
+
+def assert_restored(opt, start):
+    """The weights of an optimizer with one group are the unperturbed ones, bit for bit."""
+    assert not opt.is_perturbed
+    assert_same_bits(opt.param_groups[0]["params"], start)
 
 
 def backward(model, x, y, scale=1.0):
@@ -55,6 +91,15 @@ def train(model, opt, data, scheduler=None):
         opt.zero_grad()
         backward(model, x, y)
         opt.second_step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def train_plainly(model, optimizer, data, scheduler=None):
+    for x, y in data:
+        optimizer.zero_grad()
+        backward(model, x, y)
+        optimizer.step()
         if scheduler is not None:
             scheduler.step()
 

@@ -77,10 +77,7 @@ def same_v_for_all(rank, world, directory):
 def a_v_for_each(rank, world, directory):
     """The ascent under no_sync(): the mean of the gradients, each at the process' own w + v."""
     figures = {}
-    for name, kwargs in {
-        "": {},
-        "views": {"gradient_as_bucket_view": True},
-    }.items():
+    for name, kwargs in {"": {}, "views": {"gradient_as_bucket_view": True}}.items():
         alone, model = mlp(), mlp()
         base = SGD(alone.parameters())
         ddp = DistributedDataParallel(model, **kwargs)

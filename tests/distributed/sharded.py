@@ -491,10 +491,7 @@ def checkpoint(rank, world, directory):
         tried = not all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before))
         checkpoints.load(states, checkpoint_id=place)
         set_state_dict(
-            model,
-            saved,
-            model_state_dict=states["model"],
-            optim_state_dict=states["optimizer"],
+            model, saved, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
         )
         train(model, opt, data[10:])
         figures[f"{given}, {norm}"] = model_off(model, expected(way))

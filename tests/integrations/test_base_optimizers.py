@@ -50,9 +50,7 @@ def batches(n: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def assert_equal_training(
-    make: Callable[[list[Tensor]], Optimizer],
-    kind: str = "dense",
-    ascent_steps: int = 1,
+    make: Callable[[list[Tensor]], Optimizer], kind: str = "dense", ascent_steps: int = 1
 ) -> None:
     """The two steps, and step(closure), against the loop by hand with a base optimizer alone."""
     hand, steps, closed = network(kind), network(kind), network(kind)
