@@ -85,15 +85,15 @@ def test_only_a_step_that_does_nothing_is_let_through_unperturbed():
     refused += [fresh() for _ in range(2)]
     refused[-1].add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.1})
     for opt in refused[:2]:
-        with pytest.raises(RuntimeError, match="plain step without perturbation"):
+        with pytest.raises(RuntimeError, match="would be a plain step"):
             opt.step()
-    with pytest.raises(RuntimeError, match="plain step without perturbation"):
+    with pytest.raises(RuntimeError, match="would be a plain step"):
         refused[-1].step()
     model.bias.grad[0] = 1e-30
-    with pytest.raises(RuntimeError, match="plain step without perturbation"):
+    with pytest.raises(RuntimeError, match="would be a plain step"):
         refused[2].step()
     model.bias.grad = None
-    with pytest.raises(RuntimeError, match="plain step without perturbation"):
+    with pytest.raises(RuntimeError, match="would be a plain step"):
         refused[2].step()
     assert all(torch.equal(p, c) for p, c in zip(model.parameters(), start))
 
