@@ -424,7 +424,7 @@ class AWP(Optimizer):
         """The base optimizer's state and the groups' settings, never the backup of the weights.
 
         Raises:
-            RuntimeError: the weights are perturbed: a checkpoint would combine this state with w + v.
+            RuntimeError: the weights are perturbed; a checkpoint would pair this state with w + v.
         """
         self._require_unperturbed("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
