@@ -68,7 +68,7 @@ def run_reference(
     reference.attacks_to_run = [name]
     for attack in (reference.apgd_targeted, reference.fab):
         attack.n_target_classes = min(attack.n_target_classes, classes - 1)
-    checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # otherwise it continues counting across models
+    checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # else it counts across models
     weights = oracle.model.parameters() if isinstance(oracle.model, nn.Module) else []
     with without_gradients(weights), _trace_restored(), _quiet_log() as messages:
         found, _ = reference.run_standard_evaluation(images, y, batch_size=len(x))

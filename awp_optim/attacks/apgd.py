@@ -20,7 +20,7 @@ from awp_optim.attacks.losses import LOSSES, Loss, dlr_targeted
 MOMENTUM = 0.75
 TARGETED = "dlr-targeted"
 L1_SPARSITY, L1_PERIOD, L1_SHRINK, L1_SHORTEST, L1_SPARSER = 1.5, 0.04, 1.5, 10.0, 0.95
-"""Constants of "Mind the box", section 4.2 and appendix C; the period is a fraction of the steps."""
+"""Constants of "Mind the box", section 4.2 and appendix C; a period is a fraction of the steps."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class APGD(BallAttack):
     def _ascend(
         self, oracle: ModelOracle, s: _State, eps: float, steps: int, dropped: _Found | None
     ) -> _State:
-        """Algorithm 1 in a ball of radius ``eps``; fooled examples move to ``dropped``, if given."""
+        """Algorithm 1 in a ball of radius ``eps``; fooled examples go to ``dropped`` if given."""
         rule = self._rule(eps, steps)
         project = self._ball.projection(s.x, eps, self.clip)
         s.x_adv = s.x_previous = project(s.x_adv)

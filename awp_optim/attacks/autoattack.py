@@ -33,7 +33,7 @@ class AutoAttackWarning(UserWarning):
 
 @dataclass(frozen=True)
 class AutoAttack(BallAttack):
-    """An ensemble of parameter-free attacks, each run on images that the previous ones did not break.
+    """An ensemble of parameter-free attacks, each run on images that no previous one has broken.
 
     Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks" (ICML 2020, https://arxiv.org/abs/2003.01690). Its parts come from the

@@ -60,7 +60,7 @@ def round_toward(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _next_toward(t: Tensor, x: Tensor) -> Tensor:
-    """``torch.nextafter`` for every dtype and device (torch's lacks some half-precision kernels)."""
+    """``torch.nextafter`` for every dtype and device (torch's lacks half-precision kernels)."""
     # Floats store sign and magnitude: adding 1 to the bits gives the next number away from zero.
     away_from_zero = (x > t) == (t > 0)
     bits = t.view(_BITS[t.dtype])

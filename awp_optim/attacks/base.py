@@ -71,10 +71,10 @@ class Attack(ABC):
     def __call__(self, model: Model, x: Tensor, y: Tensor | None) -> Tensor:
         """Compute adversarial examples for a batch.
 
-        The attack differentiates the loss, summed over the batch, with respect to the input only. An
-        example's perturbation does not depend on the other examples, unless the model mixes them,
-        as BatchNorm does in train mode. No value is read back from an accelerator. A surrounding
-        autocast applies; a surrounding ``no_grad`` or ``inference_mode`` has no effect.
+        The attack differentiates the loss, summed over the batch, with respect to the input only.
+        An example's perturbation does not depend on the other examples, unless the model mixes
+        them, as BatchNorm does in train mode. No value is read back from an accelerator. A
+        surrounding autocast applies; a surrounding ``no_grad`` or ``inference_mode`` does not.
 
         Args:
             model: maps inputs in ``clip`` to logits of shape (N, C). Normalization is one of its

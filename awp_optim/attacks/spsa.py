@@ -167,7 +167,7 @@ class _Queries:
         return judge(torch.cat([self._logits(b) for b in batches]), self._y, self._loss)
 
     def gradient(self, x: Tensor, keys: Tensor) -> Tensor:
-        """The estimate at ``x``, from ``samples`` directions with keys from ``keys``, shape (N,), on.
+        """The estimate at ``x``; ``keys``, shape (N,), determine its random directions.
 
         Non-finite differences count as zero.
         """

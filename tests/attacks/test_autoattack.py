@@ -297,8 +297,8 @@ class TestOddModels:
         ({"attacks": ("fab",)}, ValueError, "version='custom'"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
         ({"backend": "native", "version": "rand"}, ValueError, "averages gradients"),
-        ({"clip": (0, 255)}, ValueError, r"\[0, 1\] only"),
-        ({"clip": None}, ValueError, r"\[0, 1\] only"),
+        ({"clip": (0, 255)}, ValueError, r"\[0, 1\]"),
+        ({"clip": None}, ValueError, r"\[0, 1\]"),
         ({"seed": -1}, ValueError, "seed"),
     ],
 )
