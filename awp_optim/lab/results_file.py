@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from awp_optim._utils.io import atomic_write
+from awp_optim._utils.io import write_text
 from awp_optim.lab.config import REMOVED, Config
 from awp_optim.lab.run_folder import Row
 
@@ -55,15 +55,7 @@ class ResultsFile:
             return
         self._runs.append({"name": name, "config": self._settings(config), "rows": rows})
         # A line for each run, which a diff can tell apart.
-        text = '{"runs": [\n' + ",\n".join(map(json.dumps, self._runs)) + "\n]}\n"
-        try:
-            with atomic_write(self._path) as file:
-                file.write(text.encode())
-        except OSError as error:
-            raise OSError(
-                f"{self._path} could not be written ({error.strerror}). It is unchanged, without "
-                f"{name!r}: make room, and start the sweep again"
-            ) from error
+        write_text(self._path, '{"runs": [\n' + ",\n".join(map(json.dumps, self._runs)) + "\n]}\n")
 
     def _settings(self, config: Config) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(json.dumps({**asdict(config), **self._about}))

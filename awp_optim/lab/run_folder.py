@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from awp_optim._utils.io import atomic_write
+from awp_optim._utils.io import atomic_write, write_text
 from awp_optim.lab.config import REMOVED, Config
 from awp_optim.lab.lock import FolderLock
 from awp_optim.lab.tensorboard import TensorBoardLog
@@ -123,7 +123,7 @@ class RunFolder:
         """
         for part in self.path.glob(".*.part"):
             part.unlink(missing_ok=True)
-        self._write("config.json", json.dumps(self._settings, indent=2).encode())
+        write_text(self.path / "config.json", json.dumps(self._settings, indent=2))
         if rows:
             self.save_metrics(rows)
 
@@ -153,12 +153,13 @@ class RunFolder:
         # Through memory: on a full disk torch.save would say "unexpected pos".
         buffer = io.BytesIO()
         torch.save({**content, "config": self._settings}, buffer)
-        self._write(name, buffer.getbuffer())
+        with atomic_write(self.path / name) as file:
+            file.write(buffer.getbuffer())
 
     def save_metrics(self, rows: list[Row]) -> None:
         """Write ``metrics.csv``."""
         table = [COLUMNS, *([f"{row[c]:.6g}" if c in row else "" for c in COLUMNS] for row in rows)]
-        self._write("metrics.csv", "".join(",".join(line) + "\n" for line in table).encode())
+        write_text(self.path / "metrics.csv", "".join(",".join(line) + "\n" for line in table))
 
     def log(self, row: Row) -> None:
         """Add a row to TensorBoard's logs, if TensorBoard is installed."""
@@ -188,13 +189,3 @@ class RunFolder:
             raise ValueError(f"{file} does not belong to a run: choose another folder")
         if has_results:
             self.check_settings(before)
-
-    def _write(self, name: str, content: bytes | memoryview) -> None:
-        try:
-            with atomic_write(self.path / name) as file:
-                file.write(content)
-        except OSError as error:
-            raise OSError(
-                f"{self.path / name} could not be written ({error.strerror}). The files of the run "
-                "are as they were: make room, and continue with --resume"
-            ) from error

@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from awp_optim._utils.io import write_text
 from awp_optim.lab.commands.options import (
     Device,
     Positive,
@@ -20,8 +21,6 @@ from awp_optim.lab.commands.options import (
     parse,
     print_table,
     terminal,
-    write,
-    writing,
 )
 from awp_optim.lab.commands.train import fast_kernels
 from awp_optim.lab.config import Config
@@ -221,7 +220,6 @@ def _write(
         text += [f"{title}:", markdown(cells)]
     console.out(about)
     text += [f"![{study.title}]({options.study}.png)", machine, ""]
-    with writing(options.out / f"{options.study}.png") as picture:
-        study.draw(runs, picture, study.title)
-    write(options.out / f"{options.study}.md", "\n\n".join(text))
+    study.draw(runs, options.out / f"{options.study}.png", study.title)
+    write_text(options.out / f"{options.study}.md", "\n\n".join(text))
     console.out(f"All in {options.out}/{options.study}.md, .json and .png.")

@@ -23,6 +23,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 import awp_optim
 from awp_optim._utils.checks import check_choice, check_real
+from awp_optim._utils.io import write_text
 from awp_optim.attacks import APGD, CW, FGSM, PGD, Attack
 from awp_optim.evaluation import Evaluation, EvaluationWarning, evaluate
 from awp_optim.lab.commands.attacks import NAMES, make_attack, make_attacks
@@ -38,8 +39,6 @@ from awp_optim.lab.commands.options import (
     parse,
     print_table,
     terminal,
-    write,
-    writing,
 )
 from awp_optim.lab.data import DATASETS, ImageData
 from awp_optim.lab.job import Job
@@ -291,10 +290,10 @@ def _write(task: _Task, dataset: str, r: Evaluation, command: str, console: Cons
     what = f"{name} on {dataset}: {r.n} test images, {norm}, eps {radius(task.eps)}"
     if r.skip_broken:
         what += "; each attack on what those before left"
-    write(out / "results.json", as_json(r, _about(task, command)))
-    write(out / "results.csv", as_csv(r))
-    write(out / "results.md", as_report(r, what, name, norm))
-    write(out / "record.csv", per_example(r))
+    write_text(out / "results.json", as_json(r, _about(task, command)))
+    write_text(out / "results.csv", as_csv(r))
+    write_text(out / "results.md", as_report(r, what, name, norm))
+    write_text(out / "record.csv", per_example(r))
     print_table(console, per_attack(r, norm), what, bold=title("worst_case"))
     if r.warnings:
         console.print("Warnings, which make these figures doubtful:", style="bold")
@@ -342,14 +341,13 @@ def _draw_curves(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) 
         at_eps = evaluate(model, few, attacks, checks=False, **settings)
         for name, accuracy in at_eps.robust.items():
             points[title(name, task.norm)][eps] = accuracy
-    with writing(options.out / "curves.png") as file:
-        accuracy_by_radius(
-            points,
-            file,
-            f"{options.name}: {min(CURVE_IMAGES, r.n)} images, {task.norm}",
-            chance=1 / data.num_classes,
-            marked=task.eps,
-        )
+    accuracy_by_radius(
+        points,
+        options.out / "curves.png",
+        f"{options.name}: {min(CURVE_IMAGES, r.n)} images, {task.norm}",
+        chance=1 / data.num_classes,
+        marked=task.eps,
+    )
 
 
 def _draw_images(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) -> None:
@@ -370,11 +368,10 @@ def _draw_images(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) 
     labels = [
         tuple(data.classes[k] for k in image) for image in zip(y.tolist(), *predicted, strict=True)
     ]
-    with writing(options.out / "images.png") as file:
-        adversarial_images(
-            x.cpu().numpy(),
-            x_adv.cpu().numpy(),
-            labels,
-            file,
-            f"{title(name, norm)}, eps {radius(task.eps)}, {norm}: predictions, wrong ones orange",
-        )
+    adversarial_images(
+        x.cpu().numpy(),
+        x_adv.cpu().numpy(),
+        labels,
+        options.out / "images.png",
+        f"{title(name, norm)}, eps {radius(task.eps)}, {norm}: predictions, wrong ones orange",
+    )

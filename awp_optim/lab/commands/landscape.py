@@ -16,6 +16,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from awp_optim._utils.io import write_text
 from awp_optim.lab.commands.options import (
     Device,
     Flag,
@@ -26,8 +27,6 @@ from awp_optim.lab.commands.options import (
     parse,
     print_table,
     terminal,
-    write,
-    writing,
 )
 from awp_optim.lab.job import Job
 from awp_optim.lab.reports.figures import FIGURES, Drawing
@@ -185,15 +184,15 @@ def _measuring(options: Options, ranks: Job) -> Measuring:
 
 def _write(drawing: Drawing, out: Path, console: Console) -> Picture:
     """The picture, and its numbers beside it; the tables also on the terminal."""
-    with writing(out / f"{drawing.name}.png") as file:
-        drawing.draw(file, drawing.title)
+    file = out / f"{drawing.name}.png"
+    drawing.draw(file, drawing.title)
     content = {
         "title": drawing.title,
         "caption": drawing.caption,
         "tables": list(drawing.tables),
         "data": drawing.data,
     }
-    write(file.with_suffix(".json"), json.dumps(content, indent=1))
+    write_text(file.with_suffix(".json"), json.dumps(content, indent=1))
     for title, cells in drawing.tables:
         console.out(f"{drawing.title}. {title}.")
         print_table(console, cells)
@@ -215,8 +214,7 @@ def _write_gallery(
         f"{sum(map(len, groups.values()))} runs: {'; '.join(groups)}. torch {torch.__version__}, "
         f"{torch.device(options.device).type}."
     )
-    with writing(page):
-        write_gallery(page, "Weight loss landscapes", about, command, pictures, [*left_out.items()])
+    write_gallery(page, "Weight loss landscapes", about, command, pictures, [*left_out.items()])
     for name, why in left_out.items():
         console.out(f"left out: {name}: {why}")
     console.out(f"The gallery is {page}.")

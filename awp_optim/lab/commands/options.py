@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from awp_optim._utils.io import atomic_write
 from awp_optim.lab.data import DATASETS, ImageData, load
 
 __all__ = [
@@ -36,8 +34,6 @@ __all__ = [
     "peek",
     "print_table",
     "terminal",
-    "write",
-    "writing",
 ]
 
 T = TypeVar("T")
@@ -202,25 +198,9 @@ def print_table(
 
 def check_writable(path: Path) -> None:
     """Raise an OSError now for a file that cannot be written later."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
-            pass
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Inside, an OSError names the file, which that of a full disk does not."""
-    try:
-        yield path
-    except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error})") from error
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    with writing(path), atomic_write(path) as file:
-        file.write(text.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=path.parent):
+        pass
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from awp_optim._utils.io import atomic_write
+from awp_optim._utils.io import write_text
 from awp_optim.lab.reports.summary import Cells
 
 __all__ = ["Picture", "write_gallery"]
@@ -65,5 +65,4 @@ def write_gallery(
     page = TEMPLATES.get_template("gallery.html").render(
         title=title, about=about, command=command, pictures=pictures, left_out=left_out
     )
-    with atomic_write(path) as file:
-        file.write(page.encode())
+    write_text(path, page)
