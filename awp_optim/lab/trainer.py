@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim import AWP, AdversarialStep
-from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_checkpoint
+from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_last
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
@@ -189,9 +189,9 @@ def _opened(out: Path | str | None, run: _Run, *, resume: bool) -> Iterator[RunF
         if not folder.last.exists():
             return None
         # What is broadcast to the other ranks must not be on the first one's device.
-        saved = load_checkpoint(folder.last, device if ranks.world == 1 else torch.device("cpu"))
+        saved = load_last(folder.last, device if ranks.world == 1 else torch.device("cpu"))
         folder.check_settings(saved["config"])  # it may belong to another run
-        if (was := saved.get("device", device.type)) not in (None, device.type):
+        if (was := saved.get("device", device.type)) != device.type:
             raise ValueError(f"the run was on {was}, and cannot be resumed on {device}")
         return saved
 

@@ -346,4 +346,3 @@ def test_recipes(awp):
     out = awp("recipes").out
     assert "at-awp/cifar10-linf-preact18" in out
     assert "55.39" in out
-    assert awp("train", "--list-recipes").out == out

@@ -425,21 +425,6 @@ class TestNormalize:
         assert model.normalize.mean.item() == pytest.approx(0.3)
         assert model.normalize.std.item() == pytest.approx(0.4)
 
-    def test_a_checkpoint_without_statistics_leaves_them(self):
-        saved = TINY["preact"]().state_dict()
-        del saved["normalize.mean"], saved["normalize.std"]
-        keys = list(saved)
-        model = TINY["preact"](mean=0.3, std=0.4)
-        model.load_state_dict(saved, strict=True)
-        assert model.normalize.mean.item() == pytest.approx(0.3)
-        assert list(saved) == keys  # the caller's dict is not changed
-        empty = {}  # also not if the module is the outermost one
-        Normalize(0.3, 0.4).load_state_dict(empty)
-        assert empty == {}
-        del saved["bn.weight"]  # others are still reported
-        with pytest.raises(RuntimeError, match=r"Missing key.*bn\.weight"):
-            model.load_state_dict(saved)
-
     @pytest.mark.parametrize(
         ("mean", "std", "message"),
         [
@@ -465,15 +450,13 @@ class TestRegistry:
         with torch.device("meta" if name in LARGE else "cpu"):
             model = build_model(
                 name, num_classes=4, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4),
-                activation=torch.tanh,
+                activation="tanh",
             )  # fmt: skip
             assert model.eval()(torch.rand(2, 2, 8, 8)).shape == (2, 4)
         assert len(model.normalize.mean) == 2
         used = [m.activation for m in model.modules() if hasattr(m, "activation")]
         assert used
         assert all(activation is torch.tanh for activation in used)
-        with pytest.raises(TypeError, match="dropout"):
-            build_model(name, num_classes=10, in_channels=3, dropout=0.5)
 
     def test_wide_resnets_by_depth_and_width(self):
         with torch.device("meta"):
@@ -503,10 +486,12 @@ class TestActivationsByName:
     def test_the_network_computes_with_it(self, arch):
         settings = {"num_classes": 5, "in_channels": 3}
         model = unsettled(build_model(arch, activation="mish", **settings))
-        twin = build_model(arch, activation=FORMULAS["mish"], **settings).double().eval()
-        relu = build_model(arch, **settings).double().eval()
+        twin, relu = (build_model(arch, **settings).double().eval() for _ in range(2))
         for other in (twin, relu):
             other.load_state_dict(model.state_dict())
+        for module in twin.modules():
+            if hasattr(module, "activation"):
+                module.activation = FORMULAS["mish"]
         x = images(4, 3, 8, 8)
         torch.testing.assert_close(model(x), twin(x))
         assert not torch.allclose(model(x), relu(x), rtol=1e-3)
@@ -540,13 +525,8 @@ class TestTorchvision:
     def test_only_logits_in_train_mode(self, name):
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("error")
-            out = self.build(name, init_weights=False).train()(torch.rand(2, 3, 299, 299))
+            out = self.build(name).train()(torch.rand(2, 3, 299, 299))
         assert out.shape == (2, 10)
-
-    def test_settings_are_passed_on(self):
-        with torch.device("meta"):
-            model = self.build("mobilenet_v3_small", dropout=0.4, activation=F.relu)
-        assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.4]
 
     @pytest.mark.parametrize(
         ("name", "settings", "message"),
@@ -556,17 +536,11 @@ class TestTorchvision:
             ("resnet18", {"in_channels": 1}, "RGB images, not 1 channels"),
             ("resnet18", {"mean": (0.1, 0.2), "std": (0.3, 0.4)}, "2 channels, the images 3"),
             ("resnet18", {"activation": "silu"}, "has its own activation"),
-            ("resnet18", {"activation": F.silu}, "has its own activation"),
         ],
     )  # fmt: skip
     def test_errors(self, name, settings, message):
         with pytest.raises(ValueError, match=message):
             self.build(name, **settings)
-
-    def test_not_installed(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "torchvision", None)
-        with pytest.raises(ImportError, match="torchvision/resnet18 needs torchvision: pip"):
-            build_model("torchvision/resnet18", num_classes=10, in_channels=3)
 
     def test_imported_only_then(self):
         code = (

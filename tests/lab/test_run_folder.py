@@ -198,14 +198,12 @@ def without(*path):
         saving(torch.nn.Linear(1, 1)),
         saving({"model": {}, "optimizer": {}}),
         *(without(name) for name in ("model", "optimizer", "scheduler", "rows", "random")),
-        *(without(name) for name in ("device", "config", "ema", "epoch")),
+        *(without(name) for name in ("config", "ema", "epoch")),
         without("rows", 0),
         without("rows", 0, "epoch"),
         without("random", 1),
         without("epoch", "order"),
         without("epoch", "step"),
-        without("optimizer", "param_groups", 0, "lr"),
-        without("scheduler", "last_epoch"),
         without("model", "conv1.weight"),
     ],
 )
@@ -271,7 +269,7 @@ def test_a_file_is_never_half_written(config, data, tmp_path, monkeypatch, name)
     assert (tmp_path / name).read_bytes() == before[name]
     assert not list(tmp_path.glob(".*"))
     # What comes after a file is not written without it: no best epoch is forgotten.
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["row"]["epoch"] == 0
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["rows"][-1]["epoch"] == 0
     monkeypatch.undo()
     _, rows = fit(config, data, tmp_path, resume=True)
     assert len(rows) == 3

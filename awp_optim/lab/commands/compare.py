@@ -145,8 +145,6 @@ def _parity(data: ImageData, labeled: int) -> ImageData:
 
 def main(arguments: Sequence[str], ranks: Job) -> None:
     """Compare what the command line says."""
-    # The study's name of earlier versions.
-    arguments = ["regularizers" if word == "regularisers" else word for word in arguments]
     options = parse(Options, arguments, "awp compare", HELP)
     compare(options, command=shlex.join(["awp", "compare", *arguments]))
 

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from awp_optim.attacks import PGD
-from awp_optim.lab.commands import recipes
 from awp_optim.lab.commands.options import (
     DataOptions,
     Dataset,
@@ -112,9 +111,6 @@ def starting_point(
 
 def main(arguments: Sequence[str], ranks: Job) -> None:
     """Train as the command line says."""
-    if "--list-recipes" in arguments:  # what `awp recipes` was called
-        recipes.main([], ranks)
-        return
     # The options that decide the defaults of the others come first.
     dataset, config = peek(starting_point, arguments, "awp train")
     default = Options(out=tyro.MISSING, data=DataOptions(dataset), settings=config)
