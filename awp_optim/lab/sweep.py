@@ -34,7 +34,7 @@ Finished = Generator[tuple[str, list[Row]], None, None]
 Futures = dict[str, "Future[list[Row]]"]
 
 POLL = 0.05
-"""Seconds from one look at the runs to the next, and from one report of a run to the next."""
+"""Seconds between two polls of the runs, and between two reports of a run."""
 
 
 class RunFailed(RuntimeError):
@@ -51,10 +51,10 @@ def sweep(
     executor: Executor | None = None,
     console: Console | None = None,
 ) -> dict[str, list[Row]]:
-    """Train all of them, by default as many at a time as there are cores; equal ones once.
+    """Train all runs, by default as many at a time as there are cores, and equal ones only once.
 
     With a file, every finished run is written to it at once, and a run that it holds is not trained
-    again: an interrupted sweep continues. Runs with other settings in the file stay there.
+    again: an interrupted sweep continues. Runs with other settings stay in the file.
 
     Args:
         configs: the runs, by a name such as "AT-AWP, seed 1".
@@ -84,10 +84,10 @@ def sweep(
     results = ResultsFile(file, about or {})
     found = {config: results.find(config) for config in configs.values()}
     todo = _todo(configs, found)
-    # By the number of all runs: a sweep that is continued gives each as many threads as before.
+    # Counted over all runs, so that a resumed sweep gives each run as many threads as before.
     workers = min(workers or _cores(), max(1, len(configs)))
     with step_bars(console) as progress:
-        bars = SweepBars(progress, todo, len(found))
+        bars = SweepBars(progress, len(todo), len(found))
         if executor is not None:
             runs = _collect(_submit(executor, todo, train))
         elif workers == 1:
@@ -112,14 +112,14 @@ def _todo(configs: Mapping[str, Config], found: Mapping[Config, object]) -> dict
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _run(train: Train, name: str, config: Config, report: Report) -> list[Row]:
-    """One run, in any process."""
+    """One run, in this process or a worker."""
     report(0, 0)  # it has begun
     try:
         return train(config, report)

@@ -217,17 +217,11 @@ def _complete(options: Options) -> _Task:
 
 
 def _refuse(out: Path) -> None:
-    """Raise ValueError if a folder holds results; remove a state file that holds none."""
-    state = out / "state.jsonl"
-    if not state.exists():
-        return
-    content = state.read_bytes()
-    only_settings = content.count(b"\n") <= 1 and content.startswith(b'{"evaluation":')
-    if content and not only_settings:
-        raise ValueError(
+    """Raise FileExistsError if a folder holds results."""
+    if (out / "state.jsonl").exists():
+        raise FileExistsError(
             f"{out} already holds an evaluation: continue it with --resume, or choose another --out"
         )
-    state.unlink()
 
 
 def _model(task: _Task, data: ImageData, given: nn.Module | None) -> nn.Module:

@@ -25,10 +25,10 @@ LAYOUT = "path/train/<class>/ and path/test/<class>/, or path/<class>/"
 def load_folder(path: str | os.PathLike[str], size: int | None = None) -> ImageData:
     """Images in a folder for each class: ``path/train/<class>/*`` and ``path/test/<class>/*``.
 
-    Or a single tree, ``path/<class>/*``, of which a fifth of every class, drawn at random but the
-    same each time, becomes the test part. :class:`torchvision.datasets.ImageFolder` finds the files and the classes, both in
-    alphabetical order. The data have one channel if every image is gray, else three. ``mean`` and
-    ``std`` are measured on the training part. The images must fit into memory.
+    Or a single tree, ``path/<class>/*``, of which a random fifth of every class (the same in every
+    call) becomes the test part. :class:`torchvision.datasets.ImageFolder` finds the files and the
+    classes, both in alphabetical order. The data have one channel if every image is gray, else
+    three. ``mean`` and ``std`` are measured on the training part. The images must fit into memory.
 
     Args:
         path: The root of the tree; its name becomes the name of the data set.
@@ -109,9 +109,7 @@ def _draw_test(y: Tensor) -> Tensor:
     drawn = torch.zeros(len(y), dtype=torch.bool)
     for label in range(int(y.max()) + 1):
         own = (y == label).nonzero()[:, 0]
-        n = min(
-            round(TEST_FRACTION * len(own)), len(own) - 1
-        )  # at least one image stays to train on
+        n = min(round(TEST_FRACTION * len(own)), len(own) - 1)  # one image stays to train on
         drawn[own[torch.randperm(len(own), generator=generator)[:n]]] = True
     return drawn
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from awp_optim.lab.data import load_folder
+from awp_optim.lab.data import folders, load_folder
 
 Image = pytest.importorskip("PIL.Image")
 
