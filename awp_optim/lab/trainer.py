@@ -23,13 +23,12 @@ from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
 from awp_optim.lab.ema import MovingAverage
 from awp_optim.lab.evaluator import Evaluator, Images
-from awp_optim.lab.fingerprint import describe_inputs
 from awp_optim.lab.job import naming_lost_ranks
 from awp_optim.lab.models import build_model
 from awp_optim.lab.pseudo import PseudoLabeled
 from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
-from awp_optim.lab.training_set import TrainingSet
+from awp_optim.lab.training_set import TrainingSet, describe_inputs
 from awp_optim.lab.weights import initialize
 
 __all__ = ["check", "fit", "is_over"]
