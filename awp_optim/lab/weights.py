@@ -45,7 +45,7 @@ def load_checkpoint(
     with open(path, "rb") as stream:
         try:
             content = torch.load(stream, map_location=device, weights_only=True)
-        except (OSError, MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # torch raises whatever the damage leads it to
             found = re.search(r"GLOBAL (\S+)", str(error))

@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_run_or_device_is_refused(config, data, tmp_path
         fit(config, data, tmp_path / "ours", resume=True)
 
 
-@pytest.mark.parametrize("error", [PermissionError("no"), torch.OutOfMemoryError("no")])
+@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])
 def test_other_errors_are_not_called_damage(config, data, tmp_path, monkeypatch, error):
     fit(replace(config, epochs=1), data, tmp_path)
 
