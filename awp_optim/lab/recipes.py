@@ -59,7 +59,7 @@ class Recipe:
 
 
 _LINF = Config()
-_L2 = replace(_LINF, **vars(THREATS["l2"]))
+_L2 = replace(_LINF, **THREATS["l2"])
 _SVHN = replace(_LINF, lr=0.01, step_size=1 / 255)
 _SVHN_L2 = replace(_L2, lr=0.01)
 _WITH_DATA: dict[str, dict[str, Any]] = {

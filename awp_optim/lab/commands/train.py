@@ -105,7 +105,7 @@ def starting_point(
         config = defaults(dataset, threat or "linf", method)
     else:
         dataset, config = dataset or RECIPES[recipe].dataset, RECIPES[recipe].config
-        config = config if threat is None else replace(config, **vars(THREATS[threat]))
+        config = config if threat is None else replace(config, **THREATS[threat])
     return dataset, replace(config, augment=dataset != "digits")
 
 

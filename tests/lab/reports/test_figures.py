@@ -29,8 +29,7 @@ CONFIG = Config(
     batch_size=32, augment=False, train_eval=32, eval_every=2, save_every=2,
 )  # fmt: skip
 HOW = Measuring(
-    alphas=(-0.5, 0.0, 0.5), grid=(-0.5, 0.0, 0.5), gammas=(0.01, 0.1), directions=2, at=0.25,
-    limit=16,
+    reach=0.5, points=3, grid=3, gammas=(0.01, 0.1), directions=2, at=0.25, limit=16
 )  # fmt: skip
 RUNS = {
     "at-0": CONFIG,
