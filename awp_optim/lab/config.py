@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -18,7 +18,7 @@ from awp_optim.attacks import PGD
 from awp_optim.lab.schedules import Schedule
 from awp_optim.objectives import AT, MART, TRADES, Objective
 
-__all__ = ["METHODS", "PRECISIONS", "REMOVED", "THREATS", "Config"]
+__all__ = ["METHODS", "PRECISIONS", "THREATS", "Config"]
 
 Method = Literal["at", "trades", "mart", "rst", "pretrain"]
 Activation = Literal[
@@ -150,6 +150,11 @@ class Config:
                     raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
         if self.mixup and self.batch_size < 2:
             raise ValueError("mixup needs pairs: a batch_size of 2 or more")
+
+    @staticmethod
+    def complete(saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Saved settings, with the default of each setting that is newer than they are."""
+        return {**REMOVED, **asdict(Config()), **saved}
 
     @classmethod
     def from_saved(cls, settings: Mapping[str, Any]) -> Config:

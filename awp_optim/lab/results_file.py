@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from awp_optim._utils.io import write_text
-from awp_optim.lab.config import REMOVED, Config
+from awp_optim.lab.config import Config
 from awp_optim.lab.run_folder import Row
 
 __all__ = ["ResultsFile"]
@@ -38,10 +38,9 @@ class ResultsFile:
 
     def find(self, config: Config) -> list[Row] | None:
         """The rows of the run with these settings, if there is one."""
-        wanted = {**REMOVED, **self._settings(config)}
+        wanted = Config.complete(self._settings(config))
         for run in self._runs:
-            # A file may be older than a setting, or than its removal: both at the default.
-            if {**REMOVED, **asdict(Config()), **run["config"]} == wanted:
+            if Config.complete(run["config"]) == wanted:
                 return [dict(row) for row in run["rows"]]
         return None
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from awp_optim._utils.io import atomic_write, write_text
-from awp_optim.lab.config import REMOVED, Config
+from awp_optim.lab.config import Config
 from awp_optim.lab.lock import FolderLock
 from awp_optim.lab.tensorboard import TensorBoardLog
 
@@ -134,12 +134,11 @@ class RunFolder:
 
     def check_settings(self, before: Mapping[str, Any]) -> None:
         """Raise ValueError unless a run with the settings ``before`` can be resumed with these."""
-        # A run older than a setting had what is now the default.
-        defaults = {"unlabeled_images": 0, "data": self._settings.get("data"), **asdict(Config())}
-        before = {**REMOVED, **defaults, **before}
+        newer = {"unlabeled_images": 0, "data": self._settings.get("data")}
+        before = Config.complete({**newer, **before})
         changes = [
-            f"{name} was {before.get(name)}, is {'no longer an option' if name in REMOVED else now}"
-            for name, now in {**REMOVED, **self._settings}.items()
+            f"{name} was {before.get(name)}, is {now}"
+            for name, now in Config.complete(self._settings).items()
             if before.get(name) != now
         ]
         if changes:

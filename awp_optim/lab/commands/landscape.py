@@ -26,7 +26,7 @@ from awp_optim.lab.commands.options import (
 )
 from awp_optim.lab.job import Job
 from awp_optim.lab.reports.figures import FIGURES, Drawing
-from awp_optim.lab.reports.gallery import Picture, write_gallery
+from awp_optim.lab.reports.gallery import write_gallery
 from awp_optim.lab.reports.landscapes import Landscapes, Measuring
 from awp_optim.lab.reports.runs import NotEnough, Run, find_runs, grouped, select
 
@@ -102,7 +102,7 @@ def _draw(
     options: Options,
     ranks: Job,
     console: Console,
-) -> tuple[list[Picture], dict[str, str]]:
+) -> tuple[list[tuple[Drawing, Path]], dict[str, str]]:
     """Draw the figures that the runs allow; returns them, and why others were left out."""
     landscapes = Landscapes(
         options.how,
@@ -110,7 +110,7 @@ def _draw(
         ranks.device(options.device),
         lambda text: console.print(f"measuring {text}", style="dim"),
     )
-    pictures: list[Picture] = []
+    pictures: list[tuple[Drawing, Path]] = []
     left_out: dict[str, str] = {}
     for name in names:
         try:
@@ -119,12 +119,12 @@ def _draw(
             left_out[name] = str(error)
             continue
         if ranks.rank == 0:
-            pictures += [_write(drawing, options.out, console) for drawing in drawings]
+            pictures += [(d, _write(d, options.out, console)) for d in drawings]
     return pictures, left_out
 
 
-def _write(drawing: Drawing, out: Path, console: Console) -> Picture:
-    """The picture, and its numbers beside it; the tables also on the terminal."""
+def _write(drawing: Drawing, out: Path, console: Console) -> Path:
+    """Write the picture, its numbers beside it, and its tables on the terminal."""
     file = out / f"{drawing.name}.png"
     drawing.draw(file, drawing.title)
     content = {
@@ -139,14 +139,14 @@ def _write(drawing: Drawing, out: Path, console: Console) -> Picture:
         print_table(console, cells)
     console.out(drawing.caption)
     console.out(f"{file}\n")
-    return Picture(drawing.title, drawing.caption, file, drawing.tables)
+    return file
 
 
 def _write_gallery(
     options: Options,
     groups: dict[str, list[Run]],
     command: str,
-    pictures: list[Picture],
+    pictures: list[tuple[Drawing, Path]],
     left_out: dict[str, str],
     console: Console,
 ) -> None:
@@ -155,7 +155,7 @@ def _write_gallery(
         f"{sum(map(len, groups.values()))} runs: {'; '.join(groups)}. torch {torch.__version__}, "
         f"{torch.device(options.device).type}."
     )
-    write_gallery(page, "Weight loss landscapes", about, command, pictures, [*left_out.items()])
+    write_gallery(page, "Weight loss landscapes", about, command, pictures, left_out)
     for name, why in left_out.items():
         console.out(f"left out: {name}: {why}")
     console.out(f"The gallery is {page}.")
