@@ -1,4 +1,4 @@
-"""What a figure must be read with, and where results are written."""
+"""What a result was measured with, and where results are written."""
 
 from __future__ import annotations
 

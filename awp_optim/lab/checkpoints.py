@@ -21,7 +21,7 @@ __all__ = ["EpochProgress", "RunState", "bad_checkpoint", "load_last"]
 
 @dataclass
 class EpochProgress:
-    """How far an epoch has got. The sums are on the device, where they can be added to unread.
+    """Progress within an epoch. Its sums stay on the device, so that no step waits for them.
 
     Attributes:
         order: indices of the epoch's images, shape (images,).
@@ -29,7 +29,7 @@ class EpochProgress:
         correct: how many of these images were classified correctly, a scalar.
         bad_step: the first step whose loss was not finite, a scalar; inf if there was none.
         step: steps done.
-        seconds: that the steps took.
+        seconds: the time that these steps took.
     """
 
     order: Tensor

@@ -1,4 +1,4 @@
-"""A JSON file of finished runs that grows: what a sweep has done, and does not do again."""
+"""A JSON file of the finished runs of a sweep, which are not trained again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ResultsFile:
 
     Args:
         path: the file, made if needed; None keeps nothing.
-        about: what else decides the runs (the data), kept with each and compared.
+        about: what else determines the runs (the data), kept with each and compared.
 
     Raises:
         OSError: it cannot be read, or its folder not be made.
-        ValueError: it is damaged, or something else.
+        ValueError: it is damaged, or not such a file.
     """
 
     def __init__(self, path: Path | str | None, about: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class ResultsFile:
         return None
 
     def add(self, name: str, config: Config, rows: list[Row]) -> None:
-        """Write the file with one run more, completely or not at all.
+        """Add a run to the file, which is written completely or not at all.
 
         Raises:
             OSError: it cannot be written; it is unchanged.

@@ -1,8 +1,8 @@
 """The files of a run: ``config.json``, ``metrics.csv``, ``best.pt``, ``last.pt``, ``tensorboard``.
 
 With ``save_every`` also ``epoch_0020.pt`` and so on, which hold the same as ``best.pt``. Each file
-is written under another name and renamed when it is complete, so that a run folder can be read, and
-its run resumed, at any moment.
+is written under another name and renamed when it is complete, so a run folder can be read, and its
+run resumed, at any moment.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class RunFolder:
     Args:
         path: the folder; it is created if needed.
         config: the run's settings.
-        about: what else decides the run (the data set, the initial weights); it is kept in
-            ``config.json`` and compared when the run is resumed.
+        about: what else determines the run (the data set, the initial weights); ``config.json``
+            keeps it, and a run is resumed only with the same.
         resume: whether a run in the folder may be continued.
 
     Raises:
@@ -116,10 +116,10 @@ class RunFolder:
             raise
 
     def begin(self, rows: list[Row]) -> None:
-        """Write ``config.json``, and clear away what a killed run left half-written.
+        """Write ``config.json``, and remove what a killed run left half-written.
 
         Args:
-            rows: of the epochs done, which a kill may have kept from ``metrics.csv``.
+            rows: those of the finished epochs; a kill may have come before ``metrics.csv``.
         """
         for part in self.path.glob(".*.part"):
             part.unlink(missing_ok=True)
@@ -167,7 +167,7 @@ class RunFolder:
     def _check_config(self) -> None:
         """Raise ValueError if the folder holds another run, or a ``config.json`` of another kind.
 
-        A run that has only its settings yet has nothing to lose: its settings may change.
+        A run that has saved nothing but its settings may still change them.
         """
         file = self.path / "config.json"
         has_results = any((self.path / name).exists() for name in RESULTS)

@@ -61,7 +61,7 @@ def sweep(
         train: trains one. Unless it runs in this process it is pickled: a function at the top level
             of a module or script, or a ``functools.partial`` of one.
         file: a JSON file, made if needed; None keeps nothing.
-        about: what else decides the runs (the data), kept with each and compared.
+        about: what else determines the runs (the data), kept with each and compared.
         workers: processes of this machine, which share its cores as threads; None for one a core.
             1 trains one run after another in this process with all its threads, as suits a GPU.
         executor: trains the runs instead, on whatever machines it has: dask's
@@ -77,7 +77,7 @@ def sweep(
         OSError: the file could not be read or written; what it held before is intact.
         RunFailed: a run failed. Those that had finished are in the file; others are ended, or, on
             an executor of the caller, cancelled if they have not begun.
-        ValueError: the file is damaged or something else, or ``workers`` is below 1.
+        ValueError: the file is damaged or not a sweep's, or ``workers`` is below 1.
     """
     if workers is not None:
         check_int("workers", workers, least=1)
@@ -192,7 +192,7 @@ def _on_processes(
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes that are started inside ignore Ctrl-C; this one handles it, and ends them."""
+    """Let processes started inside ignore Ctrl-C: this process handles it, and ends them."""
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     except ValueError:  # not the main thread, which alone gets a Ctrl-C

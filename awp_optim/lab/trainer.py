@@ -148,7 +148,7 @@ def _train_steps(
     on_step: Callable[[int, int], None],
     stop: Callable[[], bool],
 ) -> bool:
-    """The steps of an epoch that are left. False if it was asked to stop before the last."""
+    """Train the remaining steps of an epoch; False if it was asked to stop before the last."""
     steps = run.training_set.steps
     while epoch.step < steps:
         run.step(epoch)
@@ -162,7 +162,7 @@ def _train_steps(
 
 
 def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
-    """Save a finished epoch. ``last.pt`` comes after all that resuming would not write again."""
+    """Save a finished epoch, ``last.pt`` after all files that a resumed run would not write."""
     rows = state.rows
     if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
         folder.save("best.pt", state.weights())
@@ -175,7 +175,7 @@ def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
 
 @contextmanager
 def _opened(out: Path | str | None, run: _Run, *, resume: bool) -> Iterator[RunFolder | None]:
-    """The run folder, on the first rank alone. All ranks get the state of a run that it holds."""
+    """Open the run folder on the first rank, and restore the run in it on all ranks."""
     if out is None:
         yield None
         return
@@ -317,8 +317,8 @@ class _Run:
     def end_epoch(self, epoch: EpochProgress, stop: Callable[[], bool]) -> Row | None:
         """Evaluate if it is time to, and add the epoch's row to the state.
 
-        None if ``stop`` ended the evaluation. The state is unchanged then, but random numbers were
-        drawn.
+        Returns None if ``stop`` ended the evaluation: the state is then unchanged except for the
+        random numbers drawn.
         """
         config, state = self.config, self.state
         number, images = len(state.rows), self.training_set.epoch_images

@@ -41,7 +41,7 @@ def check(options: Options, path: Path, record: Record) -> Details:
     record.figure("passed", counts["passed"])
     record.figure("failed", counts["failed"], at_most=0)
     if counts["left_out"]:
-        record.note(f"left out, for want of a package: {', '.join(counts['left_out'])}")
+        record.note(f"left out, for lack of a package: {', '.join(counts['left_out'])}")
     if counts["failed"]:
         record.update(**counts)
         raise RuntimeError("\n\n".join(counts["failures"]))

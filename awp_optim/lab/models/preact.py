@@ -19,7 +19,7 @@ __all__ = ["PreActBlock", "PreActResNet"]
 
 
 class PreActBlock(nn.Module):
-    """The basic block: two times BN, activation, 3x3 convolution; and a shortcut.
+    """The basic block: BN, activation and 3x3 convolution, twice, and a shortcut.
 
     (N, in_planes, H, W) -> (N, planes, H / stride, W / stride).
     """

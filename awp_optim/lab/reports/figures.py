@@ -106,7 +106,7 @@ def methods(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """Landscapes of the methods, beside their generalization gaps."""
     compared = {label: runs for label, runs in groups.items() if not runs[0].is_random}
     if len(compared) < 2:
-        raise NotEnough("there is one setting alone, and nothing to compare it with")
+        raise NotEnough("there is only one setting, and nothing to compare it with")
     yield _comparison("methods", "Landscapes of the methods", "1", compared, landscapes)
 
 

@@ -120,7 +120,7 @@ class TestImageData:
         expected = x.numpy().astype(np.float64) / 255
         assert data.mean == pytest.approx(expected.mean((0, 2, 3)), abs=1e-12)
         assert data.std == pytest.approx((*expected[:, :2].std((0, 2, 3)), 1.0), abs=1e-12)
-        with pytest.raises(ValueError, match="no pixels"):
+        with pytest.raises(ValueError, match="no training images"):
             tiny(0).with_statistics()
 
     @pytest.mark.parametrize(
