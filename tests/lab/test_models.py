@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from awp_optim.lab.data import CIFAR10_MEAN, CIFAR10_STD
+from awp_optim.lab.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD
 from awp_optim.lab.models import (
     ACTIVATIONS,
     MODELS,

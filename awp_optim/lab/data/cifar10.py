@@ -27,7 +27,7 @@ from awp_optim.lab.data.arrays import ArrayFile
 from awp_optim.lab.data.images import ImageData
 from awp_optim.lab.data.sources import data_folder, one_line, read_torchvision
 
-__all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "load_cifar10"]
+__all__ = ["load_cifar10"]
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 """``x_train``, ``x_test``: uint8 (N, 3, 32, 32). ``y_train``, ``y_test``: uint8 (N,)."""
