@@ -33,7 +33,7 @@ def attack(
     steps: int,
     random_start: bool = True,
 ) -> Tensor:
-    """PGD on inputs in [0, 1]. Its backward passes also leave gradients in the weights, which are not used."""
+    """PGD on inputs in [0, 1]. It also computes gradients of the weights, which are not used."""
     delta = torch.zeros_like(x)
     if random_start:
         delta.uniform_(-eps, eps)
