@@ -263,7 +263,7 @@ class TestLoad:
         images, labels = load_images(path)
         assert torch.equal(images, expected)
         assert labels is None
-        with pytest.raises(ValueError, match=rf"{path.name} has no labels, .*pseudo_label\.py"):
+        with pytest.raises(ValueError, match=rf"{path.name} has no labels, .*awp pseudo-label"):
             load_pseudo_labeled(path)
 
     @pytest.mark.parametrize(

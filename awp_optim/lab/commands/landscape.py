@@ -68,7 +68,7 @@ class Options:
     device: Device = field(default_factory=default_device)
     """Device to measure on."""
 
-    how: tyro.conf.OmitArgPrefixes[Measuring] = field(default_factory=Measuring)
+    measuring: tyro.conf.OmitArgPrefixes[Measuring] = field(default_factory=Measuring)
     """How landscapes are measured."""
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ def _draw(
 ) -> tuple[list[tuple[Drawing, Path]], dict[str, str]]:
     """Draw the figures that the runs allow; returns them, and why others were left out."""
     landscapes = Landscapes(
-        options.how,
+        options.measuring,
         options.out / "points",
         ranks.device(options.device),
         lambda text: console.print(f"measuring {text}", style="dim"),

@@ -200,9 +200,12 @@ def print_table(
 
 def check_writable(path: Path) -> None:
     """Raise an OSError for a file that could not be written; its folder is made if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=path.parent):
-        pass
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror})") from error
 
 
 CLASSIFIER = tyro.conf.create_mutex_group(required=True, title="classifier")
