@@ -282,9 +282,9 @@ class TestSettings:
             run(network(), images(), attacks)
 
     def test_wrong_model_batch_size_and_device(self):
-        with pytest.raises(TypeError, match="model must be"):
+        with pytest.raises(TypeError, match="model"):
             run(None, images())
-        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        with pytest.raises(ValueError, match="batch_size"):
             run(network(), images(), batch_size=0)
         with pytest.raises(ValueError, match="model is on cpu: move it"):
             run(network(), images(), device="meta")
@@ -454,11 +454,6 @@ class TestOddModels:
         assert r.worst_case == 1
         with pytest.raises(ValueError, match="2 classes or more"):
             run(network(classes=1), data, {"cw": PGD(loss="cw")})
-
-    def test_a_thousand_classes(self):
-        model, (x, _) = network(classes=1000), images()
-        r = run(model, (x, model(x).argmax(1)), checks=True)
-        assert 0 <= r.worst_case < r.natural == 1
 
     def test_nan_names_no_class(self):
         """Its argmax would be class 0 or wherever the NaN is, and so right at times."""
