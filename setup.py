@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "awp_optim" / "__init__.py").read_text())[1]
+VERSION = re.search(
+    r'__version__ = "(.+?)"', (ROOT / "awp_optim" / "__init__.py").read_text(encoding="utf-8")
+)[1]
 
 LAB = [
     "torchvision",
@@ -19,6 +21,8 @@ LAB = [
     "tyro>=0.9",
 ]
 EVAL = ["numpy", "pyautoattack"]
+DOCS = (ROOT / "docs" / "requirements.txt").read_text(encoding="utf-8").split()
+DEV = ["ruff", "mypy", "pre-commit", "build"]
 BENCH = [
     *LAB,
     "pytest",
@@ -47,7 +51,6 @@ TEST = [
     "hypothesis",
     "dask",
     "distributed",
-    "ruff",
     "tensorboard",
     "torchattacks",
 ]
@@ -58,7 +61,17 @@ setup(
     description="Adversarial weight perturbation (AWP) as a drop-in PyTorch optimizer wrapper",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="MIT",
+    author="The awp_optim developers",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    keywords=[
+        "adversarial training",
+        "adversarial weight perturbation",
+        "robustness",
+        "sharpness-aware minimization",
+        "optimizer",
+        "pytorch",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["awp_optim", "awp_optim.*"]),
     package_data={"awp_optim": ["py.typed", "lab/reports/*/*.html", "lab/reports/*/*.mplstyle"]},
@@ -71,11 +84,16 @@ setup(
         "bench": BENCH,
         "frameworks": FRAMEWORKS,
         "test": TEST,
+        "docs": DOCS,
+        "dev": DEV,
         "all": sorted({*LAB, *EVAL, *BENCH, *TEST}),
     },
     classifiers=[
+        "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

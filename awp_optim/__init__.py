@@ -5,4 +5,4 @@ from awp_optim.optimizer import AWP
 from awp_optim.step import AdversarialStep
 
 __all__ = ["AWP", "AdversarialStep", "frozen_batch_norm"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

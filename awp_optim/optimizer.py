@@ -5,7 +5,8 @@ Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization", N
 ``first_step`` moves the weights from w to w + v, where the loss is higher; ``second_step`` restores
 w and lets the base optimizer step with the gradients taken at w + v::
 
-    not perturbed --first_step--> perturbed --second_step--> not perturbed, updated
+    not perturbed --first_step--> perturbed --first_step---> perturbed (ascent_steps > 1)
+                                  perturbed --second_step--> not perturbed, updated
                                   perturbed --restore------> not perturbed
 """
 
@@ -23,25 +24,26 @@ from torch.optim.optimizer import ParamsT
 
 from awp_optim._core import grad_scaler
 from awp_optim._core.backup import WeightBackup
+from awp_optim._core.checkpointing import is_state_initialization
 from awp_optim._core.closures import GradientsNotZeroedError, refuse_accumulation
-from awp_optim._core.dtensors import RandomGenerators, difference, is_state_initialization
+from awp_optim._core.dtensors import RandomGenerators, difference
 from awp_optim._core.layers import Layers, collect_layers
 from awp_optim._core.perturbation import ascend_, layer_norms
 from awp_optim._core.settings import (
     GROUP_SETTINGS,
     check_along,
-    check_ascent_steps,
-    check_base,
     check_group,
     copy_groups,
     is_active,
+    shared_state,
     takes_argument,
 )
 
 __all__ = ["AWP"]
 
 # torch.compile does not see what a method assigns to an optimizer's attributes. torch.optim uses
-# this decorator for its own methods; the public torch.compiler.disable takes seconds to import.
+# this decorator for its own methods: the public torch.compiler.disable imports the compiler at
+# once, which takes seconds, this one when a method is first called.
 _not_compiled = torch._disable_dynamo  # type: ignore[attr-defined] # noqa: SLF001
 
 
@@ -54,8 +56,8 @@ def _restores_on_error(step: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return hooked(self, *args, **kwargs)
         except BaseException:
-            self.restore()
             grad_scaler.clear(self)
+            self.restore()
             raise
 
     guarded.hooked = True  # type: ignore[attr-defined] # so that torch does not add the hooks again
@@ -67,22 +69,25 @@ class AWP(Optimizer):
 
     For every parameter tensor l, one ascent is Eq. (10) and (15) of the paper:
     ``v_l <- P(v_l + gamma/ascent_steps * |w_l| * g_l/|g_l|)``, where P scales v_l back onto
-    ``|v_l| <= gamma |w_l|``. A tensor gets v_l = 0 if it has fewer than ``min_ndim`` dimensions, no
-    gradient, a zero or non-finite gradient, or zero weight.
+    ``|v_l| <= gamma |w_l|``. v_l starts at 0, and stays as it is in an ascent if the tensor has
+    fewer than ``min_ndim`` dimensions, no gradient, a zero or non-finite gradient, or zero weight.
 
     The base optimizer's update is computed at w from the gradients at w + v, so its weight decay
-    acts on w. A script that adds v to the weights, steps and subtracts v decays w + v instead: the
-    two agree exactly without weight decay and differ by ``lr * weight_decay * v`` with it.
+    acts on w. A script that adds v to the weights, steps and subtracts v decays w + v instead:
+    without weight decay the two agree exactly, with it a step of SGD differs by
+    ``lr * weight_decay * v``.
 
-    **Accumulation.** v follows whatever is in ``p.grad``: accumulate all micro-batches before both
-    steps, or one of them before ``first_step(zero_grad=True)`` and all before ``second_step``.
+    **Accumulation.** v follows whatever is in ``p.grad``. Accumulate every micro-batch before each
+    of the two steps; or ascend on one, ``first_step(zero_grad=True)``, and accumulate all of them
+    before ``second_step``.
 
-    **Loss scales.** With ``GradScaler``, call ``scaler.unscale_(opt)`` after the last backward pass
-    only. An overflow in the ascent gives v_l = 0; one at w + v skips the update and restores w.
+    **Loss scales.** With ``GradScaler``, ``scaler.step(opt)`` takes the place of ``second_step()``;
+    call ``scaler.unscale_(opt)`` after the last backward pass only. An overflow in the ascent does
+    not change v_l; one at w + v skips the update and restores w.
 
     **Several processes.** With ``DistributedDataParallel`` every process has the same v, or a v of
-    its own batch if the first pass runs under ``model.no_sync()``; random directions differ. The
-    weights stay equal in all processes: w is restored bit for bit, and the update uses averaged
+    its own batch if the first pass runs under ``model.no_sync()``; random directions differ between
+    processes. The weights stay equal: w is restored bit for bit, and the update uses averaged
     gradients. Parameters may be DTensors (``fully_shard``, tensor parallelism): norms are those of
     full tensors, at one small all-reduce per ascent.
 
@@ -97,13 +102,14 @@ class AWP(Optimizer):
         norm: "l2" (Frobenius) or "l1", the norm of weights, gradients and perturbations.
         direction: "gradient", or "random" for the paper's RWP baseline, which needs no gradient.
         min_ndim: tensors of fewer dimensions are not perturbed; 2 excludes biases and norms.
-        foreach: True for the ``torch._foreach_*`` implementation, False for the readable one, None
-            for foreach except with tensor subclasses. Also passed to a base optimizer that has it.
+        foreach: True for the ``torch._foreach_*`` implementation, False for the per-tensor loop,
+            None for foreach except with tensor subclasses. True and False are also passed to
+            ``base_optimizer`` if it has a parameter of that name.
         **base_kwargs: for the base optimizer.
 
     Raises:
         TypeError: ``base_optimizer`` does not return an optimizer, or returns one that has to call
-            a closure itself (LBFGS).
+            a closure itself (LBFGS); ``gamma`` is neither a number nor a tensor.
         ValueError: a setting is out of its range, or the base optimizer has a setting of the same
             name.
 
@@ -124,7 +130,7 @@ class AWP(Optimizer):
     ascent_steps: int
     foreach: bool | None
     backup: WeightBackup
-    """Where the unperturbed weights are kept; shared with wrappers that copy the attributes."""
+    """Where w is kept; Lightning's wrapper, which copies all attributes, shares it."""
 
     def __init__(
         self,
@@ -139,36 +145,42 @@ class AWP(Optimizer):
         foreach: bool | None = None,
         **base_kwargs: Any,
     ) -> None:
-        if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
+        if not callable(base_optimizer):
             raise TypeError(
                 "base_optimizer must be a class such as torch.optim.SGD or a callable that builds "
                 f"an optimizer, got {base_optimizer!r:.80}; for an optimizer that exists already "
                 "use AWP.wrap(optimizer, gamma=...)"
             )
-        check_ascent_steps(ascent_steps)
-        settings = {"gamma": gamma, "norm": norm, "direction": direction, "min_ndim": min_ndim}
-        check_group(settings)
         if foreach is not None and takes_argument(base_optimizer, "foreach"):
             base_kwargs["foreach"] = foreach
-        base = check_base(base_optimizer(copy_groups(params, settings), **base_kwargs))
-        for group in base.param_groups:
-            for name, value in settings.items():
-                group.setdefault(name, value)
-        base.defaults.update(settings)
-        # The groups, the state and the defaults are the base optimizer's. What torch keeps for an
-        # optimizer besides is set up as if this one had been unpickled.
-        self.__setstate__(
-            {"base_optimizer": base, "ascent_steps": ascent_steps, "foreach": foreach}
-        )
+        base = base_optimizer(copy_groups(params), **base_kwargs)
+        settings = {"gamma": gamma, "norm": norm, "direction": direction, "min_ndim": min_ndim}
+        # In place of super().__init__, which would make groups and a state of its own.
+        state = shared_state(base, settings, ascent_steps=ascent_steps, foreach=foreach)
+        self.__setstate__(state)
 
     @classmethod
-    def wrap(cls, optimizer: Optimizer, gamma: float | Tensor = 5e-3, **settings: Any) -> AWP:
+    def wrap(
+        cls,
+        optimizer: Optimizer,
+        gamma: float | Tensor = 5e-3,
+        *,
+        ascent_steps: int = 1,
+        norm: str = "l2",
+        direction: str = "gradient",
+        min_ndim: int = 2,
+        foreach: bool | None = None,
+    ) -> AWP:
         """AWP around an existing optimizer, which keeps its state and its groups.
 
         Args:
             optimizer: any torch optimizer; from now on step through the AWP that is returned.
             gamma: as in the constructor; a group's own setting takes precedence.
-            **settings: ``ascent_steps``, ``norm``, ``direction``, ``min_ndim``, ``foreach``.
+            ascent_steps: as in the constructor.
+            norm: as in the constructor.
+            direction: as in the constructor.
+            min_ndim: as in the constructor.
+            foreach: as in the constructor, but the optimizer keeps its own.
 
         Example:
             >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
@@ -180,13 +192,12 @@ class AWP(Optimizer):
                 f"AWP.wrap takes an existing optimizer, got {optimizer!r:.80}; with a class use "
                 "AWP(params, base_optimizer, ...)"
             )
-        unknown = settings.keys() - {"ascent_steps", "norm", "direction", "min_ndim", "foreach"}
-        if unknown:
-            raise TypeError(
-                f"AWP.wrap got {sorted(unknown)}: the optimizer's own settings belong where it is "
-                "built"
-            )
-        return cls(optimizer.param_groups, lambda _: optimizer, gamma, **settings)
+        awp = cls.__new__(cls)
+        settings = {"gamma": gamma, "norm": norm, "direction": direction, "min_ndim": min_ndim}
+        awp.__setstate__(
+            shared_state(optimizer, settings, ascent_steps=ascent_steps, foreach=foreach)
+        )
+        return awp
 
     # --- the two steps ---
 
@@ -197,7 +208,7 @@ class AWP(Optimizer):
 
     @property
     def directions(self) -> frozenset[str]:
-        """The directions of all groups that are perturbed; empty if gamma is 0 in every group."""
+        """The values of "direction" in all groups that are perturbed, so those with gamma > 0."""
         return frozenset(group["direction"] for group in self.param_groups if is_active(group))
 
     @_not_compiled
@@ -214,58 +225,48 @@ class AWP(Optimizer):
             zero_grad: set the gradients to None afterwards.
             along: tensors to ascend along instead of the gradients, by parameter, each shaped like
                 its parameter; parameters that are missing keep their v. It applies to groups whose
-                direction is "gradient".
+                direction is "gradient", and as it stands if the optimizer maximizes.
 
         Raises:
-            RuntimeError: another AWP has perturbed the same parameters.
-            TypeError: a tensor in ``along`` is a DTensor and its parameter is not, or the other way
-                round; or a parameter is placed on its mesh as neither Shard nor Replicate.
-            ValueError: a group's settings are not valid, or a tensor in ``along`` does not have its
-                parameter's shape. The weights are unperturbed after any error.
+            TypeError, ValueError: a group's settings are not valid, or a tensor in ``along`` does
+                not have its parameter's shape or is a DTensor where that is none. Nothing changes.
+            RuntimeError: another AWP has perturbed the same parameters. After this and every other
+                error the weights are not perturbed.
         """
         for group in self.param_groups:
             check_group(group)
         check_along(along or {})
+        is_first = not self.is_perturbed
         with self.backup.restored_on_error():
-            is_first, self.backup.is_perturbed = not self.backup.is_perturbed, True
+            self.backup.is_perturbed = True
             batches = collect_layers(self.param_groups, along, foreach=self.foreach)
             for layers in batches:  # all of them before any weight moves: tensors may share memory
                 self.backup.save(layers.params, layers.parts, foreach=layers.foreach)
             for layers in batches:
-                self._ascend(layers, is_first)
+                for directed in layers.with_directions(self._generators):
+                    self._ascend(directed, is_first)
         torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before
         if zero_grad:
             self.zero_grad()
 
     def _ascend(self, layers: Layers, is_first: bool) -> None:
         """Eq. (10) and (15) for tensors that share a group, a device and a dtype."""
-        group, sharding, foreach = layers.group, layers.sharding, layers.foreach
-        if not layers.directions:  # random ones
-            generator = self._generators.get(sharding, layers.parts[0].device)
-            for one in layers.with_drawn_directions(generator):
-                self._ascend(one, is_first)
-            return
+        norm, foreach = layers.group["norm"], layers.foreach
         weights = [self.backup.weights[p] for p in layers.params]
-        weight_norms = layer_norms(weights, group["norm"], foreach=foreach)
-        direction_norms = layer_norms(layers.directions, group["norm"], foreach=foreach)
-        reduce_norms = None
-        if sharding is not None:
-            weight_norms, direction_norms = sharding.reduce_norms(
-                group["norm"], weight_norms, direction_norms
-            )
-            reduce_norms = lambda norms: sharding.reduce_norms(group["norm"], norms)[0]  # noqa: E731
+        norms = [layer_norms(t, norm, foreach=foreach) for t in (weights, layers.directions)]
+        weight_norms, direction_norms = layers.reduce_norms(*norms)
         ascend_(
             layers.parts,
             layers.directions,
             weights,
             weight_norms,
             direction_norms,
-            gamma=group["gamma"],
+            gamma=layers.group["gamma"],
             steps=self.ascent_steps,
-            norm=group["norm"],
+            norm=norm,
             is_first=is_first,
             foreach=foreach,
-            reduce_norms=reduce_norms,
+            reduce_norms=lambda norms: layers.reduce_norms(norms)[0],
         )
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -286,11 +287,13 @@ class AWP(Optimizer):
             self.zero_grad()
 
     @_not_compiled
-    @torch.no_grad()
     def restore(self) -> None:
-        """Restore the weights bit for bit, without an update; does nothing if not perturbed."""
-        if self.is_perturbed:
-            self.backup.restore()
+        """Restore the weights bit for bit, without an update; does nothing if not perturbed.
+
+        Raises:
+            RuntimeError: a parameter has changed its shape since; all others are restored.
+        """
+        self.backup.restore()
 
     @contextmanager
     def perturbed(self, zero_grad: bool = False) -> Iterator[None]:
@@ -306,20 +309,20 @@ class AWP(Optimizer):
         if not self.is_perturbed:
             self.first_step()
         with self.backup.restored_on_exit():
-            if zero_grad:
+            if zero_grad:  # here, because the first step may have been taken before
                 self.zero_grad()
             yield
 
     def perturbation(self) -> dict[Tensor, Tensor]:
         """v of every parameter that is perturbed now; empty if none is.
 
-        Half-precision weights are perturbed in their own dtype: this is v as they hold it.
+        Of half-precision weights this is v as rounded in w + v.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # for use outside of inference mode
             return {p: difference(p, w) for p, w in self.backup.weights.items()}
 
     @_restores_on_error
-    @functools.partial(_not_compiled, recursive=False)
+    @_not_compiled(recursive=False)  # a closure may be compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The second step or, with a closure, both steps.
@@ -336,13 +339,13 @@ class AWP(Optimizer):
         Raises:
             RuntimeError: without a closure while the weights are not perturbed (unless gamma is 0
                 everywhere): that would be a plain step. With a closure that does not zero the
-                gradients, or while GradScaler calls. The weights are unperturbed after any error,
-                including those of the closure and of hooks.
+                gradients, or one passed through ``GradScaler.step``. The weights are not perturbed
+                after any error, including those of the closure and of hooks.
         """
         if closure is not None:
             loss = self._run(closure)
         elif self.is_perturbed or not self.directions or is_state_initialization(self):
-            loss = None
+            loss = None  # the last is a step that torch.distributed.checkpoint takes
         else:
             raise RuntimeError(
                 "step() without a closure would be a plain step without perturbation: call "
@@ -359,7 +362,7 @@ class AWP(Optimizer):
             raise RuntimeError(
                 "GradScaler cannot be used with a closure: call first_step(), then scaler.step()"
             )
-        if not self.directions:  # then it is the base optimizer's step, whatever the closure does
+        if not self.directions:  # gamma is 0: the base optimizer's step, whatever the closure does
             with torch.enable_grad():
                 return closure()
         losses = []
@@ -380,7 +383,7 @@ class AWP(Optimizer):
             self.zero_grad()
             raise
 
-    # --- torch's optimizer interface ---
+    # --- torch's optimizer interface; wrappers such as Accelerate's assign to the properties ---
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -411,8 +414,7 @@ class AWP(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may have its own ``gamma``, ``norm``, ``direction``, ``min_ndim``."""
-        if isinstance(param_group, dict):
-            check_group({**self.defaults, **param_group})
+        check_group({**self.defaults, **param_group})
         self.base_optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -423,7 +425,7 @@ class AWP(Optimizer):
         """The base optimizer's state and the groups' settings, never the backup of the weights.
 
         Raises:
-            RuntimeError: the weights are perturbed; the model's are not those to be saved then.
+            RuntimeError: the weights are perturbed: a checkpoint would pair this state with w + v.
         """
         self._require_unperturbed("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -441,6 +443,7 @@ class AWP(Optimizer):
             RuntimeError: the weights are perturbed.
         """
         self._require_unperturbed("load_state_dict()")
+        state_dict = state_dict.copy()  # hooks may write to it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed

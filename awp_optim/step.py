@@ -1,8 +1,8 @@
 """One step of adversarial training: perturb the inputs, perturb the weights, update.
 
 Algorithm 2 of Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization"
-(NeurIPS 2020). With a plain torch optimizer in place of AWP the same lines are plain adversarial
-training. On a GPU a step is replayed as one CUDA graph.
+(NeurIPS 2020). With a plain torch optimizer in place of AWP it is plain adversarial training. On a
+GPU a step may be replayed as one CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from awp_optim._core.settings import is_active
-from awp_optim._cuda_graphs.keys import as_key, object_key, parameters
+from awp_optim._core.layers import perturbed_parameters
+from awp_optim._cuda_graphs.keys import object_key, parameters
 from awp_optim._cuda_graphs.step import CapturedStep
-from awp_optim._utils.checks import check_choice, check_int, describe
-from awp_optim.attacks import Attack
-from awp_optim.attacks.captured import unwrap
+from awp_optim._utils.checks import check_choice, check_int, check_positive, describe
+from awp_optim.attacks import Attack, Captured
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.batchnorm import frozen_batch_norm
 from awp_optim.objectives import AT, Objective
@@ -39,7 +38,7 @@ class StepOutput(NamedTuple):
     loss: Tensor
     """The objective at the weights that gave the update (w + v with AWP), a scalar."""
     logits: Tensor
-    """The logits at the adversarial examples there, shape (N, C)."""
+    """The logits at the adversarial examples and at the same weights, shape (N, C)."""
     x_adv: Tensor
     """The adversarial examples, shaped like the inputs."""
 
@@ -52,7 +51,7 @@ class AdversarialStep:
     at w + v updates them.
 
     **What v costs.** Count a forward pass, a backward pass to the inputs and one to the weights as
-    1 each; with PGD-10 plain adversarial training takes 23.
+    1 each: plain adversarial training with PGD-10 takes 10 * 2 + 3 = 23.
 
     - ``ascent="exact"``, the paper's: v from the gradient of the objective at the adversarial
       examples, in the model's training mode, by a forward and a backward pass of its own: 26.
@@ -60,17 +59,19 @@ class AdversarialStep:
       24. This gradient is of the attack's loss, in the attack's mode and at the input before the
       last step. With DistributedDataParallel every process has its own v, from its own batch.
 
-    **CUDA graphs.** About the fourth call with the same shapes, modes and weights is captured as a
-    graph, which later calls replay. Replays draw fresh random numbers, and every setting may change
-    between calls. The update of ``torch.optim.SGD`` and of optimizers with ``capturable=True`` is
-    part of the graph, as long as they have no hooks and only learning rate and gamma change; else
-    it runs after the replay. A replay does not run Python: hooks on modules, Python code in the
-    model's forward and code wrapped around ``optimizer.step`` run in the capture only. Every graph
-    keeps the memory of its gradients.
+    **CUDA graphs.** The third call with the same shapes, modes and weights is captured as a graph,
+    which later calls replay; the fourth if the first has to create the optimizer's state. Replays
+    draw fresh random numbers, and the optimizer's settings may change between calls. The update of
+    ``torch.optim.SGD`` and of optimizers with ``capturable=True`` is part of the graph, as long as
+    they have no hooks and only learning rate and gamma change; otherwise it runs after the replay.
+    A replay does not run Python: hooks on modules, Python code in the model's forward and code
+    wrapped around ``optimizer.step`` run in the capture only. Every graph keeps the memory of its
+    gradients.
 
     **Several processes.** The model may be a ``DistributedDataParallel`` or sharded by
     ``fully_shard`` or into DTensors; each process passes its own batch. "exact" ascends along
-    synchronized gradients; "attack" does not work with ``fully_shard``. Such steps run eagerly.
+    synchronized gradients; "attack" does not work with ``fully_shard``. Distributed models always
+    run eagerly.
 
     Args:
         model: maps inputs to logits.
@@ -116,9 +117,12 @@ class AdversarialStep:
         cuda_graph: bool | str = "auto",
         clip_grad_norm: float | None = None,
     ) -> None:
+        # The step is captured as a whole: a captured attack would be a graph inside its graph.
+        attack = attack.attack if isinstance(attack, Captured) else attack
         _check_parts(optimizer, attack, objective)
         self.model = model
         self.optimizer = optimizer
+        self._awp = optimizer if isinstance(optimizer, AWP) else None
         self.attack = attack
         self.objective = objective
         self.alternations = check_int("alternations", alternations, least=1)
@@ -132,8 +136,8 @@ class AdversarialStep:
         if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
             # Its first pass decides which gradients it synchronizes: an attack's would be none.
             self._attacked = model.get_submodule("module")
-        if cuda_graph == "auto" and not isinstance(attack, Attack):
-            cuda_graph = False  # nobody knows what the caller's own function does
+        if cuda_graph == "auto" and not isinstance(self.attack, Attack):
+            cuda_graph = False  # the caller's own function may do anything
         self._captured = CapturedStep(self._perturb_and_backpropagate, model, optimizer, cuda_graph)
 
     def __call__(self, x: Tensor, y: Tensor) -> StepOutput:
@@ -150,32 +154,31 @@ class AdversarialStep:
             not perturbed.
 
         Raises:
-            RuntimeError: the weights are perturbed; or ``cuda_graph=True`` and the step cannot be
-                captured, in which case nothing has changed.
+            RuntimeError: the weights are perturbed already, and stay so; or ``cuda_graph=True`` and
+                the step cannot be captured: the weights have not changed, the gradients are None.
+            ValueError: ``cuda_graph=True`` on a device without CUDA graphs.
         """
-        optimizer = self.optimizer
-        if isinstance(optimizer, AWP) and optimizer.is_perturbed:
+        if self._awp and self._awp.is_perturbed:
             raise RuntimeError(
-                "the weights are perturbed before the step: call second_step() or restore() of the "
+                "the weights are already perturbed: call second_step() or restore() of the "
                 "optimizer first"
             )
         try:
             if self._captured.applies_to(x.device):
-                outputs = self._captured(x, y, self._settings_key())
+                outputs = self._captured(x, y, self._settings_key())  # with the update
             else:
                 outputs = self._perturb_and_backpropagate(x, y)
-                optimizer.step()
+                self.optimizer.step()
         except BaseException:
-            if isinstance(optimizer, AWP):
-                optimizer.restore()
+            if self._awp:
+                self._awp.restore()
+                self._reshard()
             raise
         return StepOutput(*outputs)
 
     def _perturb_and_backpropagate(self, x: Tensor, y: Tensor) -> Outputs:
         """Algorithm 2 up to the update: leaves the weights at w + v and the gradients there."""
-        awp = self.optimizer if isinstance(self.optimizer, AWP) else None
-        if awp and not awp.directions:  # gamma is 0
-            awp = None
+        awp = self._awp if self._awp and self._awp.directions else None  # None: gamma is 0
         self.optimizer.zero_grad()  # the attack can use this memory
         for _ in range(self.alternations if awp else 1):  # line 4
             x_adv, along = self._perturb_inputs(x, y, awp)  # lines 5 to 10
@@ -209,8 +212,7 @@ class AdversarialStep:
             with frozen_batch_norm(self.model):
                 self._backpropagate(x_adv, x, y)
         awp.first_step(along=along)
-        for module in self._sharded:  # the next pass must gather the perturbed weights
-            module.reshard()  # type: ignore[operator]
+        self._reshard()
 
     def _backpropagate(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The objective and the logits, with fresh gradients in ``p.grad``."""
@@ -222,6 +224,11 @@ class AdversarialStep:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss, logits_adv
 
+    def _reshard(self) -> None:
+        """Make the next pass gather the weights as they are now, with ``fully_shard``."""
+        for module in self._sharded:
+            module.reshard()  # type: ignore[operator]
+
     def _autocast_context(self, x: Tensor) -> AbstractContextManager[None]:
         if self.autocast is None:
             return nullcontext()
@@ -230,18 +237,14 @@ class AdversarialStep:
     def _settings_key(self) -> Hashable:
         """What a graph fixes of this object's settings."""
         settings = (self.alternations, self.ascent, self.autocast, self.clip_grad_norm)
-        return as_key(self.attack), object_key(self.objective), settings
+        awp = (self._awp.ascent_steps, self._awp.foreach) if self._awp else None
+        return object_key(self.attack), object_key(self.objective), settings, awp
 
 
 def _ascending_weights(awp: AWP) -> list[Tensor]:
     """The parameters that an ascent along gradients moves."""
-    return [
-        p
-        for group in awp.param_groups
-        if group["direction"] == "gradient" and is_active(group)
-        for p in group["params"]
-        if p.requires_grad and p.ndim >= group["min_ndim"]
-    ]
+    groups = [group for group in awp.param_groups if group["direction"] == "gradient"]
+    return [p for group in groups for p in perturbed_parameters(group) if p.requires_grad]
 
 
 def _sharded_modules(model: nn.Module) -> list[nn.Module]:
@@ -260,11 +263,12 @@ def _check_parts(optimizer: object, attack: object, objective: object) -> None:
     is_objective = callable(objective) and hasattr(objective, "needs_natural")
     if isinstance(objective, type) or not is_objective:
         raise TypeError(
-            "objective must be an object from awp_optim.objectives or one like it: write "
+            "objective must be one of awp_optim.objectives or a callable with needs_natural: write "
             f"objective=TRADES(), got {describe(objective)}"
         )
-    loss, expected = getattr(unwrap(attack), "loss", None), getattr(objective, "attack_loss", None)
-    if isinstance(loss, str) and expected not in (None, loss):
+    loss, expected = getattr(attack, "loss", None), getattr(objective, "attack_loss", None)
+    # The margin losses "cw" and "dlr" stand in for the cross-entropy; "kl" is another objective.
+    if isinstance(loss, str) and expected is not None and (loss == "kl") != (expected == "kl"):
         message = f"the attack maximizes {loss!r}; {objective} expects one with loss={expected!r}"
         warnings.warn(message, stacklevel=3)
 
@@ -277,22 +281,24 @@ def _check_settings(step: AdversarialStep) -> None:
             f"alternations={step.alternations} must divide the number of ascents: build the "
             f"optimizer as AWP(..., ascent_steps=K2 * {step.alternations}), here it is {ascents}"
         )
-    if step.autocast not in (None, torch.bfloat16, torch.float32):
+    if step.autocast not in (None, torch.bfloat16):
         raise ValueError(
             f"autocast must be torch.bfloat16 or None, got {step.autocast!r}; float16 needs a loss "
             "scale: write the loop with first_step() and GradScaler"
         )
-    if step.clip_grad_norm is not None and not step.clip_grad_norm > 0:
-        raise ValueError(f"clip_grad_norm must be positive or None, got {step.clip_grad_norm!r}")
+    if step.clip_grad_norm is not None:
+        check_positive("clip_grad_norm", step.clip_grad_norm)
     if step.ascent == "attack":
         _check_ascent_from_attack(step, ascents)
 
 
 def _check_ascent_from_attack(step: AdversarialStep, ascents: int) -> None:
     attack = step.attack
-    if not isinstance(attack, GradientAscentAttack) or attack.eps * attack.gradient_passes == 0:
+    takes_gradients = isinstance(attack, GradientAscentAttack) and attack.gradient_passes > 0
+    if not takes_gradients or getattr(attack, "eps", 0) == 0:
         raise ValueError(
-            f"ascent='attack' needs an attack that takes gradients, such as PGD, got {attack!r:.80}"
+            "ascent='attack' needs FGSM, PGD or CW with a positive eps and at least one step, got "
+            f"{attack!r:.80}"
         )
     if ascents != step.alternations:
         raise ValueError(
@@ -302,5 +308,5 @@ def _check_ascent_from_attack(step: AdversarialStep, ascents: int) -> None:
     if sharded := _sharded_modules(step.model):
         raise ValueError(
             f"ascent='attack' takes gradients of the parameters, and {type(sharded[0]).__name__} "
-            "computes with weights that it gathers for each pass: leave it at 'exact'"
+            "computes with weights that it gathers for each pass: use ascent='exact'"
         )

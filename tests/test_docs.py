@@ -18,11 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import awp_optim
 from awp_optim import AWP, frozen_batch_norm
 from awp_optim.attacks import PGD
 
 ROOT = Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OF_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+FILES = [*OF_THE_ROOT, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {file.stem: file.read_text(encoding="utf-8") for file in FILES}
 # In docs/migration.md, a block of another package's code comes before each of ours.
 BLOCKS = {
@@ -155,15 +157,16 @@ def test_the_code_of_a_page_runs(code, tmp_path):
 
 
 def test_every_page_with_code_is_tested():
-    pages = {name.split("-")[0] for name in BLOCKS}
-    assert pages >= {"README", "training", "frameworks", "migration", "evaluation", "landscapes"}
+    pages = {name.rsplit("-", 1)[0] for name in BLOCKS}
+    assert pages >= {"README", "index", "training", "own-loop", "precision", "which-weights"}
+    assert pages >= {"frameworks", "migration", "evaluation", "landscapes"}
     kinds = re.findall(r"```python\n# (\w+)", PAGES["migration"])
     assert kinds == ["before", "after"] * 4
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    folder = ROOT if page == "README" else ROOT / "docs"
+    folder = ROOT if page.isupper() else ROOT / "docs"
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if target.startswith("https://"):
             continue
@@ -195,3 +198,11 @@ def test_every_public_name_is_documented():
         module = importlib.import_module(f"awp_optim{part}")
         for name in set(module.__all__) - undocumented:
             assert name in text, f"{module.__name__}.{name}"
+
+
+def test_version_changelog_and_citation_agree():
+    heading = re.search(r"^## (.*)$", PAGES["CHANGELOG"], re.M)[1]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    version = re.search(r"^version: (.*)$", citation, re.M)[1]
+    assert version == awp_optim.__version__
+    assert heading == "Unreleased" or heading.split()[0] == version

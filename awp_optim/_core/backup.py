@@ -83,6 +83,8 @@ class WeightBackup:
             RuntimeError: a parameter changed its shape since it was perturbed. All others are
                 restored, and that one no longer counts as perturbed.
         """
+        if not self.is_perturbed:
+            return
         changed: list[str] = []
         for params, weights, foreach in self._saved:
             try:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from awp_optim._core.perturbation import NORMS
 
@@ -21,7 +20,6 @@ __all__ = [
     "Sharding",
     "difference",
     "is_dtensor",
-    "is_state_initialization",
     "local_like",
     "local_part",
     "sharding_of",
@@ -76,10 +74,8 @@ class RandomGenerators:
         self._seeds: dict[Any, int] = {}
         self._generators: dict[tuple[Sharding, torch.device], torch.Generator] = {}
 
-    def get(self, sharding: Sharding | None, device: torch.device) -> torch.Generator | None:
-        """The generator for tensors of this sharding; None, torch's default, for plain tensors."""
-        if sharding is None:
-            return None
+    def get(self, sharding: Sharding, device: torch.device) -> torch.Generator:
+        """The generator for tensors of this sharding on this device."""
         key = sharding, device
         if key not in self._generators:
             if sharding.mesh not in self._seeds:
@@ -160,21 +156,3 @@ def difference(p: Tensor, w: Tensor) -> Tensor:
     out = torch.empty_like(p)
     torch.sub(local_part(p), w, out=local_part(out))
     return out
-
-
-def is_state_initialization(optimizer: Optimizer) -> bool:
-    """Whether a step would do nothing but create the optimizer's state.
-
-    ``torch.distributed.checkpoint.state_dict`` takes such a step before it loads a state: with a
-    learning rate of 0 in every group and zeros for gradients.
-    """
-    if optimizer.state or any(float(group.get("lr", 1)) != 0 for group in optimizer.param_groups):
-        return False
-    params = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-    return all(_is_zero(p.grad) for p in params)
-
-
-def _is_zero(grad: Tensor | None) -> bool:
-    if grad is None:
-        return False
-    return not (local_part(grad) if is_dtensor(grad) else grad).any()

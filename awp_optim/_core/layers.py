@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from awp_optim._core.dtensors import Sharding, is_dtensor, local_like, local_part, sharding_of
+from awp_optim._core.dtensors import (
+    RandomGenerators,
+    Sharding,
+    is_dtensor,
+    local_like,
+    local_part,
+    sharding_of,
+)
 from awp_optim._core.settings import is_active
 
-__all__ = ["Layers", "collect_layers"]
+__all__ = ["Layers", "collect_layers", "perturbed_parameters"]
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -37,11 +44,26 @@ class Layers:
     parts: list[Tensor] = field(default_factory=list)
     directions: list[Tensor] = field(default_factory=list)
 
-    def with_drawn_directions(self, generator: torch.Generator | None) -> Iterator[Layers]:
-        """One tensor at a time with a random direction: a draw takes the memory of its tensor."""
+    def reduce_norms(self, *norms: Tensor) -> Sequence[Tensor]:
+        """The norms of full tensors from the norms of ``parts``, each of shape (L,)."""
+        if self.sharding is None:
+            return norms
+        return self.sharding.reduce_norms(self.group["norm"], *norms)
+
+    def with_directions(self, generators: RandomGenerators) -> Iterator[Layers]:
+        """The same with directions: themselves if they have some, else random ones.
+
+        Random ones come one tensor at a time, because a draw takes the memory of its tensor.
+        """
+        if self.directions:
+            yield self
+            return
         for p, part in zip(self.params, self.parts, strict=True):
             draw = torch.empty_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
-            draw.normal_(generator=generator)
+            if self.sharding is None:
+                draw.normal_()
+            else:
+                draw.normal_(generator=generators.get(self.sharding, part.device))
             yield Layers(self.group, self.foreach, self.sharding, [p], [part], [draw])
 
 
@@ -60,8 +82,6 @@ def collect_layers(
     """
     found: dict[Any, Layers] = {}
     for index, group in enumerate(groups):
-        if not is_active(group):
-            continue
         for p, g in _directions(group, along):
             part, sharding = p, None
             if is_dtensor(p):
@@ -80,12 +100,19 @@ def collect_layers(
     return list(found.values())
 
 
+def perturbed_parameters(group: dict[str, Any]) -> list[Tensor]:
+    """The parameters of a group that an ascent moves if they have a direction."""
+    if not is_active(group):
+        return []
+    unique = dict.fromkeys(group["params"])  # a parameter may be listed twice
+    return [p for p in unique if p.ndim >= group["min_ndim"] and p.numel()]
+
+
 def _directions(
     group: dict[str, Any], along: Mapping[Tensor, Tensor] | None
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Each parameter to perturb with its direction, or None where that is to be drawn."""
-    unique = dict.fromkeys(group["params"])  # a parameter may be listed twice
-    params = [p for p in unique if p.ndim >= group["min_ndim"] and p.numel()]
+    params = perturbed_parameters(group)
     if group["direction"] == "random":
         return [(p, None) for p in params if p.requires_grad]
     # An optimizer that maximizes is perturbed toward less of what it maximizes.

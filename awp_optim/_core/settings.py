@@ -18,11 +18,10 @@ __all__ = [
     "DIRECTIONS",
     "GROUP_SETTINGS",
     "check_along",
-    "check_ascent_steps",
-    "check_base",
     "check_group",
     "copy_groups",
     "is_active",
+    "shared_state",
     "takes_argument",
 ]
 
@@ -68,12 +67,6 @@ def _check_gamma_tensor(gamma: Tensor) -> None:
         raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
 
 
-def check_ascent_steps(ascent_steps: object) -> None:
-    """Raise ValueError if ``ascent_steps`` is not an integer of at least 1."""
-    if not isinstance(ascent_steps, int) or ascent_steps < 1:
-        raise ValueError(f"ascent_steps must be an integer >= 1, got {ascent_steps!r}")
-
-
 def check_along(along: Mapping[Tensor, Tensor]) -> None:
     """Check the directions that a caller gives instead of gradients.
 
@@ -94,7 +87,29 @@ def check_along(along: Mapping[Tensor, Tensor]) -> None:
             )
 
 
-def check_base(base: object) -> Optimizer:
+def shared_state(
+    base: object, settings: Mapping[str, Any], *, ascent_steps: object, foreach: bool | None
+) -> dict[str, Any]:
+    """The attributes of an AWP around ``base``, whose groups get AWP's settings.
+
+    Raises:
+        TypeError, ValueError: a setting is not valid, or ``base`` cannot be wrapped. Nothing has
+            changed then.
+    """
+    if not isinstance(ascent_steps, int) or ascent_steps < 1:
+        raise ValueError(f"ascent_steps must be an integer >= 1, got {ascent_steps!r}")
+    check_group(settings)
+    base = _check_base(base)
+    for group in base.param_groups:
+        check_group({**settings, **group})
+    for group in base.param_groups:
+        for name, value in settings.items():
+            group.setdefault(name, value)
+    base.defaults.update(settings)  # for groups that are added later
+    return {"base_optimizer": base, "ascent_steps": ascent_steps, "foreach": foreach}
+
+
+def _check_base(base: object) -> Optimizer:
     """Return the base optimizer if AWP can wrap it.
 
     Raises:
@@ -131,17 +146,14 @@ def check_base(base: object) -> Optimizer:
     return base
 
 
-def copy_groups(params: Any, settings: Mapping[str, Any]) -> Any:
-    """Parameters or groups as the caller gave them, the groups copied and their settings checked.
+def copy_groups(params: Any) -> Any:
+    """Parameters or groups as the caller gave them, with groups copied.
 
     Optimizers write their defaults into the groups they get; the caller's own stay as they are.
     """
     if isinstance(params, (Tensor, set)) or not isinstance(params, Iterable):
         return params  # the base optimizer refuses it
-    entries = [dict(entry) if isinstance(entry, dict) else entry for entry in params]
-    for entry in entries:
-        check_group({**settings, **entry} if isinstance(entry, dict) else settings)
-    return entries
+    return [dict(entry) if isinstance(entry, dict) else entry for entry in params]
 
 
 def takes_argument(function: Callable[..., Any], name: str) -> bool:

@@ -106,7 +106,9 @@ class RunState:
         self.scheduler.load_state_dict(saved["scheduler"])
         if self.average:
             self.average.load_state_dict(saved["ema"])
-        self.rows = [{str(k): float(v) for k, v in row.items()} for row in saved["rows"]]
+        self.rows = list(saved["rows"])
+        for row in self.rows:
+            sum(row.values())  # raises unless they are numbers
         self.epoch = None
         if "epoch" in saved:
             progress = dict(saved["epoch"])

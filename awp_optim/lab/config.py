@@ -18,21 +18,18 @@ from awp_optim.attacks import PGD
 from awp_optim.lab.schedules import Schedule
 from awp_optim.objectives import AT, MART, TRADES, Objective
 
-__all__ = ["METHODS", "PRECISIONS", "REMOVED", "SELECTIONS", "THREATS", "Config", "Threat"]
+__all__ = ["METHODS", "PRECISIONS", "REMOVED", "THREATS", "Config", "Threat"]
 
 Method = Literal["at", "trades", "mart", "rst", "pretrain"]
 Activation = Literal[
     "relu", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "tanh"
 ]
 Precision = Literal["float32", "bfloat16"]
-Selection = Literal["test", "val"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 """RST is TRADES with more data; pretrain is adversarial training from given weights."""
 PRECISIONS: dict[Precision, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 """Autocast's dtype by name; weights and optimizer state are float32 either way."""
-SELECTIONS: tuple[Selection, ...] = get_args(Selection)
-"""What the best epoch can be picked on."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ class Config:
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 0
     """Epochs between checkpoints that are kept, such as epoch_0020.pt; 0 for none."""
-    select_on: Selection = "test"
+    select_on: Literal["test", "val"] = "test"
     """What the best epoch is picked on: test as in the paper, or val, held-out training images."""
     val_images: int = 1000
     """Training images held out with select_on val, the same for every seed."""

@@ -49,19 +49,20 @@ class Evaluator:
         self._ranks = ranks
 
     def __call__(
-        self, model: nn.Module, average: nn.Module | None, before_batch: Callable[[], None]
-    ) -> Row:
-        """The metrics of the model and of its average.
+        self, model: nn.Module, average: nn.Module | None, stop: Callable[[], bool]
+    ) -> Row | None:
+        """The metrics of the model and of its average; None if it was stopped.
 
         Args:
             model: in [0, 1] to logits.
             average: its moving average, if there is one; its metrics are named ``ema_*``.
-            before_batch: called before each batch; an exception ends the evaluation.
+            stop: called before each batch; True ends the evaluation.
         """
         start = time.perf_counter()
 
         def attack(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            before_batch()
+            if stop():
+                raise _Stopped
             return self._attack(net, x, y)
 
         parts = [("train_", model, self._train)]
@@ -69,19 +70,25 @@ class Evaluator:
         if average:
             parts += [(f"ema_{name}", average, images) for name, images in self._tested.items()]
         row: Row = {}
-        for name, net, (x, y) in parts:
-            row |= measure(
-                net,
-                x,
-                y,
-                attack,
-                name,
-                batch_size=self._batch_size,
-                autocast=self._autocast,
-                ranks=self._ranks,
-            )
-        row["eval_seconds"] = time.perf_counter() - start
-        return row
+        try:
+            for name, net, (x, y) in parts:
+                row |= measure(
+                    net,
+                    x,
+                    y,
+                    attack,
+                    name,
+                    batch_size=self._batch_size,
+                    autocast=self._autocast,
+                    ranks=self._ranks,
+                )
+        except _Stopped:
+            return None
+        return {**row, "eval_seconds": time.perf_counter() - start}
+
+
+class _Stopped(Exception):
+    """An evaluation was asked to stop."""
 
 
 def measure(

@@ -74,7 +74,9 @@ class SweepBars:
         self._finished = runs - len(names)
         self._many = len(names) > MANY
         self._all = progress.add_task("", total=None, visible=self._many)
-        self._bars = {name: progress.add_task(name, visible=not self._many) for name in names}
+        self._bars = {
+            name: progress.add_task(name, total=None, visible=not self._many) for name in names
+        }
         self._steps: dict[str, tuple[int, int]] = {}  # done and to do, of those that have begun
         self.running: list[str] = []
         self._update_all()

@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ Train = Callable[[Config, Report], list[Row]]
 """A run: gets its settings and a function to report the steps done and to do, returns its rows."""
 Finished = Generator[tuple[str, list[Row]], None, None]
 """Runs as they finish. Closing it ends or cancels the others."""
+
+Futures = dict[str, "Future[list[Row]]"]
 
 POLL = 0.05
 """Seconds from one look at the runs to the next, and from one report of a run to the next."""
@@ -87,7 +89,7 @@ def sweep(
     with step_bars(console) as progress:
         bars = SweepBars(progress, todo, len(found))
         if executor is not None:
-            runs = _on_executor(executor, todo, train)
+            runs = _collect(_submit(executor, todo, train))
         elif workers == 1:
             runs = _in_turn(todo, train, bars)
         else:
@@ -130,16 +132,14 @@ def _in_turn(todo: Mapping[str, Config], train: Train, bars: SweepBars) -> Finis
         yield name, _run(train, name, config, partial(bars.update, name))
 
 
-def _on_executor(
-    executor: Executor,
-    todo: Mapping[str, Config],
-    train: Train,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> Finished:
-    futures = {
+def _submit(executor: Executor, todo: Mapping[str, Config], train: Train) -> Futures:
+    return {
         name: executor.submit(_run, train, name, config, partial(_report, name))
         for name, config in todo.items()
     }
+
+
+def _collect(futures: Futures, meanwhile: Callable[[], None] = lambda: None) -> Finished:
     try:
         while futures:
             time.sleep(POLL)  # not concurrent.futures.wait, which does not know submitit's jobs
@@ -167,25 +167,41 @@ def _on_processes(
     reports = context.SimpleQueue()
     threads = max(1, _cores() // workers)
     others = multiprocessing.active_children()
-    pool = ProcessPoolExecutor(workers, context, _begin, (reports, threads))
 
     def show() -> None:
         while not reports.empty():
             bars.update(*reports.get())
 
     try:
-        yield from _on_executor(pool, todo, train, show)
+        with _interrupts_ignored():
+            pool = ProcessPoolExecutor(workers, context, _begin, (reports, threads))
+            futures = _submit(pool, todo, train)
+        yield from _collect(futures, show)
     except BrokenExecutor as error:
         raise RunFailed(
             f"one of {', '.join(map(repr, bars.running))} failed: its process ended. If the memory "
             "does not suffice, try fewer workers"
         ) from error
     finally:
-        # What still runs is not waited for.
+        # After an exception, runs are still running: they are not waited for.
         for process in multiprocessing.active_children():
             if process not in others:
                 process.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes that are started inside ignore Ctrl-C; this one handles it, and ends them."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread, which alone gets a Ctrl-C
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _reports: Any = None
@@ -197,7 +213,6 @@ def _begin(reports: Any, threads: int) -> None:
     """Set up a worker."""
     global _reports
     _reports = reports
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -210,7 +225,7 @@ def _end_with_parent() -> None:
 
 
 def _report(name: str, done: int, steps: int) -> None:
-    """Report to the parent, in a worker; on an executor of the caller there is nobody to hear."""
+    """Report to the parent process; on an executor of the caller, to nobody."""
     global _last_report
     now = time.monotonic()
     if _reports is not None and (done in (0, steps) or now > _last_report + POLL):

@@ -127,35 +127,39 @@ def _train(
     stop: Callable[[], bool],
 ) -> None:
     """Train, evaluate and save epoch by epoch, until the run is over or asked to stop."""
-    steps, total = run.training_set.steps, run.training_set.steps * run.config.epochs
     while not is_over(run.config, run.state.rows):
         if stop():
             return  # the last epoch has been saved
         epoch = run.begin_epoch()
-        while epoch.step < steps:
-            run.step(epoch)
-            on_step(len(run.state.rows) * steps + epoch.step, total)
-            stopped = epoch.step < steps and stop()
-            if stopped or epoch.step == steps or epoch.step % CHECK_EVERY == 0:
-                run.check_finite(epoch)
-            if stopped:
-                if folder:
-                    folder.save("last.pt", run.state.state_dict())
-                return
-        before_evaluation = run.state.state_dict()  # an evaluation draws random numbers
-        try:
-            row = run.end_epoch(epoch, stop)
-        except _Stopped:
+        finished = _train_steps(run, epoch, on_step, stop)
+        unfinished = run.state.state_dict()  # an evaluation draws random numbers
+        row = run.end_epoch(epoch, stop) if finished else None
+        if row is None:
             if folder:
-                folder.save("last.pt", before_evaluation)
+                folder.save("last.pt", unfinished)
             return
         if folder:
             _save_epoch(folder, run.config, run.state)
         on_epoch(row)
 
 
-class _Stopped(Exception):
-    """An evaluation was asked to stop."""
+def _train_steps(
+    run: _Run,
+    epoch: EpochProgress,
+    on_step: Callable[[int, int], None],
+    stop: Callable[[], bool],
+) -> bool:
+    """The steps of an epoch that are left. False if it was asked to stop before the last."""
+    steps = run.training_set.steps
+    while epoch.step < steps:
+        run.step(epoch)
+        on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
+        if epoch.step % CHECK_EVERY == 0:
+            run.check_finite(epoch)
+        if epoch.step < steps and stop():
+            break
+    run.check_finite(epoch)
+    return epoch.step == steps
 
 
 def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
@@ -311,11 +315,11 @@ class _Run:
             "checkpoint, which is intact"
         )
 
-    def end_epoch(self, epoch: EpochProgress, stop: Callable[[], bool]) -> Row:
+    def end_epoch(self, epoch: EpochProgress, stop: Callable[[], bool]) -> Row | None:
         """Evaluate if it is time to, and add the epoch's row to the state.
 
-        Raises:
-            _Stopped: ``stop`` returned True. There is no row, and random numbers were drawn.
+        None if ``stop`` ended the evaluation. The state is unchanged then, but random numbers were
+        drawn.
         """
         config, state = self.config, self.state
         number, images = len(state.rows), self.training_set.epoch_images
@@ -326,14 +330,12 @@ class _Run:
             "step_robust_acc": epoch.correct.item() / images,
             "train_seconds": epoch.seconds,
         }
-
-        def check_stop() -> None:
-            if stop():
-                raise _Stopped
-
         if (number + 1) % config.eval_every == 0 or number + 1 == config.epochs:
             average = state.average.module if state.average else None
-            row |= self.evaluate(self.model, average, check_stop)
+            metrics = self.evaluate(self.model, average, stop)
+            if metrics is None:
+                return None
+            row |= metrics
         state.rows.append(row)
         state.epoch = None
         return row

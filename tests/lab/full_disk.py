@@ -3,7 +3,7 @@
     python full_disk.py FOLDER [BYTES]
 
 Trains an epoch in FOLDER, fills the disk (or, with BYTES, forbids itself files of more than so
-many) and goes on; prints the error; makes room and goes on to the end.
+many) and resumes; prints the error; makes room and resumes to the end.
 """
 
 from __future__ import annotations

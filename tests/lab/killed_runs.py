@@ -2,7 +2,7 @@
 
     python killed_runs.py FOLDER KILLS SIGNAL
 
-Trains once without a break in FOLDER/whole. Then starts the same run again and again and sends it
+Trains once without a break in FOLDER/one. Then starts the same run again and again and sends it
 the signal at random times, until it has been killed KILLS times (in FOLDER/0, FOLDER/1 and so on:
 as soon as a run is over, the next one begins). Prints, for each, how often it was killed and in
 what its end differs from that of the one without a break: weights, optimizer, random states,
@@ -76,7 +76,7 @@ def differences(a: object, b: object, path: str = "") -> list[str]:
     return [] if a == b else [path]
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     try:
         return len(read_metrics(folder)) == CONFIG.epochs
     except FileNotFoundError:
@@ -88,23 +88,21 @@ if __name__ == "__main__":
     base, kills, number = Path(sys.argv[1]), int(sys.argv[2]), signal.Signals[sys.argv[3]]
     data = load_digits().limit(41, 16)
     start = time.perf_counter()
-    assert os.waitpid(fork(base / "whole"), 0)[1] == 0
+    assert os.waitpid(fork(base / "one"), 0)[1] == 0
     duration = time.perf_counter() - start
-    expected = torch.load(base / "whole/last.pt", weights_only=True)
-    metrics = [
-        {**row, "train_seconds": 0, "eval_seconds": 0} for row in read_metrics(base / "whole")
-    ]
+    expected = torch.load(base / "one/last.pt", weights_only=True)
+    metrics = [{**row, "train_seconds": 0, "eval_seconds": 0} for row in read_metrics(base / "one")]
     rng = random.Random(0)
     killed, runs = 0, 0
     while killed < kills:
         folder, times = base / str(runs), 0
-        while not is_whole(folder):
+        while not is_complete(folder):
             child = fork(folder)
             if times < 10:  # then it is left to finish
                 time.sleep(rng.uniform(0, duration / 3))
                 os.kill(child, number)
             _, status = os.waitpid(child, 0)
-            ended = os.WIFSIGNALED(status) if number == signal.SIGKILL else not is_whole(folder)
+            ended = os.WIFSIGNALED(status) if number == signal.SIGKILL else not is_complete(folder)
             assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "a run failed"
             times += ended
         found = torch.load(folder / "last.pt", weights_only=True)

@@ -57,7 +57,7 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         one, two = folder / "one", folder / "two"
-        # Begun alone, and gone on with on two ranks from the end of the first epoch's steps.
+        # Begun alone, and resumed on two ranks from the end of the first epoch's steps.
         worker.train("at-awp", two, stop=iter([False] * 3 + [True]).__next__)
         process = start(WORKER, two, restarts=1, cwd=folder)
         self.alone = {name: worker.train(name, one) for name in worker.RUNS}

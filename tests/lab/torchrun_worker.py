@@ -73,7 +73,7 @@ def double() -> Iterator[None]:
 
 
 def train(name: str, folder: Path, **kwargs: Any) -> dict[str, Any]:
-    """Do, or go on with, a run in FOLDER/name; its weights, its rows and the sizes of all v."""
+    """Do, or continue, a run in FOLDER/name; its weights, its rows and the sizes of all v."""
     vs = []
     first_step = AWP.first_step
 

@@ -114,7 +114,7 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | Non
 
 @_registry.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """An option that may be None is None when it is absent; nobody has to type that."""
+    """An option that may be None is None if it is not given; None itself cannot be given."""
     kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
     if info.type_origin not in (Union, UnionType) or len(kinds) != 1:
         return None
@@ -201,7 +201,7 @@ def print_table(
 
 
 def check_writable(path: Path) -> None:
-    """Raise an OSError for a file that cannot be written, before there is what to write."""
+    """Raise an OSError now for a file that cannot be written later."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path.parent):
@@ -210,7 +210,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Inside, an OSError is one of this file: that of a full disk names none."""
+    """Inside, an OSError names the file, which that of a full disk does not."""
     try:
         yield path
     except OSError as error:

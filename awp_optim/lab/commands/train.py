@@ -165,7 +165,7 @@ def fast_kernels() -> None:
 
 
 def _fit_to_data(options: Options, given: set[str], data: ImageData) -> Config:
-    """The settings, where those that were not given depend on the number of images."""
+    """Settings that depend on the number of images, unless they were given."""
     config, images = options.settings, len(data.x_train)
     if "--train-eval" not in given:
         config = replace(config, train_eval=max(1, min(config.train_eval, images // 4)))
