@@ -243,7 +243,7 @@ def test_counts_no_pass_too_many(kind, kwargs, passes, to_weight):
 @pytest.mark.parametrize("in_place", [True, False])
 @ascents
 def test_a_compiled_attack_computes_no_weight_gradients_either(net, in_place, ascent):
-    """Compiled, a backward pass computes all there are; only the weights can tell it not to."""
+    """A compiled backward pass computes every gradient that a weight requires."""
     masks = []
 
     def backward(graph, example):

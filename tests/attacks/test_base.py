@@ -250,7 +250,7 @@ def test_steps_shorter_than_a_bfloat16_unit_still_add_up(norm):
     attack = PGD(eps, eps / 40, steps=80, norm=norm, random_start=False)
     delta = (attack(model, x, y) - x).float()
     direction = w.sign() if norm == "linf" else w / w.norm()
-    # Half a unit in the last place is 1/512 here; no element is more than a whole one short.
+    # Half a unit in the last place is 1/512 here; no element falls short by more than one unit.
     assert (delta - eps * direction).abs().max() <= 1 / 256
 
 

@@ -62,7 +62,7 @@ def test_reaches_the_worst_case_of_a_linear_model(norm, loss):
 
 @pytest.mark.parametrize("loss", ["ce", "cw", "dlr"])
 def test_reaches_nearly_the_worst_case_at_the_edge_of_the_box_in_l2(loss):
-    # Elements that cannot move outward stay; the others share the whole radius.
+    # Elements that cannot move outward stay; the others share the full radius.
     x = torch.full((5, D), 0.5, dtype=torch.float64)
     x[:, :6] = (toward(Y)[:, :6] > 0).double()
     eps = 0.3
@@ -256,7 +256,7 @@ def test_a_restart_that_is_not_a_number_loses():
 
 
 # Labels that are probabilities. The mixed loss of a linear model is convex in its input, so its
-# maximum over a cube is at a corner: of few dimensions, all can be looked at.
+# maximum over a cube is at a corner: with few dimensions, all can be tried.
 
 A = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) * 8
 

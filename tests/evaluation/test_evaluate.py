@@ -524,17 +524,6 @@ class TestResume:
             assert calls == 0
             assert state.read_bytes() == kept
 
-    def test_what_is_done_is_on_the_disk_before_the_next_attack(self, tmp_path):
-        state, lines = tmp_path / "state", []
-
-        def look(model, x, y):
-            lines.append(len(state.read_bytes().splitlines()))
-            return x
-
-        attacks = {"fgsm": FGSM(0.04), "look": look}
-        run(network(), images(), attacks, batch_size=20, state=state, key="look")
-        assert lines == [3, 6, 9]  # a header, and three entries a batch
-
     def test_cut_at_any_byte(self, tmp_path):
         model, data, state = network(), images(12), tmp_path / "state"
         settings = {"attacks": {"fgsm": FGSM(0.04)}, "batch_size": 5, "state": state}
@@ -586,7 +575,7 @@ class TestResume:
         ],
     )
     def test_a_function_must_be_named_for_a_state(self, changed, what, tmp_path):
-        """Two functions cannot be told apart: the second would get the numbers of the first."""
+        """Functions cannot be compared: a second one would get the numbers of the first."""
         state = tmp_path / "state"
         settings = {
             "model": network(), "data": (images()[0], torch.zeros(N).long()), "attacks": {},

@@ -120,7 +120,7 @@ def test_schedulefree(name):
     """In train mode the weights are y, where the gradients belong: v is a perturbation of y."""
     schedulefree = pytest.importorskip("schedulefree")
 
-    # RAdam's updates are zero at first, unless told otherwise.
+    # RAdam's updates are zero at first, by default.
     settings = {"silent_sgd_phase": False} if name.startswith("RAdam") else {}
 
     def make(params: list[Tensor]) -> Optimizer:
