@@ -549,7 +549,7 @@ class TestOnAGpu:
         stream, reserved = torch.cuda.current_stream(), torch.cuda.memory_reserved()
         model = Net(*network("cuda"))
         step = AdversarialStep(model, awp(model), attack("cuda"))
-        with pytest.warns(UserWarning, match="runs without one from now on"):
+        with pytest.warns(UserWarning, match="runs eagerly"):
             outputs = run(step, batches(8, "cuda"))
         assert_same(model, eager, outputs, truth)
         assert torch.cuda.current_stream() == stream
