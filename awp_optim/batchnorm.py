@@ -1,4 +1,4 @@
-"""BatchNorm without updates of its running statistics."""
+"""BatchNorm without updates of the running statistics."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["frozen_batch_norm"]
 
 @contextmanager
 def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm normalizes as before but leaves its running statistics alone.
+    """Context manager: BatchNorm normalizes as before, but does not update running statistics.
 
-    In training mode it still normalizes by the batch, so that gradients are those of training;
-    ``running_mean``, ``running_var`` and ``num_batches_tracked`` do not change. An ascent of the
-    weights needs this: only the pass at the perturbed weights should count. No other module is
-    affected, and no buffer is copied.
+    In training mode it still normalizes by the batch, so gradients are those of training;
+    ``running_mean``, ``running_var`` and ``num_batches_tracked`` do not change. Use it in the
+    ascent pass, because only the pass at the perturbed weights should update the statistics. No
+    other module is affected, and no buffer is copied.
 
     Args:
-        model: any module; its BatchNorm layers are frozen (subclasses and SyncBatchNorm, too), and
-            InstanceNorm layers that track statistics. Lazy ones must have seen a batch before.
+        model: any module; its BatchNorm layers are frozen (with subclasses and SyncBatchNorm), and
+            so are InstanceNorm layers that track statistics. Lazy layers must be initialized.
 
     Example:
         >>> import torch
@@ -39,9 +39,9 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
     momenta = [m.momentum for m in tracking]
     try:
         for m in tracking:
-            if isinstance(m, _BatchNorm):  # without tracking it normalizes by the batch in training
+            if isinstance(m, _BatchNorm):  # in training, it then normalizes by the batch
                 m.track_running_stats = False
-            else:  # InstanceNorm updates its statistics in any case, by this fraction
+            else:  # InstanceNorm always updates its statistics, by this fraction
                 m.momentum = 0.0
         yield
     finally:
@@ -50,7 +50,7 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
 
 
 def _updates_statistics(module: nn.Module) -> TypeGuard[_NormBase]:
-    """Whether a forward pass in the module's present mode changes its running statistics."""
+    """Whether a forward pass in the module's current mode changes its running statistics."""
     return (
         isinstance(module, (_BatchNorm, _InstanceNorm))
         and module.training

@@ -1,11 +1,11 @@
 """Training losses of adversarial training, as functions of logits.
 
-The lower-case functions are means over the batch, differentiable in all their logits. The classes
-with the same names in capitals bundle a loss with its settings and with what a training step must
-know about it. They are values: equal if their settings are.
+The lower-case functions are means over the batch, differentiable with respect to all logits. The
+upper-case classes of the same names combine a loss with its settings and with what a training step
+must know about it. They are values: equal if their settings are equal.
 
 Labels are class indices, int64 of shape (N,), or class probabilities, floating-point of shape
-(N, C), as mixup gives them. The loss of probabilities is the expectation, ``sum_k y_k loss(k)``.
+(N, C), as from mixup. The loss for probabilities is the expectation, ``sum_k y_k loss(k)``.
 
 Label smoothing s replaces y by ``(1 - s) y + s / C`` in the cross-entropy term -log p_y and nowhere
 else (Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR 2016; in
@@ -84,7 +84,7 @@ def mart(
     """MART (Wang et al., 2020), Eq. (3): ``BCE(f(x'), y) + lam KL(f(x) || f(x')) (1 - f(x)_y)``.
 
     The boosted cross-entropy is ``BCE = -log p_y - log(1 - max_{k != y} p_k)`` with p = f(x'),
-    computed from log-probabilities, so that it is finite where p_k rounds to 1.
+    computed from log-probabilities, so that it stays finite if p_k rounds to 1.
 
     Args:
         logits_adv: shape (N, C), C >= 2, at the adversarial examples x'.
@@ -104,7 +104,7 @@ def mart(
     log_p, p_nat = F.log_softmax(logits_adv, 1), F.softmax(logits_nat, 1)
     if y.is_floating_point():
         cross_entropy = -(y * log_p).sum(1)
-        # The rival of the top class is the second one; that of every other class is the top one.
+        # The second class rivals the top class; the top class rivals every other one.
         top, second = torch.split(log_p.topk(2, dim=1).indices, 1, dim=1)
         y_top, y_others = y.gather(1, top).squeeze(1), y.scatter(1, top, 0).sum(1)
         log_rest = y_top * _log_rest(log_p, second) + y_others * _log_rest(log_p, top)
@@ -121,7 +121,7 @@ def mart(
 
 
 def _log_rest(log_p: Tensor, k: Tensor) -> Tensor:
-    """log(1 - p_k) for class indices k of shape (N, 1), as the log of the other classes' sum."""
+    """log(1 - p_k) for class indices k of shape (N, 1), from the sum over the other classes."""
     return log_p.scatter(1, k, -torch.inf).logsumexp(1)
 
 
@@ -137,7 +137,7 @@ def _kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
 
 def _checked(y: Tensor, logits: Tensor) -> Tensor:
-    """Class indices unchanged; probabilities in the dtype of the logits, but float32 at least."""
+    """Class indices unchanged; probabilities in the dtype of the logits, at least float32."""
     if not y.is_floating_point():
         return y
     if y.shape != logits.shape:
@@ -155,7 +155,7 @@ def _check_smoothing(label_smoothing: float) -> None:
 
 
 class Objective(Protocol):
-    """A loss of the logits at adversarial and, where it needs them, at natural examples."""
+    """A loss of the logits at the adversarial examples and, if needed, at the natural ones."""
 
     needs_natural: ClassVar[bool]
     """Whether the loss uses the logits at the natural examples."""
@@ -200,7 +200,7 @@ class TRADES:
 
 @dataclass(frozen=True)
 class MART:
-    """MART, which weights misclassified examples; its attack is that of AT: see :func:`mart`."""
+    """MART, which weights misclassified examples; its attack is AT's: see :func:`mart`."""
 
     lam: float = 6.0
     label_smoothing: float = 0.0

@@ -41,14 +41,14 @@ from awp_optim._core.settings import (
 
 __all__ = ["AWP"]
 
-# torch.compile does not see what a method assigns to an optimizer's attributes. torch.optim uses
-# this decorator for its own methods: the public torch.compiler.disable imports the compiler at
-# once, which takes seconds, this one when a method is first called.
+# torch.compile does not track what a method assigns to an optimizer's attributes. torch.optim uses
+# this decorator on its own methods. The public torch.compiler.disable imports the compiler right
+# away, which takes seconds; this one waits until a method is first called.
 _not_compiled = torch._disable_dynamo  # type: ignore[attr-defined] # noqa: SLF001
 
 
 def _restores_on_error(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Make ``step`` a torch optimizer step with hooks; an exception in any of it restores w."""
+    """Add torch's optimizer hooks to ``step``, and restore w if it or a hook raises."""
     hooked: Callable[..., Any] = Optimizer.profile_hook_step(step)
 
     @functools.wraps(step)
@@ -69,49 +69,48 @@ class AWP(Optimizer):
 
     For every parameter tensor l, one ascent is Eq. (10) and (15) of the paper:
     ``v_l <- P(v_l + gamma/ascent_steps * |w_l| * g_l/|g_l|)``, where P scales v_l back onto
-    ``|v_l| <= gamma |w_l|``. v_l starts at 0, and stays as it is in an ascent if the tensor has
+    ``|v_l| <= gamma |w_l|``. v_l starts at 0. An ascent does not change it if the tensor has
     fewer than ``min_ndim`` dimensions, no gradient, a zero or non-finite gradient, or zero weight.
 
     The base optimizer's update is computed at w from the gradients at w + v, so its weight decay
-    acts on w. A script that adds v to the weights, steps and subtracts v decays w + v instead:
-    without weight decay the two agree exactly, with it a step of SGD differs by
+    acts on w. A script that adds v to the weights, steps and subtracts v decays w + v instead.
+    Without weight decay the two agree exactly; with it, a step of SGD differs by
     ``lr * weight_decay * v``.
 
-    **Accumulation.** v follows whatever is in ``p.grad``. Accumulate every micro-batch before each
-    of the two steps; or ascend on one, ``first_step(zero_grad=True)``, and accumulate all of them
-    before ``second_step``.
+    **Accumulation.** v follows the gradients in ``p.grad``. Accumulate all micro-batches before
+    each of the two steps; or only one before ``first_step(zero_grad=True)``, and all of them before
+    ``second_step``.
 
     **Loss scales.** With ``GradScaler``, ``scaler.step(opt)`` takes the place of ``second_step()``;
-    call ``scaler.unscale_(opt)`` after the last backward pass only. An overflow in the ascent does
-    not change v_l; one at w + v skips the update and restores w.
+    call ``scaler.unscale_(opt)`` only after the last backward pass. A tensor whose gradient
+    overflows in the ascent keeps its v; an overflow at w + v skips the update and restores w.
 
-    **Several processes.** With ``DistributedDataParallel`` every process has the same v, or a v of
-    its own batch if the first pass runs under ``model.no_sync()``; random directions differ between
-    processes. The weights stay equal: w is restored bit for bit, and the update uses averaged
-    gradients. Parameters may be DTensors (``fully_shard``, tensor parallelism): norms are those of
-    full tensors, at one small all-reduce per ascent.
+    **Several processes.** With ``DistributedDataParallel`` all processes compute the same v, or
+    each a v from its own batch if the first pass runs under ``model.no_sync()``; random directions
+    differ between processes. The weights stay equal: w is restored bit for bit, and the update uses
+    averaged gradients. Parameters may be DTensors (``fully_shard``, tensor parallelism): norms are
+    taken over full tensors, with one small all-reduce per ascent.
 
     Args:
         params: parameters, named parameters or parameter groups, as for any torch optimizer. A
             group may have its own ``gamma``, ``norm``, ``direction`` and ``min_ndim``.
-        base_optimizer: a class, or a callable ``(param_groups, **base_kwargs) -> Optimizer``. For
-            an optimizer that exists already see :meth:`wrap`.
+        base_optimizer: a class, or a callable ``(param_groups, **base_kwargs) -> Optimizer``. To
+            wrap an existing optimizer, see :meth:`wrap`.
         gamma: size of the perturbation relative to each tensor's weight norm, >= 0, a number or a
-            0-d tensor. The paper uses 5e-3 to 1e-2. With 0 this is the base optimizer.
+            0-d tensor. The paper uses 5e-3 to 1e-2. With 0, AWP only runs the base optimizer.
         ascent_steps: calls of :meth:`first_step` before the second, K2 * A in the paper, >= 1.
         norm: "l2" (Frobenius) or "l1", the norm of weights, gradients and perturbations.
         direction: "gradient", or "random" for the paper's RWP baseline, which needs no gradient.
-        min_ndim: tensors of fewer dimensions are not perturbed; 2 excludes biases and norms.
+        min_ndim: tensors with fewer dimensions are not perturbed; 2 excludes biases and norms.
         foreach: True for the ``torch._foreach_*`` implementation, False for the per-tensor loop,
             None for foreach except with tensor subclasses. True and False are also passed to
             ``base_optimizer`` if it has a parameter of that name.
-        **base_kwargs: for the base optimizer.
+        **base_kwargs: passed to ``base_optimizer``.
 
     Raises:
-        TypeError: ``base_optimizer`` does not return an optimizer, or returns one that has to call
-            a closure itself (LBFGS); ``gamma`` is neither a number nor a tensor.
-        ValueError: a setting is out of its range, or the base optimizer has a setting of the same
-            name.
+        TypeError: ``base_optimizer`` does not return an optimizer, or returns one that requires a
+            closure (LBFGS); ``gamma`` is neither a number nor a tensor.
+        ValueError: a setting is out of range, or the base optimizer has a setting of the same name.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -123,14 +122,14 @@ class AWP(Optimizer):
         >>> opt.second_step(zero_grad=True)
     """
 
-    # GradScaler then calls step() after an overflow too, so that it restores the weights.
+    # Makes GradScaler call step() even after an overflow, so that the weights are restored.
     _step_supports_amp_scaling = True
 
     base_optimizer: Optimizer
     ascent_steps: int
     foreach: bool | None
     backup: WeightBackup
-    """Where w is kept; Lightning's wrapper, which copies all attributes, shares it."""
+    """Holds w; shared with Lightning's wrapper, which copies all attributes."""
 
     def __init__(
         self,
@@ -148,14 +147,14 @@ class AWP(Optimizer):
         if not callable(base_optimizer):
             raise TypeError(
                 "base_optimizer must be a class such as torch.optim.SGD or a callable that builds "
-                f"an optimizer, got {base_optimizer!r:.80}; for an optimizer that exists already "
-                "use AWP.wrap(optimizer, gamma=...)"
+                f"an optimizer, got {base_optimizer!r:.80}; to wrap an existing optimizer, use "
+                "AWP.wrap(optimizer, gamma=...)"
             )
         if foreach is not None and takes_argument(base_optimizer, "foreach"):
             base_kwargs["foreach"] = foreach
         base = base_optimizer(copy_groups(params), **base_kwargs)
         settings = {"gamma": gamma, "norm": norm, "direction": direction, "min_ndim": min_ndim}
-        # In place of super().__init__, which would make groups and a state of its own.
+        # Instead of super().__init__(), which would create separate groups and state.
         state = shared_state(base, settings, ascent_steps=ascent_steps, foreach=foreach)
         self.__setstate__(state)
 
@@ -174,13 +173,13 @@ class AWP(Optimizer):
         """AWP around an existing optimizer, which keeps its state and its groups.
 
         Args:
-            optimizer: any torch optimizer; from now on step through the AWP that is returned.
+            optimizer: any torch optimizer; from now on, step the returned AWP instead.
             gamma: as in the constructor; a group's own setting takes precedence.
             ascent_steps: as in the constructor.
             norm: as in the constructor.
             direction: as in the constructor.
             min_ndim: as in the constructor.
-            foreach: as in the constructor, but the optimizer keeps its own.
+            foreach: as in the constructor, but not passed on to the optimizer.
 
         Example:
             >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 2))], lr=0.1)
@@ -208,7 +207,7 @@ class AWP(Optimizer):
 
     @property
     def directions(self) -> frozenset[str]:
-        """The values of "direction" in all groups that are perturbed, so those with gamma > 0."""
+        """The directions of the groups that are perturbed, which are those with gamma > 0."""
         return frozenset(group["direction"] for group in self.param_groups if is_active(group))
 
     @_not_compiled
@@ -223,15 +222,15 @@ class AWP(Optimizer):
 
         Args:
             zero_grad: set the gradients to None afterwards.
-            along: tensors to ascend along instead of the gradients, by parameter, each shaped like
-                its parameter; parameters that are missing keep their v. It applies to groups whose
-                direction is "gradient", and as it stands if the optimizer maximizes.
+            along: a tensor for each parameter, of the same shape, to ascend along instead of its
+                gradient; parameters without one keep their v. Used in groups whose direction is
+                "gradient", and never negated, even if the optimizer maximizes.
 
         Raises:
-            TypeError, ValueError: a group's settings are not valid, or a tensor in ``along`` does
-                not have its parameter's shape or is a DTensor where that is none. Nothing changes.
-            RuntimeError: another AWP has perturbed the same parameters. After this and every other
-                error the weights are not perturbed.
+            TypeError, ValueError: a group's settings are not valid, or a tensor in ``along`` and
+                its parameter differ in shape or only one is a DTensor. Nothing changes.
+            RuntimeError: another AWP has perturbed the same parameters. After this and any other
+                error, the weights are not perturbed.
         """
         for group in self.param_groups:
             check_group(group)
@@ -240,12 +239,12 @@ class AWP(Optimizer):
         with self.backup.restored_on_error():
             self.backup.is_perturbed = True
             batches = collect_layers(self.param_groups, along, foreach=self.foreach)
-            for layers in batches:  # all of them before any weight moves: tensors may share memory
+            for layers in batches:  # save all before any weight moves: tensors may share memory
                 self.backup.save(layers.params, layers.parts, foreach=layers.foreach)
             for layers in batches:
                 for directed in layers.with_directions(self._generators):
                     self._ascend(directed, is_first)
-        torch.clear_autocast_cache()  # it may hold low-precision copies of the weights before
+        torch.clear_autocast_cache()  # it may hold low-precision copies of the previous weights
         if zero_grad:
             self.zero_grad()
 
@@ -276,11 +275,11 @@ class AWP(Optimizer):
             zero_grad: set the gradients to None afterwards.
 
         Raises:
-            RuntimeError: the weights are not perturbed: there was no :meth:`first_step`.
+            RuntimeError: the weights are not perturbed: :meth:`first_step` was not called.
         """
         if not self.is_perturbed:
             raise RuntimeError(
-                "second_step() needs a first_step() before it: the weights are not perturbed"
+                "the weights are not perturbed: call first_step() before second_step()"
             )
         self.step()  # the attribute, which learning-rate schedulers replace
         if zero_grad:
@@ -288,20 +287,20 @@ class AWP(Optimizer):
 
     @_not_compiled
     def restore(self) -> None:
-        """Restore the weights bit for bit, without an update; does nothing if not perturbed.
+        """Restore the weights bit for bit, without an update; do nothing if they are unperturbed.
 
         Raises:
-            RuntimeError: a parameter has changed its shape since; all others are restored.
+            RuntimeError: a parameter changed shape while it was perturbed; all others are restored.
         """
         self.backup.restore()
 
     @contextmanager
     def perturbed(self, zero_grad: bool = False) -> Iterator[None]:
-        """Inside the ``with`` the weights are w + v; leaving restores, also on an exception.
+        """Context manager: inside, the weights are w + v; leaving restores w, also on exceptions.
 
-        Takes the :meth:`first_step` on entry unless the weights are perturbed already. A
-        :meth:`second_step` inside is fine: then there is nothing left to restore. Of nested ones,
-        the outermost restores.
+        Takes the :meth:`first_step` on entry unless the weights are already perturbed. After a
+        :meth:`second_step` inside, there is nothing left to restore. If nested, only the outermost
+        one restores.
 
         Args:
             zero_grad: set the gradients to None once the weights are perturbed.
@@ -309,16 +308,16 @@ class AWP(Optimizer):
         if not self.is_perturbed:
             self.first_step()
         with self.backup.restored_on_exit():
-            if zero_grad:  # here, because the first step may have been taken before
+            if zero_grad:  # not in first_step(), which may have been called earlier
                 self.zero_grad()
             yield
 
     def perturbation(self) -> dict[Tensor, Tensor]:
-        """v of every parameter that is perturbed now; empty if none is.
+        """v of each parameter that is currently perturbed; empty if none is.
 
-        Of half-precision weights this is v as rounded in w + v.
+        For half-precision weights, v includes the rounding of w + v.
         """
-        with torch.inference_mode(False), torch.no_grad():  # for use outside of inference mode
+        with torch.inference_mode(False), torch.no_grad():  # usable outside inference mode
             return {p: difference(p, w) for p, w in self.backup.weights.items()}
 
     @_restores_on_error
@@ -330,39 +329,39 @@ class AWP(Optimizer):
         Args:
             closure: zeroes the gradients, computes the loss, backpropagates and returns the loss.
                 It is called before each of ``ascent_steps`` ascents and once at the perturbed
-                weights; just once if no group follows gradients, or if :meth:`first_step` has
-                perturbed the weights already.
+                weights; only once if no group's direction is "gradient", or if the weights are
+                already perturbed.
 
         Returns:
             The closure's first loss, or None without a closure.
 
         Raises:
-            RuntimeError: without a closure while the weights are not perturbed (unless gamma is 0
-                everywhere): that would be a plain step. With a closure that does not zero the
-                gradients, or one passed through ``GradScaler.step``. The weights are not perturbed
-                after any error, including those of the closure and of hooks.
+            RuntimeError: there is no closure and the weights are not perturbed (unless gamma is 0
+                everywhere), so this would be a plain step; or the closure does not zero the
+                gradients, or was passed through ``GradScaler.step``. After any error, including one
+                in the closure or a hook, the weights are not perturbed.
         """
         if closure is not None:
             loss = self._run(closure)
         elif self.is_perturbed or not self.directions or is_state_initialization(self):
-            loss = None  # the last is a step that torch.distributed.checkpoint takes
+            loss = None  # the last: torch.distributed.checkpoint creates the state
         else:
             raise RuntimeError(
-                "step() without a closure would be a plain step without perturbation: call "
-                "first_step() and backpropagate again before it, or pass a closure; for a plain "
-                "step call base_optimizer.step()"
+                "step() without a closure would be a plain step, because the weights are not "
+                "perturbed: call first_step() and backpropagate again first, or pass a closure; "
+                "for a plain step, call base_optimizer.step()"
             )
         self.restore()
         grad_scaler.step_base(self, self.base_optimizer)
         return loss
 
     def _run(self, closure: Callable[[], Any]) -> Any:
-        """All passes of a step: leaves the weights at w + v with the gradients taken there."""
+        """Run all passes of a step; leave the weights at w + v, with the gradients taken there."""
         if grad_scaler.is_calling(self):
             raise RuntimeError(
                 "GradScaler cannot be used with a closure: call first_step(), then scaler.step()"
             )
-        if not self.directions:  # gamma is 0: the base optimizer's step, whatever the closure does
+        if not self.directions:  # gamma is 0: one pass, as for the base optimizer's step
             with torch.enable_grad():
                 return closure()
         losses = []
@@ -425,7 +424,7 @@ class AWP(Optimizer):
         """The base optimizer's state and the groups' settings, never the backup of the weights.
 
         Raises:
-            RuntimeError: the weights are perturbed: a checkpoint would pair this state with w + v.
+            RuntimeError: the weights are perturbed; a checkpoint would pair this state with w + v.
         """
         self._require_unperturbed("state_dict()")
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -450,7 +449,7 @@ class AWP(Optimizer):
         settings = [{name: group[name] for name in GROUP_SETTINGS} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         for group, before in zip(self.param_groups, settings, strict=True):
-            for name, value in before.items():  # a plain optimizer's checkpoint has none
+            for name, value in before.items():  # missing in a plain optimizer's checkpoint
                 group.setdefault(name, value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -458,7 +457,7 @@ class AWP(Optimizer):
     def _require_unperturbed(self, what: str) -> None:
         if self.is_perturbed:
             raise RuntimeError(
-                f"{what} while the weights are perturbed: call second_step() or restore() first"
+                f"{what} needs unperturbed weights: call second_step() or restore() first"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class StepOutput(NamedTuple):
     """What a step computed, as detached tensors on the model's device."""
 
     loss: Tensor
-    """The objective at the weights that gave the update (w + v with AWP), a scalar."""
+    """The objective at the weights whose gradients gave the update (w + v with AWP), a scalar."""
     logits: Tensor
     """The logits at the adversarial examples and at the same weights, shape (N, C)."""
     x_adv: Tensor
@@ -46,29 +46,29 @@ class StepOutput(NamedTuple):
 class AdversarialStep:
     """Attack, weight ascent and update in one call: ``out = step(x, y)``.
 
-    The model trains in the mode it is in; the attack runs in the mode that the attack names. In the
-    ascent BatchNorm normalizes by the batch but leaves its running statistics alone: only the pass
-    at w + v updates them.
+    The model trains in its current mode; the attack runs in its own ``model_mode``. In the ascent,
+    BatchNorm normalizes by the batch but does not update its running statistics: only the pass at
+    w + v does.
 
     **What v costs.** Count a forward pass, a backward pass to the inputs and one to the weights as
     1 each: plain adversarial training with PGD-10 takes 10 * 2 + 3 = 23.
 
     - ``ascent="exact"``, the paper's: v from the gradient of the objective at the adversarial
-      examples, in the model's training mode, by a forward and a backward pass of its own: 26.
+      examples, in the model's current mode, by separate forward and backward passes: 26.
     - ``ascent="attack"``: v from the attack's last gradient, by one backward pass to the weights:
-      24. This gradient is of the attack's loss, in the attack's mode and at the input before the
-      last step. With DistributedDataParallel every process has its own v, from its own batch.
+      24. This is the gradient of the attack's loss, in the attack's mode, at the input before the
+      last step. With DistributedDataParallel, each process has a v from its own batch.
 
     **CUDA graphs.** The third call with the same shapes, modes and weights is captured as a graph,
-    which later calls replay; the fourth if the first has to create the optimizer's state. Replays
-    draw fresh random numbers, and the optimizer's settings may change between calls. The update of
-    ``torch.optim.SGD`` and of optimizers with ``capturable=True`` is part of the graph, as long as
+    which later calls replay; or the fourth, if the first creates the optimizer's state. Replays
+    draw new random numbers, and the optimizer's settings may change between calls. The update of
+    ``torch.optim.SGD`` and of optimizers with ``capturable=True`` is part of the graph as long as
     they have no hooks and only learning rate and gamma change; otherwise it runs after the replay.
     A replay does not run Python: hooks on modules, Python code in the model's forward and code
-    wrapped around ``optimizer.step`` run in the capture only. Every graph keeps the memory of its
+    wrapped around ``optimizer.step`` run only during capture. Each graph holds the memory of its
     gradients.
 
-    **Several processes.** The model may be a ``DistributedDataParallel`` or sharded by
+    **Several processes.** The model may be a ``DistributedDataParallel``, or sharded by
     ``fully_shard`` or into DTensors; each process passes its own batch. "exact" ascends along
     synchronized gradients; "attack" does not work with ``fully_shard``. Distributed models always
     run eagerly.
@@ -79,19 +79,19 @@ class AdversarialStep:
         attack: ``attack(model, x, y) -> x_adv``, such as :class:`~awp_optim.attacks.PGD`.
         objective: the loss to minimize.
         alternations: A of Algorithm 2, how often inputs and weights are perturbed in turn before
-            the update; each attack starts afresh, at the weights perturbed so far. Must divide the
+            the update; each attack starts over, at the currently perturbed weights. Must divide the
             optimizer's ``ascent_steps`` (K2 * A). Without AWP it must be 1.
         ascent: where v comes from in the parameter groups whose direction is "gradient": "exact" or
             "attack", see above.
-        autocast: run the forward passes in this dtype, ``torch.bfloat16``; None leaves it to the
-            surrounding code.
-        cuda_graph: True, False, or "auto": on a CUDA device, unless the attack is a function of
-            the caller's own, the model is distributed or has sparse gradients, or capturing fails.
-        clip_grad_norm: clip the norm of all gradients together to this before the update.
+        autocast: ``torch.bfloat16`` to run the forward passes in it; None leaves the surrounding
+            autocast in effect.
+        cuda_graph: True, False, or "auto": on a CUDA device, unless the attack is not from this
+            package, the model is distributed or has sparse gradients, or the capture fails.
+        clip_grad_norm: clip the total norm of the gradients to this value before the update.
 
     Raises:
-        TypeError: ``optimizer`` is no optimizer, or ``attack`` or ``objective`` cannot be called.
-        ValueError: a setting is out of its range, or does not go with another.
+        TypeError: ``optimizer`` is not an optimizer, or ``attack`` or ``objective`` not callable.
+        ValueError: a setting is out of range or incompatible with another.
 
     Example:
         >>> from awp_optim import AWP
@@ -117,7 +117,7 @@ class AdversarialStep:
         cuda_graph: bool | str = "auto",
         clip_grad_norm: float | None = None,
     ) -> None:
-        # The step is captured as a whole: a captured attack would be a graph inside its graph.
+        # The step is captured including its attack: graphs cannot be nested.
         attack = attack.attack if isinstance(attack, Captured) else attack
         _check_parts(optimizer, attack, objective)
         self.model = model
@@ -134,10 +134,10 @@ class AdversarialStep:
         self._sharded = _sharded_modules(model)
         self._attacked = model
         if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
-            # Its first pass decides which gradients it synchronizes: an attack's would be none.
+            # Its first pass decides which gradients it synchronizes; an attack's pass has none.
             self._attacked = model.get_submodule("module")
         if cuda_graph == "auto" and not isinstance(self.attack, Attack):
-            cuda_graph = False  # the caller's own function may do anything
+            cuda_graph = False  # an arbitrary function may not be capturable
         self._captured = CapturedStep(self._perturb_and_backpropagate, model, optimizer, cuda_graph)
 
     def __call__(self, x: Tensor, y: Tensor) -> StepOutput:
@@ -145,27 +145,27 @@ class AdversarialStep:
 
         Args:
             x: inputs in the attack's box, shape (N, ...).
-            y: class indices, int64 of shape (N,); or probabilities of the classes, floating, shape
-                (N, C), as mixup gives them, if attack and objective take them: the package's
-                objectives do, and its attacks with the losses "ce" and "kl".
+            y: class indices, int64 of shape (N,); or class probabilities, floating-point, shape
+                (N, C), as from mixup, if attack and objective accept them: the package's objectives
+                do, and so do its attacks with the losses "ce" and "kl".
 
         Returns:
             Detached tensors; nothing is read back to the host. After an exception the weights are
             not perturbed.
 
         Raises:
-            RuntimeError: the weights are perturbed already, and stay so; or ``cuda_graph=True`` and
-                the step cannot be captured: the weights have not changed, the gradients are None.
+            RuntimeError: the weights are already perturbed, and stay so; or ``cuda_graph=True`` and
+                the step cannot be captured: the weights are unchanged, the gradients None.
             ValueError: ``cuda_graph=True`` on a device without CUDA graphs.
         """
         if self._awp and self._awp.is_perturbed:
             raise RuntimeError(
-                "the weights are already perturbed: call second_step() or restore() of the "
-                "optimizer first"
+                "the weights are already perturbed: call the optimizer's second_step() or "
+                "restore() first"
             )
         try:
             if self._captured.applies_to(x.device):
-                outputs = self._captured(x, y, self._settings_key())  # with the update
+                outputs = self._captured(x, y, self._settings_key())  # including the update
             else:
                 outputs = self._perturb_and_backpropagate(x, y)
                 self.optimizer.step()
@@ -177,9 +177,9 @@ class AdversarialStep:
         return StepOutput(*outputs)
 
     def _perturb_and_backpropagate(self, x: Tensor, y: Tensor) -> Outputs:
-        """Algorithm 2 up to the update: leaves the weights at w + v and the gradients there."""
+        """Algorithm 2 up to the update: leaves the weights at w + v, with the gradients there."""
         awp = self._awp if self._awp and self._awp.directions else None  # None: gamma is 0
-        self.optimizer.zero_grad()  # the attack can use this memory
+        self.optimizer.zero_grad()  # frees memory for the attack
         for _ in range(self.alternations if awp else 1):  # line 4
             x_adv, along = self._perturb_inputs(x, y, awp)  # lines 5 to 10
             if awp:
@@ -207,7 +207,7 @@ class AdversarialStep:
     def _perturb_weights(
         self, awp: AWP, along: dict[Tensor, Tensor] | None, x_adv: Tensor, x: Tensor, y: Tensor
     ) -> None:
-        """One ascent, along the objective's gradient at w + v unless the attack has given one."""
+        """One ascent, along ``along`` if the attack gave it, else the objective's gradient."""
         if along is None and "gradient" in awp.directions:
             with frozen_batch_norm(self.model):
                 self._backpropagate(x_adv, x, y)
@@ -225,7 +225,7 @@ class AdversarialStep:
         return loss, logits_adv
 
     def _reshard(self) -> None:
-        """Make the next pass gather the weights as they are now, with ``fully_shard``."""
+        """With ``fully_shard``, make the next pass gather the current weights."""
         for module in self._sharded:
             module.reshard()  # type: ignore[operator]
 
@@ -235,20 +235,20 @@ class AdversarialStep:
         return torch.autocast(x.device.type, self.autocast)
 
     def _settings_key(self) -> Hashable:
-        """What a graph fixes of this object's settings."""
+        """The settings that are fixed in a captured graph."""
         settings = (self.alternations, self.ascent, self.autocast, self.clip_grad_norm)
         awp = (self._awp.ascent_steps, self._awp.foreach) if self._awp else None
         return object_key(self.attack), object_key(self.objective), settings, awp
 
 
 def _ascending_weights(awp: AWP) -> list[Tensor]:
-    """The parameters that an ascent along gradients moves."""
+    """The parameters that are perturbed along gradients."""
     groups = [group for group in awp.param_groups if group["direction"] == "gradient"]
     return [p for group in groups for p in perturbed_parameters(group) if p.requires_grad]
 
 
 def _sharded_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules that ``fully_shard`` was applied to, which gather weights for each pass."""
+    """The modules that ``fully_shard`` was applied to; they gather weights for each pass."""
     return [m for m in model.modules() if hasattr(m, "reshard")]
 
 
@@ -267,9 +267,9 @@ def _check_parts(optimizer: object, attack: object, objective: object) -> None:
             f"objective=TRADES(), got {describe(objective)}"
         )
     loss, expected = getattr(attack, "loss", None), getattr(objective, "attack_loss", None)
-    # The margin losses "cw" and "dlr" stand in for the cross-entropy; "kl" is another objective.
+    # The margin losses "cw" and "dlr" may replace the cross-entropy; "kl" is a different loss.
     if isinstance(loss, str) and expected is not None and (loss == "kl") != (expected == "kl"):
-        message = f"the attack maximizes {loss!r}; {objective} expects one with loss={expected!r}"
+        message = f"the attack maximizes {loss!r}, but {objective} expects loss={expected!r}"
         warnings.warn(message, stacklevel=3)
 
 
@@ -278,8 +278,8 @@ def _check_settings(step: AdversarialStep) -> None:
     ascents = step.optimizer.ascent_steps if isinstance(step.optimizer, AWP) else 1
     if ascents % step.alternations:
         raise ValueError(
-            f"alternations={step.alternations} must divide the number of ascents: build the "
-            f"optimizer as AWP(..., ascent_steps=K2 * {step.alternations}), here it is {ascents}"
+            f"alternations={step.alternations} must divide ascent_steps, which is {ascents}: build "
+            f"the optimizer as AWP(..., ascent_steps=K2 * {step.alternations})"
         )
     if step.autocast not in (None, torch.bfloat16):
         raise ValueError(
@@ -302,11 +302,11 @@ def _check_ascent_from_attack(step: AdversarialStep, ascents: int) -> None:
         )
     if ascents != step.alternations:
         raise ValueError(
-            "ascent='attack' has one gradient for each attack: build the optimizer as "
-            f"AWP(..., ascent_steps={step.alternations}), here it is {ascents}"
+            "ascent='attack' has one gradient for each attack, but ascent_steps is "
+            f"{ascents}: build the optimizer as AWP(..., ascent_steps={step.alternations})"
         )
     if sharded := _sharded_modules(step.model):
         raise ValueError(
-            f"ascent='attack' takes gradients of the parameters, and {type(sharded[0]).__name__} "
+            f"ascent='attack' differentiates by the parameters, but {type(sharded[0]).__name__} "
             "computes with weights that it gathers for each pass: use ascent='exact'"
         )

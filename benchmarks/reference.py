@@ -32,13 +32,12 @@ def attack(
     step_size: float,
     steps: int,
     random_start: bool = True,
-    clip: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """PGD. Its backward passes also leave gradients in the weights, which are not used."""
+    """PGD on inputs in [0, 1]. It also computes gradients of the weights, which are not used."""
     delta = torch.zeros_like(x)
     if random_start:
         delta.uniform_(-eps, eps)
-    delta = (x + delta).clamp(*clip) - x
+    delta = (x + delta).clamp(0, 1) - x
     for _ in range(steps):
         delta.requires_grad_()
         loss = F.cross_entropy(model(x + delta), y)
@@ -46,7 +45,7 @@ def attack(
         assert delta.grad is not None
         delta = delta.detach() + step_size * delta.grad.sign()
         delta = delta.clamp(-eps, eps)
-        delta = (x + delta).clamp(*clip) - x
+        delta = (x + delta).clamp(0, 1) - x
     return x + delta
 
 
@@ -58,7 +57,7 @@ class ReferenceStep:
     AdversarialStep up to rounding.
 
     Args:
-        model: maps inputs in ``clip`` to logits.
+        model: maps inputs in [0, 1] to logits.
         optimizer: a plain torch optimizer of the model's parameters.
         gamma: size of the weight perturbation relative to each tensor's norm; 0 is plain AT,
             without a proxy network.
@@ -66,8 +65,6 @@ class ReferenceStep:
         step_size: length of one of its steps.
         steps: number of its steps.
         random_start: start at a random point of the ball.
-        clip: the box of valid inputs.
-        proxy_lr: learning rate of the proxy's step. The direction of v does not depend on it.
     """
 
     def __init__(
@@ -80,8 +77,6 @@ class ReferenceStep:
         step_size: float = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
-        clip: tuple[float, float] = (0.0, 1.0),
-        proxy_lr: float = 0.01,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -90,10 +85,10 @@ class ReferenceStep:
         self.step_size = step_size
         self.steps = steps
         self.random_start = random_start
-        self.clip = clip
         if gamma:
             self.proxy = copy.deepcopy(model)
-            self.proxy_optimizer = SGD(self.proxy.parameters(), lr=proxy_lr)
+            # The direction of v does not depend on the learning rate.
+            self.proxy_optimizer = SGD(self.proxy.parameters(), lr=0.01)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Train on one batch; returns the loss at w + v, detached."""
@@ -107,7 +102,7 @@ class ReferenceStep:
         self.model.eval()
         x_adv = attack(
             self.model, x, y, eps=self.eps, step_size=self.step_size, steps=self.steps,
-            random_start=self.random_start, clip=self.clip,
+            random_start=self.random_start,
         )  # fmt: skip
         self.model.train()
         return x_adv

@@ -54,7 +54,7 @@ def markdown(rows: Sequence[Row]) -> str:
         if suite == "weights":
             tables.append(_weights(mine))
         else:
-            show = {"memory": _memory, "gpu": _figures}.get(suite, _times)
+            show = {"memory": _memory, "gpu": figures_table}.get(suite, _times)
             tables += [f"**{g[0]['comparison']}**\n\n{show(g)}" for g in _by(mine, "comparison")]
     return "\n\n".join(tables)
 
@@ -121,11 +121,13 @@ def _memory(rows: list[Row]) -> str:
     )
 
 
-def _figures(rows: list[Row]) -> str:
+def figures_table(rows: list[Row]) -> str:
     """Figures of a GPU question, with their targets."""
 
     def value(row: Row) -> str:
-        return f"{row['value']:.4g}" if isinstance(row["value"], (int, float)) else row["value"]
+        return (
+            f"{row['value']:.4g}" if isinstance(row["value"], (int, float)) else str(row["value"])
+        )
 
     return markdown_table(
         {

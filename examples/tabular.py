@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +64,22 @@ def train(data: Split, eps: float, gamma: float, epochs: int, seed: int) -> nn.M
 
 
 def main() -> None:
+    args = parse()
+    found = measure(args)
+    print(
+        f"{args.data}, {args.seeds} seeds, gamma {args.gamma:g}, eps {args.eps:g}; mean ± standard "
+        "deviation over seeds\n"
+    )
+    print(f"{'':14}{'accuracy %':>14}{'under PGD-20 %':>18}{'test loss':>18}")
+    for name, runs in found.items():
+        print(f"{name:14}{row(runs)}")
+    for name, base in (("AWP", "SGD"), ("PGD-5 + AWP", "PGD-5")):
+        pairs = zip(found[name], found[base], strict=True)
+        differences = [tuple(a - b for a, b in zip(*pair, strict=True)) for pair in pairs]
+        print(f"{'difference':14}{row(differences, sign='+')}   {name} minus {base}, by seed")
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", choices=sorted(LOADERS), default="breast-cancer", help="(%(default)s)")
@@ -77,6 +92,11 @@ def main() -> None:
         parser.error("--seeds and --epochs must be at least 1")
     if not (args.gamma >= 0 and args.eps > 0):
         parser.error("--gamma must be at least 0, --eps greater than 0")
+    return args
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[tuple[float, float, float]]]:
+    """Accuracy and robust accuracy in %, and the test loss, of each method and seed."""
     methods = {
         "SGD": (0.0, 0.0),
         "AWP": (0.0, args.gamma),
@@ -94,18 +114,7 @@ def main() -> None:
             with torch.no_grad():
                 loss = nn.functional.cross_entropy(model(data.x_test), data.y_test).item()
             found[name].append((100 * r.natural, 100 * r.robust["pgd20"], loss))
-
-    print(
-        f"{args.data}: {len(data.x)} rows to train on, {len(data.x_test)} to test, {args.seeds} "
-        f"seeds, gamma {args.gamma:g}, eps {args.eps:g}; mean ± standard deviation over seeds\n"
-    )
-    print(f"{'':14}{'accuracy %':>14}{'under PGD-20 %':>18}{'test loss':>18}")
-    for name, runs in found.items():
-        print(f"{name:14}{row(runs)}")
-    for name, base in (("AWP", "SGD"), ("PGD-5 + AWP", "PGD-5")):
-        pairs = zip(found[name], found[base], strict=True)
-        differences = [tuple(a - b for a, b in zip(*pair, strict=True)) for pair in pairs]
-        print(f"{'difference':14}{row(differences, sign='+')}   {name} minus {base}, by seed")
+    return found
 
 
 def row(runs: list[tuple[float, float, float]], sign: str = "") -> str:
@@ -118,8 +127,4 @@ def row(runs: list[tuple[float, float, float]], sign: str = "") -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import FGSM, PGD
+from tests.toolbox import batches, network
 
 NEEDS_GPU = [
     pytest.mark.gpu,
@@ -25,22 +26,9 @@ CUDA = pytest.param("cuda", marks=NEEDS_GPU)
 SGD = torch.optim.SGD
 
 
-def network(device="cpu", dtype=torch.float32):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(4 * 16, 3),
-    )
-    return model.to(device, dtype)
-
-
-def batch(device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(8, 1, 6, 6, generator=generator)
-    return x.to(device, dtype), torch.randint(3, (8,), generator=generator).to(device)
+def float_network_and_batch(device):
+    ((x, y),) = batches(1)
+    return network(dtype=torch.float32).to(device), (x.float().to(device), y.to(device))
 
 
 strict_devices = pytest.mark.parametrize("device", ["meta", CUDA])
@@ -82,7 +70,7 @@ def test_the_two_steps_read_nothing_back(device, foreach, norm, direction, dtype
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("loss", ["ce", "kl", "cw", "dlr"])
 def test_attacks_read_nothing_back(device, norm, loss):
-    model, (x, y) = network().to(device), batch(device)
+    model, (x, y) = float_network_and_batch(device)
     with no_synchronization(device):
         PGD(norm=norm, loss=loss, steps=2, restarts=2)(model, x, y)
         if loss != "kl":
@@ -93,7 +81,7 @@ def test_attacks_read_nothing_back(device, norm, loss):
 @pytest.mark.parametrize("kwargs", [None, {}, {"ascent": "attack"}])
 @pytest.mark.parametrize("cuda_graph", [False, "auto"])
 def test_a_step_reads_nothing_back(device, kwargs, cuda_graph):
-    model, (x, y) = network().to(device), batch(device)
+    model, (x, y) = float_network_and_batch(device)
     make = SGD if kwargs is None else lambda ps, **k: AWP(ps, SGD, **k)
     opt = make(model.parameters(), lr=0.1, momentum=0.9)
     settings = {"clip_grad_norm": 1.0, "cuda_graph": cuda_graph, **(kwargs or {})}
@@ -130,7 +118,7 @@ def test_both_implementations_agree_and_restore_the_weights(device, dtype):
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("overflow", [(), (1,), (2,), (1, 2)])
 def test_gradscaler_with_half_precision_autocast(device, overflow):
-    model, (x, y) = network(device), batch(device)
+    model, (x, y) = float_network_and_batch(device)
     opt = AWP(model.parameters(), SGD, gamma=0.02, lr=0.1, momentum=0.9)
     scaler = torch.amp.GradScaler(device, init_scale=256.0)
     before = copy.deepcopy(model.state_dict())
@@ -156,13 +144,13 @@ def test_gradscaler_with_half_precision_autocast(device, overflow):
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_a_checkpoint_moves_between_devices(device):
-    data = batch(dtype=torch.float64)  # on a GPU, float32 convolutions may compute in TF32
-    model = network(dtype=torch.float64)
+    data = batches(1)[0]  # on a GPU, float32 convolutions may compute in TF32
+    model = network()
     opt = AWP(model.parameters(), SGD, gamma=0.02, lr=0.1, momentum=0.9)
     step = AdversarialStep(model, opt, PGD(steps=2, random_start=False))
     for _ in range(3):
         step(*data)
-    other = network(device, torch.float64)
+    other = network(device)
     other.load_state_dict(model.state_dict())
     twin = AWP(other.parameters(), SGD, gamma=0.5, lr=0.9, momentum=0.1)
     twin.load_state_dict(copy.deepcopy(opt.state_dict()))
@@ -175,10 +163,9 @@ def test_a_checkpoint_moves_between_devices(device):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_several_devices_in_one_optimizer():
-    params = [nn.Parameter(torch.randn(4, 4, device=d)) for d in ("cpu", "cuda")]
+@pytest.mark.parametrize("device", [CUDA])
+def test_several_devices_in_one_optimizer(device):
+    params = [nn.Parameter(torch.randn(4, 4, device=d)) for d in ("cpu", device)]
     weights = [p.detach().clone() for p in params]
     opt = AWP(params, SGD, gamma=0.1, lr=0.1)
     for p in params:

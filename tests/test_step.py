@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,38 +17,16 @@ from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD, SPSA, Captured
 from awp_optim.attacks.base import COMPILER_SEES_REQUIRES_GRAD
 from awp_optim.objectives import AT, MART, TRADES
+from tests.toolbox import batches, mixed, network
 
 SGD = torch.optim.SGD
 ATTACK = PGD(eps=0.1, step_size=0.04, steps=3)
-
-
-class Net(nn.Sequential):
-    def __init__(self):
-        super().__init__(
-            nn.Conv2d(1, 4, 3, bias=False),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(4 * 16, 3),
-        )
+ascents = pytest.mark.parametrize("ascent", ["exact", "attack"])
 
 
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
-    return Net().double()
-
-
-def batches(n, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(n, 8, 1, 6, 6, generator=generator, dtype=torch.float64)
-    return list(zip(x, torch.randint(3, (n, 8), generator=generator)))
-
-
-def mixed(data, share=0.7):
-    """The labels as probabilities, each with some of its neighbor's."""
-    one_hot = torch.eye(3)
-    return [(x, share * one_hot[y] + (1 - share) * one_hot[y.roll(1)]) for x, y in data]
+    return network()
 
 
 def ascend(v, w, g, gamma, steps):
@@ -135,6 +114,13 @@ def test_is_algorithm_2(net, alternations, k2, loss):
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-9)
 
 
+def trained(model, data, call=None, attack=ATTACK, **settings):
+    opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.1, momentum=0.9)
+    step = AdversarialStep(call or model, opt, attack, **settings)
+    torch.manual_seed(3)
+    return model, [step(x, y) for x, y in data]
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -148,26 +134,23 @@ def test_is_algorithm_2(net, alternations, k2, loss):
 )
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_certain_labels_train_as_indices_do(net, kwargs, autocast):
-    results = []
-    for as_probabilities in (False, True):
-        model = copy.deepcopy(net).to(torch.float32 if autocast else torch.float64)
-        opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.1, momentum=0.9)
-        settings = {"attack": ATTACK, "autocast": autocast, **kwargs}
-        step = AdversarialStep(model, opt, **settings)
-        data = batches(4)
-        torch.manual_seed(3)
-        for x, y in mixed(data, 1.0) if as_probabilities else data:
-            out = step(x.float() if autocast else x, y)
-        results.append((model.state_dict(), out.x_adv))
+    data = batches(4, dtype=torch.float32 if autocast else torch.float64)
+    net.to(data[0][0].dtype)
+    settings = {"autocast": autocast, **kwargs}
+    ours, theirs = (
+        (model.state_dict(), outputs[-1].x_adv)
+        for model, outputs in (
+            trained(copy.deepcopy(net), batches, **settings) for batches in (mixed(data, 1.0), data)
+        )
+    )
     tolerance = 2e-2 if autocast else 1e-9
-    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("objective", [AT(), TRADES(), MART()])
 @pytest.mark.parametrize("labels", [lambda data: data, mixed])
 def test_autocast_runs_the_forward_passes_in_its_dtype(objective, labels):
-    torch.manual_seed(0)
-    net, seen = Net(), set()
+    net, seen = network(dtype=torch.float32), set()
     net[0].register_forward_hook(lambda m, i, o: seen.add(o.dtype))
     opt = AWP(net.parameters(), SGD, gamma=0.01, lr=0.1)
     attack = PGD(eps=0.1, steps=2, loss=objective.attack_loss)
@@ -201,20 +184,17 @@ def test_bad_probabilities_change_nothing(net, change, match):
 
 
 def test_a_plain_optimizer_gives_plain_adversarial_training(net):
-    plain, zero = copy.deepcopy(net), copy.deepcopy(net)
-    data = batches(3)
-    nets = {
-        net: SGD(net.parameters(), lr=0.1),
-        zero: AWP(zero.parameters(), SGD, gamma=0.0, lr=0.1),
-    }
-    for model, optimizer in nets.items():
-        torch.manual_seed(3)
-        step = AdversarialStep(model, optimizer, ATTACK)
-        for x, y in data:
-            step(x, y)
+    plain, zero, data = copy.deepcopy(net), copy.deepcopy(net), batches(3)
     torch.manual_seed(3)
     list(algorithm_2(plain, data, 0.0, 1, 1, 0.1, cross_entropy))
-    for model in nets:
+    for model, opt in [
+        (net, SGD(net.parameters(), lr=0.1)),
+        (zero, AWP(zero.parameters(), SGD, gamma=0.0, lr=0.1)),
+    ]:
+        torch.manual_seed(3)
+        step = AdversarialStep(model, opt, ATTACK)
+        for x, y in data:
+            step(x, y)
         torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-9, atol=1e-9)
 
 
@@ -238,21 +218,18 @@ class Passes(TorchDispatchMode):
     ("kind", "kwargs", "passes", "to_weight"),
     [
         ("at", {}, 11, 1),
-        ("awp", {}, 12, 2),
-        ("awp", {"ascent": "attack"}, 11, 2),
+        ("gradient", {}, 12, 2),
+        ("gradient", {"ascent": "attack"}, 11, 2),
         ("random", {}, 11, 1),
     ],
 )
 def test_counts_no_pass_too_many(kind, kwargs, passes, to_weight):
     """PGD-10: forward passes, backward passes, and how many of these reach the weights."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 1, 1), Net()).double()  # the second has an input to reach
-    awp = lambda **k: AWP(net.parameters(), SGD, gamma=0.01, lr=0.1, momentum=0.9, **k)  # noqa: E731
-    opt = {
-        "at": lambda: SGD(net.parameters(), lr=0.1),
-        "awp": awp,
-        "random": lambda: awp(direction="random"),
-    }[kind]()
+    net = nn.Sequential(nn.Conv2d(1, 1, 1).double(), network())  # the second has an input to reach
+    if kind == "at":
+        opt = SGD(net.parameters(), lr=0.1)
+    else:
+        opt = AWP(net.parameters(), SGD, direction=kind, gamma=0.01, lr=0.1)
     step = AdversarialStep(net, opt, PGD(steps=10), **kwargs)
     (x, y), *_ = batches(1)
     with Passes() as count:
@@ -264,9 +241,9 @@ def test_counts_no_pass_too_many(kind, kwargs, passes, to_weight):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("ascent", ["exact", "attack"])
+@ascents
 def test_a_compiled_attack_computes_no_weight_gradients_either(net, in_place, ascent):
-    """Compiled, a backward pass computes all there are; only the weights can tell it not to."""
+    """A compiled backward pass computes every gradient that a weight requires."""
     masks = []
 
     def backward(graph, example):
@@ -292,14 +269,6 @@ def test_a_compiled_attack_computes_no_weight_gradients_either(net, in_place, as
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_the_trades_attack_computes_its_clean_logits_once(net):
-    opt = SGD(net.parameters(), lr=0.1)
-    forwards = []
-    net.register_forward_hook(lambda m, i, o: forwards.append(m.training))
-    AdversarialStep(net, opt, PGD(steps=4, loss="kl"), TRADES())(*batches(1)[0])
-    assert forwards == [False] * (1 + 4) + [True] * 2
-
-
 def test_ascent_along_the_attacks_last_gradient(net):
     opt = AWP(net.parameters(), SGD, gamma=0.05, lr=0.1)
     (x, y), *_ = batches(1)
@@ -322,36 +291,27 @@ def test_ascent_along_the_attacks_last_gradient(net):
 
 
 @pytest.mark.parametrize("attack_mode", ["eval", "train"])
-@pytest.mark.parametrize("ascent", ["exact", "attack"])
+@ascents
 def test_a_compiled_model_trains_alike(net, ascent, attack_mode):
-    attack = PGD(eps=0.1, step_size=0.04, steps=3, model_mode=attack_mode)
-    results = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        model = copy.deepcopy(net)
-        opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.1, momentum=0.9)
-        call = torch.compile(model, backend="aot_eager") if compiled else model
-        step = AdversarialStep(call, opt, attack, ascent=ascent)
-        torch.manual_seed(3)
-        outputs = [step(x, y) for x, y in batches(10)]
-        results.append((model.state_dict(), [tuple(out) for out in outputs]))
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    torch._dynamo.reset()
+    model, data = copy.deepcopy(net), batches(10)
+    settings = {"attack": replace(ATTACK, model_mode=attack_mode), "ascent": ascent}
+    compiled = torch.compile(model, backend="aot_eager")
+    _, truth = trained(net, data, **settings)
+    _, outputs = trained(model, data, compiled, **settings)
+    ours, theirs = ((m.state_dict(), o) for m, o in ((model, outputs), (net, truth)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("ascent", ["exact", "attack"])
+@ascents
 def test_channels_last_trains_alike_and_stays(net, ascent):
-    results = []
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        model = copy.deepcopy(net).to(memory_format=memory_format)
-        opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.1, momentum=0.9)
-        step = AdversarialStep(model, opt, ATTACK, ascent=ascent)
-        torch.manual_seed(3)
-        for x, y in batches(10):
-            out = step(x.to(memory_format=memory_format), y)
-        assert out.x_adv.is_contiguous(memory_format=memory_format)
-        assert model[0].weight.is_contiguous(memory_format=memory_format)
-        results.append(model.state_dict())
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    layout = {"memory_format": torch.channels_last}
+    model, data = copy.deepcopy(net).to(**layout), batches(10)
+    trained(net, data, ascent=ascent)
+    _, outputs = trained(model, [(x.to(**layout), y) for x, y in data], ascent=ascent)
+    assert outputs[-1].x_adv.is_contiguous(**layout)
+    assert model[0].weight.is_contiguous(**layout)
+    torch.testing.assert_close(model.state_dict(), net.state_dict(), rtol=1e-9, atol=1e-9)
 
 
 def test_batch_norm_counts_the_pass_at_the_perturbed_weights_alone(net):

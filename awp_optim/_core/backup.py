@@ -22,7 +22,7 @@ class _Saved(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What the host knows of a :class:`WeightBackup`, apart from the weights themselves."""
+    """The state of a :class:`WeightBackup` on the host: all of it but the weights' values."""
 
     is_perturbed: bool
     weights: dict[Tensor, Tensor]
@@ -35,12 +35,12 @@ NOT_PERTURBED = Snapshot(is_perturbed=False, weights={}, saved=[])
 class WeightBackup:
     """Whether the weights are perturbed, and the unperturbed weights w if they are.
 
-    Every parameter gets one buffer, allocated when it is first perturbed and used again from then
-    on. For a DTensor the buffer holds the local part.
+    Each parameter gets one buffer, allocated when the parameter is first perturbed and reused from
+    then on. For a DTensor, the buffer holds the local part.
 
     Attributes:
         is_perturbed: whether some weights may be at w + v.
-        weights: w of each parameter that is perturbed now, by parameter.
+        weights: w of each parameter that is currently perturbed, by parameter.
         buffers: the buffer of each parameter that was ever perturbed, by parameter.
     """
 
@@ -57,7 +57,7 @@ class WeightBackup:
 
         Args:
             params: the parameters.
-            parts: their local parts if they are DTensors, else the parameters again.
+            parts: their local parts if they are DTensors; otherwise the parameters themselves.
             foreach: copy all of them in one call.
 
         Raises:
@@ -80,8 +80,8 @@ class WeightBackup:
         """Copy w back, bit for bit; does nothing if the weights are not perturbed.
 
         Raises:
-            RuntimeError: a parameter changed its shape since it was perturbed. All others are
-                restored, and that one no longer counts as perturbed.
+            RuntimeError: a parameter changed shape while it was perturbed. All others are restored,
+                and this one no longer counts as perturbed.
         """
         if not self.is_perturbed:
             return
@@ -90,18 +90,18 @@ class WeightBackup:
             try:
                 _copy_(params, weights, foreach=foreach)
             except RuntimeError:
-                changed += _copy_what_fits(params, weights)
+                changed += _copy_matching(params, weights)
         self.forget()
         torch.clear_autocast_cache()  # it may hold low-precision copies of the perturbed weights
         if changed:
             raise RuntimeError(
-                f"parameters changed their shape while they were perturbed: {', '.join(changed)}. "
-                "Their unperturbed values are lost, all other weights are restored"
+                f"parameters changed shape while they were perturbed: {', '.join(changed)}. Their "
+                "unperturbed values are lost; all other weights are restored"
             )
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
-        """Inside, an exception restores the weights on its way out."""
+        """Context manager: an exception inside restores the weights."""
         try:
             yield
         except BaseException:
@@ -110,7 +110,7 @@ class WeightBackup:
 
     @contextmanager
     def restored_on_exit(self) -> Iterator[None]:
-        """Leaving the outermost of nested ``with`` statements restores the weights."""
+        """Context manager: leaving it (the outermost one, if nested) restores the weights."""
         self._contexts += 1
         try:
             yield
@@ -120,17 +120,17 @@ class WeightBackup:
                 self.restore()
 
     def snapshot(self) -> Snapshot:
-        """What the host knows now, to be given to :meth:`reinstate` later."""
+        """The current state on the host, for a later :meth:`reinstate`."""
         return Snapshot(self.is_perturbed, dict(self.weights), list(self._saved))
 
     def reinstate(self, snapshot: Snapshot) -> None:
-        """Know what was known then. The caller has seen to it that it is true of the weights."""
+        """Set the state on the host. The caller makes sure that the weights match it."""
         self.is_perturbed = snapshot.is_perturbed
         self.weights, self._saved = dict(snapshot.weights), list(snapshot.saved)
         (_in_use.add if self._saved else _in_use.discard)(self)
 
     def forget(self) -> None:
-        """No parameter counts as perturbed any more; no weight is copied."""
+        """Mark all parameters as unperturbed, without copying any weights."""
         self.reinstate(NOT_PERTURBED)
 
     def _refuse_shared(self, params: Iterable[Tensor]) -> None:
@@ -149,13 +149,13 @@ class WeightBackup:
             or buffer.shape != part.shape
             or buffer.device != part.device
         ):
-            with torch.inference_mode(False):  # a buffer outlives the mode it was made in
+            with torch.inference_mode(False):  # the buffer outlives an inference mode
                 buffer = self.buffers[p] = torch.empty_like(part)
         return buffer
 
 
 _in_use: weakref.WeakSet[WeightBackup] = weakref.WeakSet()
-"""To notice that two optimizers perturb the same parameters."""
+"""The backups that hold weights, to detect optimizers that perturb the same parameters."""
 
 
 def _copy_(targets: list[Tensor], sources: list[Tensor], *, foreach: bool) -> None:
@@ -166,8 +166,8 @@ def _copy_(targets: list[Tensor], sources: list[Tensor], *, foreach: bool) -> No
             target.copy_(source)
 
 
-def _copy_what_fits(params: list[Tensor], weights: list[Tensor]) -> list[str]:
-    """Copy w where the shape is still the same; return how the shapes of the others changed."""
+def _copy_matching(params: list[Tensor], weights: list[Tensor]) -> list[str]:
+    """Copy w where the shapes match; return how the other shapes changed."""
     changed = []
     for p, w in zip(params, weights, strict=True):
         if p.shape == w.shape:

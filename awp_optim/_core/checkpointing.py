@@ -1,4 +1,4 @@
-"""What ``torch.distributed.checkpoint`` asks of an optimizer."""
+"""Detection of the step by which ``torch.distributed.checkpoint`` creates optimizer state."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["is_state_initialization"]
 
 
 def is_state_initialization(optimizer: Optimizer) -> bool:
-    """Whether a step would do nothing but create the optimizer's state.
+    """Whether a step would only create the optimizer's state.
 
-    ``torch.distributed.checkpoint.state_dict`` takes such a step before it loads a state: with a
-    learning rate of 0 in every group and zeros for gradients.
+    ``torch.distributed.checkpoint.state_dict`` takes such a step before it loads a state, with a
+    learning rate of 0 in every group and zero gradients.
     """
     if optimizer.state or any(float(group.get("lr", 1)) != 0 for group in optimizer.param_groups):
         return False

@@ -1,4 +1,4 @@
-"""A check that a closure zeroes the gradients, so that those of several passes do not add up."""
+"""A check that a closure zeroes the gradients, so that several passes do not add up."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ __all__ = ["GradientsNotZeroedError", "refuse_accumulation"]
 
 
 class GradientsNotZeroedError(RuntimeError):
-    """A closure adds its gradients to those that were there before."""
+    """A closure added its gradients to existing ones."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the closure did not zero the gradients, so that those at w and at w + v would add up: "
-            "call zero_grad() in it. If it accumulates gradients on purpose, as with Lightning's "
+            "the closure did not zero the gradients, so those at w and at w + v would add up: call "
+            "zero_grad() in it. To accumulate gradients, as with Lightning's "
             "accumulate_grad_batches, call first_step() and second_step() yourself, or let the "
-            "closure go over all batches of the update. The weights are not perturbed, the "
-            "gradients are cleared"
+            "closure process all batches of the update. The weights are not perturbed, and the "
+            "gradients have been cleared"
         )
 
 
 @contextmanager
 def refuse_accumulation(params: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, a backward pass may not add to the gradients that the parameters have on entry.
+    """Context manager: a backward pass inside may not add to gradients that existed before.
 
     Raises:
-        GradientsNotZeroedError: from the backward pass that would, before it does; of parameters
-            sharded by ``fully_shard``, which autograd does not see, on leaving.
+        GradientsNotZeroedError: before a backward pass adds to such a gradient; or on exit for
+            parameters sharded by ``fully_shard``, whose gradients autograd does not accumulate.
     """
     gradients = ((p, p.grad) for p in params if p.requires_grad)
     checks = [_Check(p, g) for p, g in gradients if g is not None and not g.is_inference()]
@@ -65,5 +65,5 @@ class _Check:
 
 
 def _version(grad: Tensor) -> int:
-    """How often a gradient was written to; zeroing it in place counts."""
+    """How often a gradient was written to in place, zeroing included."""
     return (local_part(grad) if is_dtensor(grad) else grad)._version

@@ -1,8 +1,8 @@
-"""DTensors: parameters of which each process holds a part.
+"""DTensors: parameters that are distributed over processes.
 
-FSDP2 (``fully_shard``) and tensor parallelism make them. An ascent works on the local parts as on
-plain tensors; only the norm of a full tensor needs the other processes, by one all-reduce for a
-list of tensors.
+FSDP2 (``fully_shard``) and tensor parallelism create them. An ascent treats the local parts as
+plain tensors. Only the norms of full tensors need communication: one all-reduce per list of
+tensors.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ _SHARDS = {"Shard", "_StridedShard"}  # placements in which every element is in 
 
 
 class Sharding(NamedTuple):
-    """How a tensor is spread over processes: a mesh, and the dimensions of it that split it.
+    """How a tensor is distributed: a device mesh, and the mesh dimensions that shard it.
 
-    Along the other dimensions of the mesh there are copies, as between the groups of HSDP.
+    Along the other mesh dimensions it is replicated, as between the groups of HSDP.
     """
 
     mesh: Any
     dims: tuple[int, ...]
 
     def reduce_norms(self, norm: str, *parts: Tensor) -> list[Tensor]:
-        """The norms of full tensors from the norms of the local parts; a collective operation.
+        """Turn norms of local parts into norms of full tensors; a collective operation.
 
         Args:
             norm: "l1" or "l2".
             *parts: norms of local parts, each of shape (L,); zero for empty parts.
 
         Returns:
-            The norms of the full tensors, shaped like ``parts``; the same in all processes that
-            share a tensor. Sums are in float64, in which squares do not overflow.
+            The norms of the full tensors, shaped like ``parts``; equal in all processes that share
+            a tensor. Sums are taken in float64, where squares do not overflow.
         """
         if not self.dims:
             return list(parts)
         import torch.distributed as dist
 
-        sums = torch.cat(parts).to(self.mesh.device_type, torch.float64)  # offloaded: from a CPU
+        sums = torch.cat(parts).to(self.mesh.device_type, torch.float64)  # parts may be on the CPU
         if NORMS[norm] == 2:
             sums.square_()
         for dim in self.dims:
@@ -66,8 +66,8 @@ class Sharding(NamedTuple):
 class RandomGenerators:
     """Generators for random directions of sharded tensors.
 
-    Copies of a part get the same numbers, different parts get different ones. The processes agree
-    on a seed for each mesh when it is first used.
+    Replicas of a part get the same numbers; different parts get different ones. The first use of a
+    mesh broadcasts a seed to its processes.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class RandomGenerators:
 
 
 def _shared_seed(mesh: Any) -> int:
-    """A seed from torch's default generator in the mesh's first process; collective."""
+    """Broadcast a seed that the mesh's first process draws from torch's default generator."""
     import torch.distributed as dist
 
     seed = torch.randint(2**62, (1,)).to(mesh.device_type)
@@ -99,15 +99,15 @@ def _shared_seed(mesh: Any) -> int:
 
 
 def is_dtensor(t: object) -> bool:
-    """Whether this is a DTensor, found out without importing it."""
+    """Whether this is a DTensor, without importing the class."""
     return hasattr(t, "full_tensor")
 
 
 def sharding_of(p: Tensor) -> Sharding:
-    """How a DTensor is spread.
+    """How a DTensor is distributed.
 
     Raises:
-        TypeError: it is neither split nor copied along a dimension of its mesh.
+        TypeError: it is neither sharded nor replicated along a dimension of its mesh.
     """
     mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
     dims = []
@@ -117,8 +117,8 @@ def sharding_of(p: Tensor) -> Sharding:
         elif not placement.is_replicate():
             raise TypeError(
                 f"a parameter is placed as {placement} along dimension {dim} of {mesh}, but AWP "
-                "supports Shard and Replicate: redistribute() the parameter, or exclude it with "
-                "min_ndim or gamma=0 in a group of its own"
+                "supports only Shard and Replicate: redistribute() the parameter, or exclude it "
+                "with min_ndim or gamma=0 in a group of its own"
             )
     return Sharding(mesh, tuple(dims))
 
@@ -132,17 +132,18 @@ def local_part(t: Tensor) -> Tensor:
 
 
 def local_like(t: Tensor, p: Tensor) -> Tensor:
-    """The part of ``t`` that belongs to the local part of ``p``.
+    """The part of ``t`` that corresponds to the local part of ``p``.
 
-    A collective operation if ``t`` is placed otherwise than ``p``.
+    A collective operation if their placements differ.
 
     Raises:
         TypeError: ``t`` is not a DTensor on the mesh of ``p``.
     """
     if not is_dtensor(t) or t.device_mesh != p.device_mesh:  # type: ignore[attr-defined]
         raise TypeError(
-            f"a parameter is a DTensor on {p.device_mesh}, its direction "  # type: ignore[attr-defined]
-            f"{getattr(t, 'device_mesh', 'a plain tensor')}: distribute it like the parameter"
+            f"a parameter is a DTensor on {p.device_mesh}, "  # type: ignore[attr-defined]
+            f"but its direction is on {getattr(t, 'device_mesh', 'no mesh')}: distribute it like "
+            "the parameter"
         )
     if t.placements != p.placements:  # type: ignore[attr-defined]
         t = t.redistribute(placements=p.placements)  # type: ignore[attr-defined]
@@ -150,7 +151,7 @@ def local_like(t: Tensor, p: Tensor) -> Tensor:
 
 
 def difference(p: Tensor, w: Tensor) -> Tensor:
-    """p - w as a tensor like ``p``; if that is a DTensor, ``w`` is its local part."""
+    """p - w as a tensor like ``p``; if ``p`` is a DTensor, ``w`` is a local part."""
     if not is_dtensor(p):
         return p - w
     out = torch.empty_like(p)

@@ -1,9 +1,9 @@
 """The protocol between ``torch.amp.GradScaler`` and an optimizer that unscales by itself.
 
-GradScaler checks the gradients for overflow and then calls ``step()`` only if there was none,
-which would leave the weights perturbed. An optimizer with ``_step_supports_amp_scaling`` is called
-in any case: for the time of the call it has two attributes, ``found_inf`` (nonzero after an
-overflow) and ``grad_scale`` (the loss scale, or None if the gradients are unscaled already).
+After an overflow, GradScaler does not call ``step()``, which would leave the weights perturbed. It
+always calls an optimizer with ``_step_supports_amp_scaling``, and sets two attributes during the
+call: ``found_inf`` (nonzero after an overflow) and ``grad_scale`` (the loss scale, or None if the
+gradients are already unscaled).
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ def is_calling(optimizer: Optimizer) -> bool:
 
 
 def clear(optimizer: Optimizer) -> None:
-    """Remove what GradScaler leaves behind when a step raises."""
+    """Remove the attributes that GradScaler leaves behind when a step raises."""
     optimizer.__dict__.pop("found_inf", None)
     optimizer.__dict__.pop("grad_scale", None)
 
 
 def step_base(optimizer: Optimizer, base: Optimizer) -> None:
-    """The base optimizer's step, skipped if GradScaler found an overflow in the gradients."""
+    """Take the base optimizer's step, unless GradScaler found an overflow in the gradients."""
     if not is_calling(optimizer):
         base.step()
         return
     grad_scale: Tensor | None = optimizer.grad_scale  # type: ignore[attr-defined]
     found_inf = torch.as_tensor(optimizer.found_inf)  # type: ignore[attr-defined] # 0 without gradients
-    # A fused optimizer without state must not see an overflow: its buffers would stay unwritten.
+    # A fused optimizer without state must not see an overflow, which leaves new buffers unset.
     if getattr(base, "_step_supports_amp_scaling", False) and base.state:
         base.grad_scale, base.found_inf = grad_scale, found_inf  # type: ignore[attr-defined]
         try:
             base.step()
         finally:
             clear(base)
-    elif not found_inf.item():  # the one read that GradScaler makes for most optimizers
+    elif not found_inf.item():  # GradScaler reads it for most optimizers, too
         if grad_scale is not None:
             _unscale(base.param_groups, grad_scale)
         base.step()

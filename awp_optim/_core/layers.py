@@ -1,4 +1,4 @@
-"""The weight tensors that one ascent moves, in lists that the arithmetic can take."""
+"""The weight tensors that one ascent moves, grouped into lists for the arithmetic."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Layers:
     Attributes:
         group: the parameter group, with AWP's settings.
         foreach: whether ``torch._foreach_*`` may be used on them.
-        sharding: how they are spread over processes if they are DTensors.
+        sharding: how they are distributed, if they are DTensors.
         params: the parameters.
-        parts: the parameters again or, for DTensors, the local parts.
-        directions: what to ascend along, shaped like ``parts``; empty if it is to be drawn.
+        parts: the local parts of DTensors; otherwise the parameters themselves.
+        directions: what to ascend along, shaped like ``parts``; empty for random directions.
     """
 
     group: dict[str, Any]
@@ -51,9 +51,10 @@ class Layers:
         return self.sharding.reduce_norms(self.group["norm"], *norms)
 
     def with_directions(self, generators: RandomGenerators) -> Iterator[Layers]:
-        """The same with directions: themselves if they have some, else random ones.
+        """Yield these layers with their directions, or with random ones if they have none.
 
-        Random ones come one tensor at a time, because a draw takes the memory of its tensor.
+        Random directions are drawn for one tensor at a time, because each takes as much memory as
+        its tensor.
         """
         if self.directions:
             yield self
@@ -70,10 +71,10 @@ class Layers:
 def collect_layers(
     groups: list[dict[str, Any]], along: Mapping[Tensor, Tensor] | None, *, foreach: bool | None
 ) -> list[Layers]:
-    """The tensors to ascend, sorted by group, device, dtypes and sharding.
+    """The tensors to perturb, grouped by parameter group, device, dtypes and sharding.
 
-    Left out are tensors of fewer than ``min_ndim`` dimensions, empty ones, and those that have
-    nothing to ascend along.
+    Tensors with fewer than ``min_ndim`` dimensions, without elements, or without a direction are
+    left out.
 
     Args:
         groups: parameter groups with AWP's settings.
@@ -111,11 +112,11 @@ def perturbed_parameters(group: dict[str, Any]) -> list[Tensor]:
 def _directions(
     group: dict[str, Any], along: Mapping[Tensor, Tensor] | None
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """Each parameter to perturb with its direction, or None where that is to be drawn."""
+    """Each parameter to perturb, with its direction or None for a random one."""
     params = perturbed_parameters(group)
     if group["direction"] == "random":
         return [(p, None) for p in params if p.requires_grad]
-    # An optimizer that maximizes is perturbed toward less of what it maximizes.
+    # If the optimizer maximizes, the perturbation minimizes.
     sign = -1 if along is None and group.get("maximize", False) else 1
     found = ((p, p.grad if along is None else along.get(p)) for p in params)
     return [(p, _dense(g) if sign == 1 else -_dense(g)) for p, g in found if g is not None]

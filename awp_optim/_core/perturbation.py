@@ -25,8 +25,8 @@ Shrink = Callable[[Tensors, Tensor], Tensor]
 
 NORMS = {"l1": 1, "l2": 2}
 
-# A float32 sum on the CPU keeps few partial sums: over 1e8 elements the L2 norm comes out 1% short,
-# the L1 norm 15 to 46%. Norms of pieces of this many elements, combined, are right to about 1e-6.
+# A float32 sum on the CPU keeps few partial sums: over 1e8 elements, the L2 norm is 1% too small,
+# the L1 norm 15 to 46%. Combining the norms of pieces of this size is accurate to about 1e-6.
 _PIECE = 2**18
 
 
@@ -89,10 +89,10 @@ def ascend_(
     foreach: bool = True,
     reduce_norms: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """One ascent in place: ``params`` go from ``w + v`` to ``w + P(v + gamma/steps |w| g/|g|)``.
+    """Change ``params`` in place from ``w + v`` to ``w + P(v + gamma/steps |w| g/|g|)``.
 
-    A tensor keeps its v if ``|w|/|g|`` is not a finite number or ``|g|`` is not: a zero gradient, a
-    gradient with an infinity or a NaN.
+    A tensor keeps its v if ``|g|`` or ``|w|/|g|`` is not finite, because its gradient is zero or
+    holds an infinity or a NaN.
 
     Args:
         params: L tensors that hold ``w + v``; written.
@@ -105,9 +105,9 @@ def ascend_(
         norm: the norm of the ball, "l1" or "l2".
         is_first: whether v is zero. The first ascent cannot leave the ball, so it skips P.
         foreach: use ``torch._foreach_*`` instead of a readable loop; equal up to rounding.
-        reduce_norms: for tensors of which this process holds a part: turns norms of the parts, of
-            any shape (N,), into norms of the full tensors, as ``weight_norms`` and
-            ``direction_norms`` already are. Not called if ``is_first``.
+        reduce_norms: for distributed tensors: turns norms of local parts, of any shape (N,), into
+            norms of full tensors, which ``weight_norms`` and ``direction_norms`` already are. Not
+            called if ``is_first``.
     """
     scale = gamma / steps * weight_norms / direction_norms
     usable = scale.isfinite() & direction_norms.isfinite()
@@ -150,7 +150,7 @@ def _single_tensor_ascend_(
     radius: Tensor,
     shrink: Shrink | None,
 ) -> None:
-    """The equations as they stand, for one tensor after another."""
+    """The equations as written, one tensor at a time."""
     dtype = arithmetic_dtype(params[0].dtype)
     directions = _zeroed_where_unusable(directions, mask)
     for p, g, w, s, r in zip(params, directions, weights, scale, radius, strict=True):
@@ -169,7 +169,7 @@ def _foreach_ascend_(
     radius: Tensor,
     shrink: Shrink | None,
 ) -> None:
-    """The same in few passes over the memory: v is computed in place of the parameters."""
+    """The same with fewer passes over memory: v is computed in the parameters' memory."""
     if shrink is None:
         _foreach_add_scaled_(params, directions, scale, mask)
         return
@@ -203,11 +203,11 @@ def _foreach_ascend_half_(
 def _foreach_add_scaled_(
     tensors: Tensors, directions: Tensors, scale: Tensor, mask: Tensor | None
 ) -> None:
-    """``tensors += scale * directions``, nothing where ``mask`` is False."""
+    """``tensors += scale * directions`` where ``mask`` is True."""
     if mask is None:
         torch._foreach_addcmul_(tensors, directions, scale.unbind())
         return
-    # No foreach operation clears a NaN under a condition that lies on the device. One kernel does.
+    # No foreach operation can skip a NaN under a condition on the device. One fused kernel can.
     veto = mask.logical_not().to(scale.dtype)
     for i, (t, g) in enumerate(zip(tensors, directions, strict=True)):
         if _has_fused_add(t, g, scale):
@@ -221,7 +221,7 @@ def _has_fused_add(t: Tensor, g: Tensor, scale: Tensor) -> bool:
         t.device.type in _FUSED
         and t.dtype == g.dtype
         and t.is_floating_point()
-        and scale.dtype == torch.float32  # which the kernel reads
+        and scale.dtype == torch.float32  # the kernel reads no other
         and t.numel() > 0
         and t.stride() == g.stride()
         and (t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=_CHANNELS_LAST)))
@@ -261,5 +261,5 @@ def _zeroed_where_unusable(directions: Tensors, mask: Tensor | None) -> Tensors:
 
 
 def _host_may_read(t: Tensor) -> bool:
-    """Whether reading ``t`` on the host waits for no device and holds for a graph's replays too."""
+    """Whether the host can read ``t`` without waiting for a device or being traced."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling()

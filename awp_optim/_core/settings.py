@@ -27,7 +27,7 @@ __all__ = [
 
 DIRECTIONS = ("gradient", "random")
 GROUP_SETTINGS = ("gamma", "norm", "direction", "min_ndim")
-"""The settings that each parameter group holds and may have for itself."""
+"""The settings that may differ between parameter groups."""
 
 
 def is_active(group: Mapping[str, Any]) -> bool:
@@ -68,11 +68,11 @@ def _check_gamma_tensor(gamma: Tensor) -> None:
 
 
 def check_along(along: Mapping[Tensor, Tensor]) -> None:
-    """Check the directions that a caller gives instead of gradients.
+    """Check the directions that a caller passes instead of gradients.
 
     Raises:
-        TypeError: a direction is a DTensor and its parameter is not, or the other way round.
-        ValueError: a direction has another shape than its parameter.
+        TypeError: only one of a direction and its parameter is a DTensor.
+        ValueError: a direction and its parameter differ in shape.
     """
     for p, direction in along.items():
         if direction.shape != p.shape:
@@ -82,19 +82,19 @@ def check_along(along: Mapping[Tensor, Tensor]) -> None:
             )
         if is_dtensor(direction) != is_dtensor(p):
             raise TypeError(
-                "along holds a plain tensor for a DTensor, or the other way round: distribute it "
-                "like its parameter, with torch.distributed.tensor.distribute_tensor"
+                "along holds a plain tensor for a DTensor, or vice versa: distribute it like its "
+                "parameter, with torch.distributed.tensor.distribute_tensor"
             )
 
 
 def shared_state(
     base: object, settings: Mapping[str, Any], *, ascent_steps: object, foreach: bool | None
 ) -> dict[str, Any]:
-    """The attributes of an AWP around ``base``, whose groups get AWP's settings.
+    """Add AWP's settings to the groups of ``base``; return the attributes of an AWP around it.
 
     Raises:
-        TypeError, ValueError: a setting is not valid, or ``base`` cannot be wrapped. Nothing has
-            changed then.
+        TypeError, ValueError: a setting is not valid, or ``base`` cannot be wrapped. Nothing
+            changes.
     """
     if not isinstance(ascent_steps, int) or ascent_steps < 1:
         raise ValueError(f"ascent_steps must be an integer >= 1, got {ascent_steps!r}")
@@ -113,9 +113,9 @@ def _check_base(base: object) -> Optimizer:
     """Return the base optimizer if AWP can wrap it.
 
     Raises:
-        TypeError: it is not an optimizer, is wrapped already, calls a closure itself (LBFGS), or
-            its parameters belong to FullyShardedDataParallel (FSDP1).
-        ValueError: it has a setting with the name of one of AWP's.
+        TypeError: it is not an optimizer, is already wrapped, requires a closure (LBFGS), or its
+            parameters belong to FullyShardedDataParallel (FSDP1).
+        ValueError: it has a setting with the same name as one of AWP's.
     """
     if not isinstance(base, Optimizer):
         raise TypeError(f"base_optimizer must return a torch.optim.Optimizer, got {base!r:.80}")
@@ -134,22 +134,22 @@ def _check_base(base: object) -> Optimizer:
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
-            f"{name} calls a closure several times in a step, at weights that it chooses: it "
-            "cannot step with gradients taken at perturbed weights"
+            f"{name} calls a closure several times per step, at weights that it chooses: it cannot "
+            "step with gradients taken at perturbed weights"
         )
-    # FSDP1 marks its parameters so. They are flat pieces without the norm of a weight tensor.
+    # FSDP1 sets this attribute on its parameters, which flatten several weight tensors into one.
     if any(getattr(p, "_fsdp_flattened", False) for g in base.param_groups for p in g["params"]):
         raise TypeError(
-            "FullyShardedDataParallel (FSDP1) flattens parameters, so that weight tensors cannot "
-            "be told apart: shard the model with torch.distributed.fsdp.fully_shard instead"
+            "FullyShardedDataParallel (FSDP1) flattens parameters, so AWP cannot compute norms "
+            "of weight tensors: shard the model with torch.distributed.fsdp.fully_shard instead"
         )
     return base
 
 
 def copy_groups(params: Any) -> Any:
-    """Parameters or groups as the caller gave them, with groups copied.
+    """The caller's parameters or groups, with groups copied.
 
-    Optimizers write their defaults into the groups they get; the caller's own stay as they are.
+    Optimizers write their defaults into the groups that they get; the caller's stay unchanged.
     """
     if isinstance(params, (Tensor, set)) or not isinstance(params, Iterable):
         return params  # the base optimizer refuses it

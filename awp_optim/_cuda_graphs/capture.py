@@ -1,4 +1,4 @@
-"""Recording a function's kernels as a CUDA graph, and recovery where that fails."""
+"""Capture of a function as a CUDA graph, and recovery if that fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CaptureError(RuntimeError):
 
 
 class Recorder(Protocol):
-    """How one type of device captures."""
+    """Captures functions on one type of device."""
 
     def warm_up(self, function: Callable[[], Tensors]) -> Tensors:
         """Run the function without capturing it."""
@@ -32,15 +32,15 @@ class Recorder(Protocol):
         """Record the function's kernels without running them.
 
         Returns:
-            The tensors that a replay writes, and what replays.
+            The tensors that a replay writes, and a function that replays.
         """
 
 
 class CudaRecorder:
     """Captures CUDA graphs in one memory pool, on one side stream.
 
-    The graphs of a pool overwrite each other's memory, so nothing may stay there from one call to
-    the next: :class:`~awp_optim._cuda_graphs.graphs.Graphs` copies what goes in and comes out.
+    The graphs of a pool overwrite each other's memory, so nothing may stay there between calls:
+    :class:`~awp_optim._cuda_graphs.graphs.Graphs` copies inputs and outputs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -62,13 +62,13 @@ class CudaRecorder:
 
     def record(self, function: Callable[[], Tensors]) -> tuple[Tensors, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        # Not "global": a data loader's threads may pin memory meanwhile.
+        # Not "global": a data loader's threads may pin memory during the capture.
         capture = torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         )
         failure: BaseException | None = None
         try:
-            # The stream once more: torch.cuda.graph does not leave it if ending the capture fails.
+            # torch.cuda.graph does not leave the stream if ending the capture fails.
             with (
                 torch.cuda.device(self._device),
                 torch.cuda.stream(self._stream),
@@ -79,7 +79,7 @@ class CudaRecorder:
                 try:
                     outputs = function()
                 except BaseException as error:
-                    failure = error  # ending a spoiled capture raises another, which hides it
+                    failure = error  # ending an invalid capture raises another error
                     raise
         except BaseException as error:
             failure = failure or error
@@ -88,17 +88,17 @@ class CudaRecorder:
             try:
                 raise failure
             finally:
-                del failure  # else a cycle would keep the tensors in its frames alive
+                del failure  # breaks a cycle that would keep tensors in its frames alive
         return outputs, graph.replay
 
     def _recover(self) -> None:
-        """Make the allocator and the random generator forget a capture that was invalidated."""
+        """Reset the allocator and the random generator after an invalidated capture."""
         pool, self._pool = self._pool, torch.cuda.graph_pool_handle()
         with contextlib.suppress(Exception):
             _end_allocation(self._device, pool)
-        # The generator leaves its capturing mode when the next capture ends in order.
-        orderly = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream)
-        with contextlib.suppress(Exception), torch.cuda.device(self._device), orderly:
+        # The generator leaves its capturing mode when a later capture ends without an error.
+        empty = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream)
+        with contextlib.suppress(Exception), torch.cuda.device(self._device), empty:
             torch.zeros(1, device=self._device)
 
 
@@ -109,10 +109,10 @@ def is_only_thread() -> bool:
 
 @contextlib.contextmanager
 def _synchronization_refused() -> Iterator[None]:
-    """Inside, code that waits for the device fails before it spoils the capture.
+    """Context manager: code that waits for the device fails before it invalidates the capture.
 
-    The mode holds for all threads. Where there are others, which may well wait for the device, the
-    capture's own refusal must do.
+    The mode applies to all threads. If other threads run, which may wait for the device, only the
+    capture itself detects such code.
     """
     if not is_only_thread():
         yield
@@ -126,7 +126,7 @@ def _synchronization_refused() -> Iterator[None]:
 
 
 def host_random_state() -> Any:
-    """The states of the host's random generators, to compare."""
+    """The states of the host's random generators, for comparison."""
     states: list[Any] = [random.getstate(), torch.get_rng_state().tolist()]
     if (numpy := sys.modules.get("numpy")) is not None:
         name, keys, *rest = numpy.random.get_state()
@@ -136,10 +136,10 @@ def host_random_state() -> Any:
 
 # ------------------------------------------------------------ what depends on torch's version
 #
-# A parameter's AccumulateGrad node keeps the stream it was made on as long as any autograd graph
-# holds the node: the caller's logits of an earlier forward pass, say. Accumulating there during a
-# capture invalidates it. Newer versions can override the stream; in torch 2.6 to 2.11 the node must
-# be a new one.
+# A parameter's AccumulateGrad node keeps the stream on which it was created, and an autograd graph,
+# such as that of the caller's logits from an earlier forward pass, keeps the node. Accumulating on
+# that stream invalidates a capture. Newer versions can override the stream; torch 2.6 to 2.11 need
+# a new node.
 
 
 @contextlib.contextmanager
@@ -167,16 +167,16 @@ def renew_accumulators(parameters: Iterable[Tensor]) -> None:
         if p.requires_grad:
             data = p.data
             other = torch.float32 if p.dtype == torch.float64 else torch.float64
-            p.data = torch.empty(0, dtype=other, device=p.device)  # another type drops the node
+            p.data = torch.empty(0, dtype=other, device=p.device)  # another dtype drops the node
             p.data = data
 
 
 def _end_allocation(device: torch.device, pool: Any) -> None:
-    """End and release the allocations of a capture, where ``capture_end()`` raised before it did.
+    """End and release the allocations of a capture whose ``capture_end()`` raised before doing so.
 
     Raises:
-        RuntimeError: ``capture_end()`` did it: in newer versions always, in others after an error
-            that left the capture valid.
+        RuntimeError: ``capture_end()`` has already done so: always in newer versions, and in older
+            ones after an error that left the capture valid.
     """
     # No public name exists; torch 2.6 has the second one.
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # noqa: SLF001

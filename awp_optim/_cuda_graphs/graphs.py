@@ -1,8 +1,8 @@
-"""A cache of CUDA graphs: functions of tensors replayed with one launch instead of thousands.
+"""A cache of CUDA graphs, which replay functions of tensors with one launch instead of thousands.
 
-A graph repeats the kernels it saw with the addresses and the numbers it saw. What may change from
-call to call must therefore come in as a tensor, and whatever else decides which kernels run, and
-where, must be in the key of the call: each key has a graph of its own.
+A graph repeats the captured kernels with the captured addresses and numbers. Values that change
+between calls must therefore be tensors, and everything else that decides which kernels run on which
+memory must be part of the call's key: each key has its own graph.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from awp_optim._cuda_graphs.keys import surroundings
 __all__ = ["MAX_GRAPHS", "RECORDERS", "WARMUP", "CaptureError", "Graphs", "HostState"]
 
 WARMUP = 2
-"""Calls run eagerly before a key's graph is captured: libraries choose kernels meanwhile."""
+"""Eager calls before a key's graph is captured, in which libraries choose their kernels."""
 MAX_GRAPHS = 8
 """Graphs kept; the least recently used is dropped."""
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
-"""How to capture, by type of device; on others there are no graphs."""
+"""How to capture, by device type; other devices have no graphs."""
 
 
 class HostState:
-    """What a function changes on the host, beside its kernels; here nothing.
+    """What a function changes on the host; here nothing.
 
-    A replay runs the kernels alone. A subclass does the rest.
+    A replay runs only kernels. A subclass repeats the changes on the host.
     """
 
     def prepare(self) -> None:
-        """Make ready for a capture."""
+        """Prepare for a capture."""
 
     def save(self) -> Any:
-        """Return what the function has left on the host when it was captured."""
+        """Return the state on the host after the captured call."""
 
     def load(self, saved: Any) -> None:
-        """Leave the same, before a replay."""
+        """Set this state, before a replay."""
 
     def reset(self) -> None:
-        """Undo what a capture that failed has left."""
+        """Undo the changes of a failed capture."""
 
 
 class Graphs:
-    """Calls a function, and from the third call with a key on replays what it did.
+    """Calls a function; from the third call with the same key on, replays it as a graph.
 
     Args:
-        mode: True, False, or "auto": graphs where the device has them; where capturing fails, one
-            warning and eager calls from then on.
-        name: of the function, for messages.
+        mode: True, False, or "auto": graphs if the device has them; if a capture fails, one
+            warning, and eager calls from then on.
+        name: the function's name in messages.
     """
 
     def __init__(self, mode: bool | str, name: str) -> None:  # noqa: FBT001 -- as the caller's
@@ -81,12 +81,12 @@ class Graphs:
         """
         if self._mode is True and device.type not in RECORDERS:
             raise ValueError(
-                f"cuda_graph=True, but the inputs are on {device}, where there are no CUDA graphs: "
-                "move model and inputs to a CUDA device, or leave cuda_graph at 'auto'"
+                f"cuda_graph=True, but the inputs are on {device}, which has no CUDA graphs: move "
+                "model and inputs to a CUDA device, or leave cuda_graph at 'auto'"
             )
         if self._mode is False or device.type not in RECORDERS:
             return False
-        # A capture under way, of the caller's or of a surrounding call, allows no other.
+        # Captures cannot be nested, neither in the caller's nor in a surrounding call's.
         return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
     def __call__(
@@ -96,14 +96,14 @@ class Graphs:
         key: Hashable,
         host: HostState | None = None,
     ) -> Tensors:
-        """``function(*inputs)``, by replay where that is possible.
+        """Return ``function(*inputs)``, by a replay if possible.
 
         Args:
             function: takes tensors, returns a tuple of tensors. It must do the same for the same
-                ``key``, and keep nothing in memory that it allocates.
-            inputs: on a device that :meth:`applies_to` is true of.
+                ``key``, and keep no tensors that it allocates.
+            inputs: on a device for which :meth:`applies_to` is True.
             key: what decides which kernels run on which memory, except for the inputs' layout and
-                autocast, which are added. It lives as long as the graph.
+                autocast, which are added. The graph keeps it alive.
             host: what the function changes on the host.
 
         Returns:
@@ -145,7 +145,7 @@ class Graphs:
         inputs: Sequence[Tensor],
         host: HostState,
     ) -> _Graph | None:
-        """A graph; or None, after a warning, where capturing fails in the mode "auto"."""
+        """A graph; or None, after a warning, if the capture fails in the mode "auto"."""
         try:
             return _Graph(recorder, function, inputs, host)
         except BaseException as error:
@@ -154,14 +154,14 @@ class Graphs:
                 raise
             reason = f"{self._name} cannot be captured as a CUDA graph: {error}"
             if self._mode is True:
-                raise CaptureError(f"{reason}\nSet cuda_graph=False to do without") from error
+                raise CaptureError(f"{reason}\nSet cuda_graph=False to run eagerly") from error
             self._mode = False
-            warnings.warn(f"{reason}\nIt runs without one from now on", stacklevel=4)
+            warnings.warn(f"{reason}\nIt runs eagerly from now on", stacklevel=4)
             return None
 
 
 class _Graph:
-    """One captured call: buffers for what goes in, and what comes out."""
+    """One captured call, with buffers for its inputs and outputs."""
 
     def __init__(
         self,
@@ -173,31 +173,31 @@ class _Graph:
         with torch.inference_mode(mode=False):
             self._inputs = [torch.empty_like(t).copy_(t.detach()) for t in inputs]
         host.prepare()
-        torch.clear_autocast_cache()  # what is cached lives outside of the graph
+        torch.clear_autocast_cache()  # cached tensors live outside the graph
         random_state = host_random_state()
         try:
             self._outputs, self._replay = recorder.record(lambda: function(*self._inputs))
         finally:
-            torch.clear_autocast_cache()  # and now inside
+            torch.clear_autocast_cache()  # and now inside it
         if random_state != host_random_state():
-            _object_to_host_randomness()
+            _refuse_host_randomness()
         self._saved = host.save()
 
     def replay(self, inputs: Sequence[Tensor], host: HostState) -> Tensors:
         for buffer, t in zip(self._inputs, inputs, strict=True):
             buffer.copy_(t, non_blocking=True)
-        host.load(self._saved)  # last, because only the replay makes it true
+        host.load(self._saved)  # last, because only the replay fulfills it
         self._replay()
         return tuple(t.clone() for t in self._outputs)
 
 
-def _object_to_host_randomness() -> None:
+def _refuse_host_randomness() -> None:
     drawn = "random numbers were drawn on the host (by random, numpy or torch's CPU generator)"
     if is_only_thread():
         raise CaptureError(f"{drawn}, which a replay would repeat; draw them on the device")
     warnings.warn(
-        f"{drawn} while a CUDA graph was captured. If another thread did, such as a data loader's, "
-        "all is well; if the model or the attack did, replays repeat these numbers: draw them on "
-        "the device or set cuda_graph=False",
+        f"{drawn} while a CUDA graph was captured. If another thread drew them, such as a data "
+        "loader's, ignore this warning. If the model or the attack did, replays repeat these "
+        "numbers: draw them on the device or set cuda_graph=False",
         stacklevel=6,
     )

@@ -1,4 +1,4 @@
-"""What decides which graph a call may replay: the kernels, their memory and their numbers."""
+"""Keys of graphs: what decides which kernels a call runs, on which memory, with which numbers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.optim import Optimizer
 
 __all__ = ["as_key", "memory_key", "module_key", "object_key", "parameters", "surroundings"]
 
-# Attributes of modules that decide how a forward pass goes: the mode, BatchNorm's and dropout's.
+# Module attributes that change a forward pass: the mode, and settings of BatchNorm and dropout.
 _MODULE_SETTINGS = ("training", "momentum", "track_running_stats", "p")
 
 _requires_grad = operator.attrgetter("requires_grad")
 
 
 def as_key(value: Any) -> Hashable:
-    """A setting as part of a key; a tensor counts by its address, a module by its state."""
+    """A setting as part of a key; a tensor is identified by its address, a module by its key."""
     if isinstance(value, Tensor):
         return value.data_ptr()
     if isinstance(value, nn.Module):
@@ -42,20 +42,20 @@ def object_key(value: object) -> Hashable:
 
 
 def memory_key(tensors: Iterable[Tensor]) -> Hashable:
-    """Where tensors are, and which of them require gradients."""
+    """The addresses of tensors, and which of them require gradients."""
     tensors = list(tensors)
     return tuple(map(Tensor.data_ptr, tensors)), tuple(map(_requires_grad, tensors))
 
 
 def module_key(module: nn.Module) -> Hashable:
-    """A module's submodules and tensors, their modes and numbers, and where the tensors are.
+    """A module's submodules, their modes and settings, and the addresses of its tensors.
 
-    The key keeps them alive, so that no other module can have the same one.
+    The key keeps them alive, so that no other module can have the same key.
     """
-    walk = _WALKS.get(module)
-    if walk is None or not walk.is_current():
-        walk = _WALKS[module] = _Walk(module)
-    return walk, walk.settings(), memory_key(walk.tensors)
+    tree = _TREES.get(module)
+    if tree is None or not tree.is_current():
+        tree = _TREES[module] = _ModuleTree(module)
+    return tree, tree.settings(), memory_key(tree.tensors)
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -64,7 +64,7 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def surroundings(device: torch.device) -> Hashable:
-    """What the code around a call may have changed."""
+    """The modes that the code around a call may have set."""
     return (
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
@@ -73,14 +73,14 @@ def surroundings(device: torch.device) -> Hashable:
     )
 
 
-class _Walk:
-    """What a walk over a module's submodules found, so that a key need not walk again.
+class _ModuleTree:
+    """A cached traversal of a module's submodules.
 
-    The walk takes most of a key's time, and modules are hardly ever replaced.
+    The traversal takes most of the time of computing a key, and modules are rarely replaced.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        # The attributes themselves: nn.Module's methods take as long as another walk.
+        # Read attributes directly: nn.Module's methods take as long as another traversal.
         attributes = [vars(m) for m in module.modules()]
         kinds = ("_modules", "_parameters", "_buffers")
         self._registries: list[dict[str, Any]] = [a[kind] for a in attributes for kind in kinds]
@@ -104,4 +104,4 @@ def _settings_getter(attributes: dict[str, Any]) -> Callable[[dict[str, Any]], o
     return operator.itemgetter(*[name for name in _MODULE_SETTINGS if name in attributes])
 
 
-_WALKS: WeakKeyDictionary[nn.Module, _Walk] = WeakKeyDictionary()
+_TREES: WeakKeyDictionary[nn.Module, _ModuleTree] = WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""Learning rate and gamma as scalars on the device, so that they may change between replays."""
+"""Learning rate and gamma as scalars on the device, so that they can change between replays."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from awp_optim._core.settings import is_active
 
 __all__ = ["DeviceScalars", "is_on", "reads_lr_from_device"]
 
-# The fused update of SGD reads float32; gamma in float64 is exact for weights of any dtype.
+# SGD's fused update reads float32; gamma in float64 is exact for weights of any dtype.
 _DTYPES = {"lr": torch.float32, "gamma": torch.float64}
 
 
 class DeviceScalars:
-    """For every group a learning rate and a gamma in tensors, which graphs read at every replay."""
+    """Tensors with each group's learning rate and gamma, which graphs read at every replay."""
 
     def __init__(self) -> None:
         self._tensors: dict[tuple[int, str], Tensor] = {}
         self._values: dict[tuple[int, str], float] = {}
 
     def update(self, optimizer: Optimizer, device: torch.device) -> None:
-        """Write the groups' present numbers to the device, where they have changed."""
+        """Write the groups' current numbers to the device if they have changed."""
         for i, group in enumerate(optimizer.param_groups):
             for name, dtype in _DTYPES.items():
                 value = group.get(name)
@@ -41,11 +41,11 @@ class DeviceScalars:
 
     @contextmanager
     def installed(self, optimizer: Optimizer, base: Optimizer | None) -> Iterator[None]:
-        """Inside, the groups hold the tensors.
+        """Context manager: inside, the groups hold the tensors.
 
         Args:
-            optimizer: whose groups.
-            base: the base optimizer if it is to step inside; else learning rates stay numbers.
+            optimizer: has the groups.
+            base: the base optimizer if it steps inside; None leaves learning rates as numbers.
         """
         before = [dict(group) for group in optimizer.param_groups]
         try:
@@ -59,7 +59,7 @@ class DeviceScalars:
     def _install(self, i: int, group: dict[str, Any], base: Optimizer | None) -> None:
         gamma, lr = self._tensors.get((i, "gamma")), self._tensors.get((i, "lr"))
         if gamma is not None and not is_on(gamma.device, group["gamma"]):
-            group["gamma"] = gamma if is_active(group) else 0  # which leaves the group out
+            group["gamma"] = gamma if is_active(group) else 0  # 0 leaves the group out
         if base is None or not reads_lr_from_device(base):
             return
         if lr is not None and not is_on(lr.device, group["lr"]):
@@ -69,10 +69,10 @@ class DeviceScalars:
 
 
 def reads_lr_from_device(base: Optimizer) -> bool:
-    """Whether an optimizer's step can take a learning rate that only the device knows."""
+    """Whether an optimizer's step accepts a learning rate in a tensor on the device."""
     return type(base) in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 def is_on(device: torch.device, value: Any) -> bool:
-    """Whether a number is a tensor of the caller's that graphs on this device can read."""
+    """Whether the caller's value is a tensor that graphs on this device can read."""
     return isinstance(value, Tensor) and value.device == device

@@ -20,21 +20,21 @@ from awp_optim.optimizer import AWP
 
 __all__ = ["CapturedStep"]
 
-# The settings of AWP, and of SGD and Adam, that decide how an ascent goes.
+# The settings of AWP and of the base optimizer that change an ascent.
 _ASCENT_SETTINGS = ("norm", "direction", "min_ndim", "maximize")
 
 
 class CapturedStep:
     """Forward and backward passes and the update that follows them, replayed as one graph.
 
-    Learning rate and gamma may change from call to call. Where the update cannot be captured (see
+    Learning rate and gamma may change between calls. If the update cannot be captured (see
     :class:`UpdateKey`), it runs after the replay.
 
     Args:
         passes: takes inputs and labels, leaves the weights perturbed and the gradients in
             ``p.grad``, returns what the step returns.
-        model: on which the passes depend.
-        optimizer: whose gradients they are; its ``step()`` is the update.
+        model: used in the passes.
+        optimizer: holds the parameters; its ``step()`` is the update.
         mode: see :class:`Graphs`.
     """
 
@@ -49,7 +49,7 @@ class CapturedStep:
         self._model = model
         self._optimizer = optimizer
         self._base = base = optimizer.base_optimizer if isinstance(optimizer, AWP) else optimizer
-        # Else torch warns that a capturable optimizer steps without a graph, in the first calls.
+        # Prevents a warning that a capturable optimizer steps without a graph in the first calls.
         base._warned_capturable_if_run_uncaptured = True  # noqa: SLF001
         self._graphs = Graphs(_possible_mode(mode, model), "the training step")
         self._host = _StepState(optimizer)
@@ -58,7 +58,7 @@ class CapturedStep:
         self.applies_to = self._graphs.applies_to
 
     def __call__(self, x: Tensor, y: Tensor, settings: Hashable) -> Tensors:
-        """The outputs of the passes, after the update; the passes depend on ``settings``, too."""
+        """Run the passes, which depend on ``settings``, and the update; return their outputs."""
         optimizer = self._optimizer
         if isinstance(optimizer, AWP):
             for group in optimizer.param_groups:
@@ -87,7 +87,7 @@ class CapturedStep:
 
 
 class _Saved(NamedTuple):
-    """What a step left on the host when it was captured, and memory that its graph writes to."""
+    """The host's state after a captured step, and buffers that its graph writes to."""
 
     gradients: list[tuple[Tensor, Tensor | None]]
     snapshot: Snapshot | None
@@ -115,7 +115,7 @@ class _StepState(HostState):
         for p, grad in saved.gradients:
             if p.grad is not grad:
                 p.grad = grad
-            # Autograd does not see a replay write to weights that an earlier graph of its own uses.
+            # Autograd does not notice that a replay writes to weights that it may have saved.
             torch.autograd.graph.increment_version(p)
         if self._awp is not None and saved.snapshot is not None:
             self._awp.backup.reinstate(saved.snapshot)
@@ -127,14 +127,14 @@ class _StepState(HostState):
 
 
 def _possible_mode(mode: bool | str, model: nn.Module) -> bool | str:  # noqa: FBT001
-    """The mode, but False for "auto" where a step of this model cannot be captured.
+    """The mode; False instead of "auto" if a step of this model cannot be captured.
 
     Raises:
         ValueError: the mode is True and the model is distributed.
     """
     distributed = [type(m).__name__ for m in model.modules() if _is_distributed(m)]
     if mode is True and distributed:
-        raise ValueError(f"cuda_graph=True does not go with {distributed[0]}: leave it at 'auto'")
+        raise ValueError(f"cuda_graph=True does not support {distributed[0]}: leave it at 'auto'")
     has_sparse_gradients = any(getattr(m, "sparse", False) for m in model.modules())
     return False if mode == "auto" and (distributed or has_sparse_gradients) else mode
 
@@ -147,7 +147,7 @@ def _is_distributed(module: nn.Module) -> bool:
 
 
 def _ascent_key(group: dict[str, Any]) -> Hashable:
-    """What of a group decides how its ascent goes; a gamma that is not zero may change."""
+    """The settings of a group that change its ascent; a nonzero gamma may vary."""
     gamma = group.get("gamma", 0)
     address = gamma.data_ptr() if isinstance(gamma, Tensor) else None
     settings = map(group.get, _ASCENT_SETTINGS)

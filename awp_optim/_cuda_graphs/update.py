@@ -16,15 +16,15 @@ from awp_optim.optimizer import AWP
 
 __all__ = ["UpdateKey"]
 
-# What may change between replays, or is in the key of the ascent.
-_NOT_OF_THE_UPDATE = ("gamma", "norm", "direction", "min_ndim", "maximize")
+# These may change between replays or are in the key of the ascent.
+_IGNORED_SETTINGS = ("gamma", "norm", "direction", "min_ndim", "maximize")
 
 
 class UpdateKey:
-    """Decides at every call whether the update is part of the graph, and of which one.
+    """Decides at each call whether the update is part of the graph, and of which graph.
 
-    It is for :class:`torch.optim.SGD` and for optimizers built with ``capturable=True``, as long as
-    nothing happens on the host at an update, and no setting but learning rate and gamma changes.
+    The update of :class:`torch.optim.SGD` and of optimizers built with ``capturable=True`` is, as
+    long as it runs no hooks and no setting but learning rate and gamma changes.
     """
 
     def __init__(self, optimizer: Optimizer, base: Optimizer) -> None:
@@ -35,7 +35,7 @@ class UpdateKey:
         self._fits = False
 
     def __call__(self, device: torch.device, weights_key: Hashable) -> Hashable | None:
-        """What a captured update depends on; None if the update must stay outside of the graph.
+        """What a captured update depends on; None if the update must stay outside the graph.
 
         Args:
             device: where the graph runs.
@@ -44,14 +44,14 @@ class UpdateKey:
         base = self._base
         settings = _fixed_settings(base)
         if self._settings not in (None, settings):
-            self._settings_have_changed = True  # else every change would take a new graph
+            self._settings_have_changed = True  # else every change would need a new graph
         self._settings = settings
         if self._settings_have_changed or not _is_replayable(self._optimizer, base):
             return None
         state = chain.from_iterable(map(dict.values, base.state.values()))
         addresses = tuple([v.data_ptr() for v in state if isinstance(v, Tensor)])
         key = (settings, addresses, device)
-        if self._checked != (key, weights_key):  # the check looks at every tensor
+        if self._checked != (key, weights_key):  # the check reads every tensor's metadata
             self._checked = key, weights_key
             is_sgd = type(base) is torch.optim.SGD
             self._fits = _fits_fused_sgd(base, device) if is_sgd else _has_state(base)
@@ -59,8 +59,8 @@ class UpdateKey:
 
 
 def _fixed_settings(base: Optimizer) -> Hashable:
-    """The settings whose changes a captured update would not see."""
-    free = _NOT_OF_THE_UPDATE + (("lr",) if reads_lr_from_device(base) else ())
+    """The settings whose values are fixed in a captured update."""
+    free = _IGNORED_SETTINGS + (("lr",) if reads_lr_from_device(base) else ())
     return tuple(
         as_key(group.get(name))
         for group in base.param_groups
@@ -70,8 +70,8 @@ def _fixed_settings(base: Optimizer) -> Hashable:
 
 
 def _is_replayable(optimizer: Optimizer, base: Optimizer) -> bool:
-    """Whether an update is SGD's or declared capturable, with nothing around it on the host."""
-    if optimizer is not base and type(optimizer) is not AWP:  # may have a step of its own
+    """Whether an update is SGD's or declared capturable, and runs no hooks."""
+    if optimizer is not base and type(optimizer) is not AWP:  # may override step()
         return False
     if type(base) is not torch.optim.SGD and not _is_declared_capturable(base):
         return False
@@ -90,7 +90,7 @@ def _is_declared_capturable(base: Optimizer) -> bool:
 
 
 def _has_state(base: Optimizer) -> bool:
-    """Whether an optimizer has taken its first step, which must not be replayed."""
+    """Whether an optimizer has already taken its first step, which must not be captured."""
     return all(base.state.get(p) for p in parameters(base) if p.requires_grad)
 
 
@@ -100,7 +100,7 @@ def _fits_fused_sgd(base: Optimizer, device: torch.device) -> bool:
         _lr_fits(group["lr"], device)
         and not group["differentiable"]
         and all(_is_dense_on(device, p) for p in group["params"])
-        and (group["momentum"] == 0 or all(_has_buffer_alike(p, base) for p in group["params"]))
+        and (group["momentum"] == 0 or all(_has_momentum(p, base) for p in group["params"]))
         for group in base.param_groups
     )
 
@@ -110,16 +110,16 @@ def _lr_fits(lr: float | Tensor, device: torch.device) -> bool:
 
 
 def _is_dense_on(device: torch.device, p: Tensor) -> bool:
-    """Whether a floating-point tensor's elements lie side by side, in whichever order."""
+    """Whether a floating-point tensor on this device is dense and non-overlapping."""
     is_dense = torch.empty_like(p, device="meta").stride() == p.stride()  # keeps dense strides
     return is_dense and p.device == device and p.is_floating_point()
 
 
-def _has_buffer_alike(p: Tensor, base: Optimizer) -> bool:
-    """Whether there is a momentum buffer laid out as the parameter.
+def _has_momentum(p: Tensor, base: Optimizer) -> bool:
+    """Whether there is a momentum buffer with the parameter's memory layout.
 
-    Without one the update would be captured, and replayed, as a first step. The buffers of a
-    checkpoint, or from before ``model.to(memory_format=torch.channels_last)``, may lie otherwise.
+    Without a buffer, the update would be captured as a first step. The layout may differ after
+    loading a checkpoint or after ``model.to(memory_format=torch.channels_last)``.
     """
     buffer = base.state.get(p, {}).get("momentum_buffer")
     return not p.requires_grad or (buffer is not None and buffer.stride() == p.stride())

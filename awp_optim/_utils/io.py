@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_write", "naming"]
+__all__ = ["atomic_write", "naming", "write_text"]
 
 
 @contextmanager
@@ -33,6 +33,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as :func:`atomic_write` does."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 @contextmanager

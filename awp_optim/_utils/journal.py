@@ -24,7 +24,8 @@ class Journal:
     """A file of JSON lines: a header with the settings of a measurement, then an entry a step.
 
     Entries are only ever appended, so a killed process loses the last one at most. As a context
-    manager it starts the file, or resumes it without a line that was cut off.
+    manager it starts the file, or resumes it without a line that was cut off. If an exception ends
+    the measurement before its first entry, no file remains.
 
     Args:
         path: the file; None keeps nothing.
@@ -46,6 +47,7 @@ class Journal:
         self._kind, self._settings = kind, settings
         self._key = kind.split()[-1]
         self._file: BinaryIO | None = None
+        self._is_empty = True
         if self.path is not None and self.path.exists():
             self._read(self.path)
 
@@ -79,12 +81,15 @@ class Journal:
                 for line in ({self._key: self._settings}, *self.entries):
                     file.write(_as_line(line))
             self._file = open(self.path, "ab")
+        self._is_empty = not self.entries
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._file is not None and self.path is not None:
             with naming(self.path):
                 self._file.close()
+            if self._is_empty:
+                self.path.unlink(missing_ok=True)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Append an entry; it is on the disk when this returns.
@@ -98,6 +103,7 @@ class Journal:
                 self._file.write(_as_line(entry))
                 self._file.flush()
                 os.fsync(self._file.fileno())
+            self._is_empty = False
 
 
 def checksum(tensors: Iterable[Tensor], start: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""AutoAttack's reference package, pyautoattack, run on an oracle and kept from side effects."""
+"""AutoAttack's reference package, pyautoattack, run on an oracle without side effects."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def run_reference(
     seed: int,
     classes: int,
 ) -> tuple[Tensor, list[str]]:
-    """What one part of the reference finds for ``x``, with its settings in a version.
+    """Run one part of the reference on ``x``, with its settings in ``version``.
 
     Returns:
-        Adversarial examples, where it found some, and its warnings.
+        Adversarial examples (clean ones where the part found none), and its warnings.
     """
     try:
         import pyautoattack
         from pyautoattack import checks
     except ImportError as error:
         raise ImportError(
-            "AutoAttack needs its reference: pip install 'awp_optim[eval]', or pyautoattack"
+            "AutoAttack needs its reference package: pip install 'awp_optim[eval]' (pyautoattack)"
         ) from error
-    # The package works on float32 images of three dimensions, contiguous ones in places.
+    # The package needs float32 images of three dimensions, and some parts contiguous ones.
     images = _as_images(x.float()).contiguous()
     height, width = images.shape[2:]
     if name == "square" and norm != "linf":
@@ -68,7 +68,7 @@ def run_reference(
     reference.attacks_to_run = [name]
     for attack in (reference.apgd_targeted, reference.fab):
         attack.n_target_classes = min(attack.n_target_classes, classes - 1)
-    checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # it keeps counting from model to model
+    checks.funcs.update(dict.fromkeys(checks.funcs, 0))  # else it counts across models
     weights = oracle.model.parameters() if isinstance(oracle.model, nn.Module) else []
     with without_gradients(weights), _trace_restored(), _quiet_log() as messages:
         found, _ = reference.run_standard_evaluation(images, y, batch_size=len(x))
@@ -76,11 +76,11 @@ def run_reference(
 
 
 class _InputGradientOnly(torch.autograd.Function):
-    """The model, with a backward pass that reaches its input and nothing else.
+    """The model, with a backward pass only to its input.
 
-    The package calls ``backward``, which would add to the gradients of weights, also of those that
-    a model that is a function hides; it views gradients as if they were contiguous; and it writes
-    to logits, which may be a view of the input.
+    The package calls ``backward``, which would also accumulate gradients of weights, even inside
+    plain functions. It assumes contiguous gradients, and it writes to logits, which may be a view
+    of the input.
     """
 
     @staticmethod
@@ -106,14 +106,14 @@ def _as_images(x: Tensor) -> Tensor:
 
 
 def _pad_for_square(images: Tensor) -> Tensor:
-    """Images padded below and on the right until Square can tile them; most need no padding.
+    """Pad images at the bottom and right until Square can tile them; most need no padding.
 
-    In L2 and L1 it starts from tiles of a fifth of the height, which must not overhang.
+    In L2 and L1, Square starts from tiles of a fifth of the height, which must fit into the image.
     """
 
     def fits(height: int, width: int) -> bool:
         tile = height // 5
-        if tile < 2:  # single pixels cannot overhang
+        if tile < 2:  # single pixels always fit
             return tile == 1
         margin = (height - 5 * tile) // 2
         return all(margin + n // tile * tile <= n for n in (height, width))
@@ -129,7 +129,7 @@ def _pad_for_square(images: Tensor) -> Tensor:
 
 @contextmanager
 def _trace_restored() -> Iterator[None]:
-    """Restore the trace function of a debugger or of coverage, which one of its checks replaces."""
+    """Restore a debugger's or coverage's trace function, which a check of the package replaces."""
     trace = sys.gettrace()
     try:
         yield
@@ -139,7 +139,7 @@ def _trace_restored() -> Iterator[None]:
 
 @contextmanager
 def _quiet_log() -> Iterator[list[str]]:
-    """Silence the package's log, and collect the texts of its warnings."""
+    """Silence the package's log, and collect its warnings."""
     messages: list[str] = []
 
     class Collector(logging.Handler):

@@ -1,6 +1,6 @@
-"""Checks of what an attack is given: the inputs, the labels, and what the model returns.
+"""Checks of an attack's inputs and labels, and of the model's outputs.
 
-Values are read on the CPU only, where reading is free; elsewhere it would wait for the device.
+Values are read only on the CPU, because reading from another device would wait for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_inputs(x: Tensor, clip: Box | None) -> None:
             f" convert images with x.float() / 255"
         )
     if x.ndim == 0:
-        raise ValueError("x must be a batch of shape (N, ...), got a tensor of no dimension")
+        raise ValueError("x must be a batch of shape (N, ...), got a 0-d tensor")
     if not _is_readable(x) or x.numel() == 0:
         return
     smallest, largest = x.detach().aminmax()
@@ -48,7 +48,7 @@ def check_inputs(x: Tensor, clip: Box | None) -> None:
         raise ValueError(
             f"x spans [{smallest.item():.6g}, {largest.item():.6g}], outside clip={clip}. If x is"
             f" normalized, make the normalization a layer of the model and pass the image itself;"
-            f" else give the range of your inputs, clip=(lo, hi) or clip=None"
+            f" otherwise set clip=(lo, hi) to the range of your inputs, or clip=None"
         )
 
 
@@ -65,15 +65,15 @@ def check_labels(y: Tensor | None, x: Tensor, accepted: Labels) -> None:
     else:
         _check_probabilities(y, len(x), accepted)
     if y.device != x.device:
-        raise ValueError(f"x is on {x.device} and y on {y.device}; move them to one device")
+        raise ValueError(f"x is on {x.device} and y on {y.device}; move them to the same device")
 
 
 def check_outputs(outputs: Tensor, n: int, y: Tensor | None, accepted: Labels) -> None:
-    """Check what the model returns for ``n`` inputs, whose labels are among those of ``y``."""
+    """Check the model's outputs for ``n`` inputs, whose labels are among those in ``y``."""
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         raise TypeError(
             f"the model must return a floating-point tensor of logits, got {describe(outputs)};"
-            f" wrap it in a module that does (a plain function would leave its mode alone)"
+            f" wrap it in a module that does (the mode of a model in a plain function is not set)"
         )
     if accepted is Labels.ANY:
         if outputs.ndim == 0 or len(outputs) != n:
@@ -153,7 +153,7 @@ def _check_distributions(y: Tensor) -> None:
         raise ValueError(f"probabilities must not be negative, got {y.min().item():.6g}")
     total = y.double().sum(1)
     furthest = total[(total - 1).abs().argmax()].item()
-    # Mixing and smoothing rounds each probability a few times, by half an eps at most.
+    # Mixing and smoothing round each probability a few times, each time by at most eps / 2.
     if not abs(furthest - 1) <= max(1e-3, 2 * torch.finfo(y.dtype).eps):
         raise ValueError(
             f"each example's probabilities must sum to 1, got a sum of {furthest:.6g}; divide them"

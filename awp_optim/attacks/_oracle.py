@@ -1,4 +1,4 @@
-"""Access to the model during one call of an attack."""
+"""The model as seen by an attack during one call."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ MODEL_MODES = ("eval", "train")
 COMPILER_SEES_REQUIRES_GRAD = torch.__version__ >= "2.12"
 """Whether compiled code notices that a weight's ``requires_grad`` has changed (PyTorch PR 177158).
 
-Older versions may run code compiled for weights without gradients when gradients are wanted.
+Older versions may run code that was compiled for frozen weights when gradients are needed.
 """
 
 
 class ModelOracle:
-    """What an attack may ask about the model: outputs and input gradients at points near ``x``.
+    """Gives an attack the model's outputs and input gradients at points near ``x``.
 
     Args:
-        model: maps inputs to logits (to anything with N rows, for a loss of the user's own).
-        x: the clean inputs. The model is given inputs of their dtype.
-        y: their labels, which the outputs are checked against.
+        model: maps inputs to logits (for a custom loss, to any tensor with N rows).
+        x: the clean inputs. The model gets inputs of this dtype.
+        y: their labels, against which the outputs are checked.
         labels: what ``y`` may hold.
     """
 
@@ -42,7 +42,7 @@ class ModelOracle:
         self._weights: Sequence[Tensor] = ()
         self._passes_to_weights = 0
         self.weight_gradients: Gradients = ()
-        # A compiled backward pass computes all gradients there are, asked for or not.
+        # A compiled backward pass computes the gradients of all weights that require them.
         self._frozen: list[Tensor] = []
         if isinstance(model, nn.Module) and _is_compiled(model) and COMPILER_SEES_REQUIRES_GRAD:
             self._frozen = list(model.parameters())
@@ -53,19 +53,19 @@ class ModelOracle:
         return ModelOracle(self.model, self.x[rows], y, self._labels)
 
     def collect_weight_gradients(self, weights: Sequence[Tensor], in_pass: int) -> None:
-        """Let one gradient pass, the ``in_pass``-th from 1 on, differentiate by the weights too.
+        """Let gradient pass number ``in_pass``, counted from 1, also differentiate by ``weights``.
 
-        Their gradients of the loss, summed over the batch, are then in :attr:`weight_gradients`.
+        :attr:`weight_gradients` then holds the gradients of the loss, summed over the batch.
         """
         self._weights, self._passes_to_weights = weights, in_pass
         self.weight_gradients = (None,) * len(weights)
 
     def as_input(self, z: Tensor) -> Tensor:
-        """``z`` in the dtype of the clean inputs, rounded so that it gets no further from them."""
+        """``z`` in the dtype of the clean inputs, rounded toward them."""
         return round_toward(z, self.x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's outputs for ``x``, checked; through autograd if that is on."""
+        """The model's checked outputs for ``x``; differentiable if autograd is enabled."""
         outputs = self.model(x)
         check_outputs(outputs, len(x), self.y, self._labels)
         return outputs
@@ -78,8 +78,8 @@ class ModelOracle:
     def gradient(self, z: Tensor, loss: Loss, target: Tensor) -> Tensor:
         """The gradient of each example's ``loss(logits, target)`` at ``z``, in the dtype of ``z``.
 
-        One forward pass and one backward pass to the input alone: no weight gradient is computed,
-        but for those of :meth:`collect_weight_gradients`.
+        One forward pass and one backward pass to the input. Weight gradients are computed only if
+        :meth:`collect_weight_gradients` asks for them.
         """
         return self.evaluate_point(z, loss, target)[2]
 
@@ -92,7 +92,7 @@ class ModelOracle:
         with torch.enable_grad(), without_gradients(() if weights else self._frozen):
             x = self.as_input(z).detach().requires_grad_()
             # A view, because tools that hook a module's input (such as FlopCounterMode) cannot hook
-            # the leaf that autograd.grad differentiates by.
+            # the leaf with respect to which autograd.grad differentiates.
             logits = self.forward(x.view_as(x))
             losses = loss(logits, target)
             g, *weight_gradients = input_gradient(losses.sum(), x, weights)
@@ -118,8 +118,8 @@ def input_gradient(
             if "checkpoint" not in str(error).lower():
                 raise
             raise RuntimeError(
-                "the model calls torch.utils.checkpoint with use_reentrant=True, through which no"
-                " gradient to the input alone can be taken; set use_reentrant=False there"
+                "the model calls torch.utils.checkpoint with use_reentrant=True, which does not"
+                " support gradients of the input alone; set use_reentrant=False there"
             ) from error
     if gradients[0] is None:
         raise ValueError(
@@ -131,7 +131,7 @@ def input_gradient(
 
 @contextmanager
 def in_mode(model: Model, mode: str) -> Iterator[None]:
-    """Put a module in "eval" or "train" mode, and every submodule back in its own afterwards."""
+    """Put a module in "eval" or "train" mode; restore each submodule's own mode afterwards."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
     try:
@@ -145,7 +145,7 @@ def in_mode(model: Model, mode: str) -> Iterator[None]:
 
 @contextmanager
 def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Inside, the parameters require no gradients."""
+    """Context manager: inside, the parameters require no gradients."""
     required = [p for p in parameters if p.requires_grad]
     try:
         for p in required:
@@ -160,7 +160,7 @@ def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
 def uncached_autocast(device_type: str) -> Iterator[None]:
     """The surrounding autocast, if any, without its cache of weights cast to low precision.
 
-    A pass without gradients would leave weights there that are cut off their gradient, and the
+    A pass without gradients would cache weights that are detached from their parameters, and the
     caller's training pass would reuse them.
     """
     available = torch.amp.is_autocast_available(device_type)
@@ -173,7 +173,7 @@ def uncached_autocast(device_type: str) -> Iterator[None]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    """Whether a part of the model runs through torch.compile, as a wrapper or by its compile()."""
+    """Whether any part of the model is compiled, by torch.compile or by its compile() method."""
     return any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()

@@ -1,4 +1,4 @@
-"""How an attack compares two adversarial examples of the same clean example."""
+"""Comparison of adversarial examples of the same clean example."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from awp_optim.attacks.losses import Loss
 
 
 class Outcome(NamedTuple):
-    """What became of each example, two tensors of shape (N,)."""
+    """The result for each example, in two tensors of shape (N,)."""
 
     fooled: Tensor
     """Whether it is misclassified."""
     loss: Tensor
 
     def worse_than(self, other: Outcome) -> Tensor:
-        """Where this outcome is the worse one for the defender: misclassified, then higher loss."""
+        """Where this outcome is worse for the defender: misclassified, or else a higher loss."""
         higher = self.loss > other.loss
         return (self.fooled & ~other.fooled) | ((self.fooled == other.fooled) & higher)
 
     def replace(self, where: Tensor, by: Outcome) -> Outcome:
-        """This outcome, with that of ``by`` where the condition, shape (N,), holds."""
+        """This outcome, replaced by ``by`` where the condition, shape (N,), holds."""
         return Outcome(
             torch.where(where, by.fooled, self.fooled), torch.where(where, by.loss, self.loss)
         )
@@ -34,8 +34,8 @@ def judge(logits: Tensor, y: Tensor, loss: Loss) -> Outcome:
 
     Args:
         logits: shape (N, C).
-        y: class indices, or probabilities, whose class is the most probable one.
-        loss: of the logits and ``y``.
+        y: class indices; or probabilities, in which case the most probable class counts.
+        loss: a function of the logits and ``y``.
     """
     classes = y.argmax(1) if y.is_floating_point() else y
     return Outcome(logits.argmax(1) != classes, comparable(loss(logits, y)))

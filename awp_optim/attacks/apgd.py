@@ -20,7 +20,7 @@ from awp_optim.attacks.losses import LOSSES, Loss, dlr_targeted
 MOMENTUM = 0.75
 TARGETED = "dlr-targeted"
 L1_SPARSITY, L1_PERIOD, L1_SHRINK, L1_SHORTEST, L1_SPARSER = 1.5, 0.04, 1.5, 10.0, 0.95
-"""Constants of "Mind the box", section 4.2 and appendix C; a period is a share of the steps."""
+"""Constants of "Mind the box", section 4.2 and appendix C; a period is a fraction of the steps."""
 
 
 @dataclass(frozen=True)
@@ -28,38 +28,38 @@ class APGD(BallAttack):
     """PGD with momentum that halves its step where progress stalls and returns to its best point.
 
     Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-    parameter-free attacks" (ICML 2020, https://arxiv.org/abs/2003.01690), Algorithm 1; in L_1
+    parameter-free attacks" (ICML 2020, https://arxiv.org/abs/2003.01690), Algorithm 1; in L_1,
     "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers" (ICML 2021,
-    https://arxiv.org/abs/2103.01208): sparse steps inside the ball cut by the box, with a radius
-    that falls from 3 eps over 2 eps to eps. An example that the model misclassifies already is
-    returned unchanged. For the others the attack returns a misclassified iterate if there was one,
-    otherwise the one with the highest loss. It costs ``steps + 1`` forward and ``steps`` backward
-    passes a run, in L_1 two forward passes more, and one forward pass at ``x``. How to call it: see
-    :meth:`Attack.__call__`; labels are class indices.
+    https://arxiv.org/abs/2103.01208): sparse steps inside the intersection of ball and box, with
+    radius 3 eps, then 2 eps, then eps. Examples that the model already misclassifies are returned
+    unchanged. For the others, the attack returns a misclassified iterate if it found one, otherwise
+    the iterate with the highest loss. It costs one forward pass at ``x`` and, per run, ``steps +
+    1`` forward and ``steps`` backward passes (in L_1 two more forward passes). See
+    :meth:`Attack.__call__` for how to call it; labels are class indices.
 
     Args:
         eps: radius of the ball, at least 0, in the units of the input. With 0 the clean examples
             are returned and the model is not called.
-        steps: at least 1. In L_1, where three radii share them, at least 3.
+        steps: at least 1. In L_1, at least 3, because three radii share them.
         norm: "linf", "l2" or "l1".
-        loss: "ce", "cw", "dlr" or "dlr-targeted". The last one makes a run toward each of
-            ``targets`` classes, the most probable wrong ones of the clean example.
-        restarts: number of runs, each from a random start, for each target; at least 1.
-        targets: number of target classes for "dlr-targeted", at least 1; at most all wrong classes
-            are used.
-        rho: fraction of the steps between checkpoints that must raise the loss, or the step is
-            halved; in [0, 1].
+        loss: "ce", "cw", "dlr" or "dlr-targeted". The last one runs once toward each of the
+            ``targets`` most probable wrong classes of the clean example.
+        restarts: number of runs per target, each from a random start; at least 1.
+        targets: number of target classes for "dlr-targeted", at least 1; limited by the number of
+            wrong classes.
+        rho: if at most this fraction of the steps between two checkpoints raises the loss, the step
+            size is halved; in [0, 1].
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
-        drop_fooled: stop attacking an example at its first misclassified iterate and take it out
-            of the batch. The same examples are fooled, for less time. On the CPU the attack checks
-            at every step; elsewhere at checkpoints, and each check waits for the device, so that it
-            cannot be captured in a CUDA graph.
+        drop_fooled: stop attacking an example at its first misclassified iterate and remove it from
+            the batch. The same examples are fooled in less time. On the CPU the attack checks at
+            every step; on other devices at checkpoints. Each check waits for the device, so the
+            attack cannot be captured as a CUDA graph.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument is out of range; when called, the model has too few classes for the
-            loss: 2 for "cw", 3 for "dlr", 4 for "dlr-targeted".
+            loss: "cw" needs 2, "dlr" 3, "dlr-targeted" 4.
 
     >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
     >>> APGD(eps=0.1, steps=10)(lambda x: x * 3, x, y)
@@ -96,7 +96,7 @@ class APGD(BallAttack):
         self._loss(y)(logits, y)  # raises if there are too few classes, even if all are fooled
         found = _Found.at(x, fooled=logits.argmax(1) != y)
         for target in self._targets(logits, y):
-            # Drawn for all examples, so that none depends on which others were dropped.
+            # Drawn for all examples, so that it does not depend on which were dropped.
             state = _State.at(x, y, target, x + self._start(x))
             if self.drop_fooled:
                 state = state.only(~found.fooled)
@@ -109,7 +109,7 @@ class APGD(BallAttack):
         return partial(dlr_targeted, target=target) if self.loss == TARGETED else LOSSES[self.loss]
 
     def _targets(self, logits: Tensor, y: Tensor) -> list[Tensor]:
-        """The target classes of each run, shape (N,); the labels if the loss has no target."""
+        """The target classes of each run, shape (N,); the labels if the loss is untargeted."""
         if self.loss != TARGETED:
             return [y] * self.restarts
         wrong = logits.float().scatter(1, y.unsqueeze(1), -torch.inf)
@@ -146,7 +146,7 @@ class APGD(BallAttack):
     def _ascend(
         self, oracle: ModelOracle, s: _State, eps: float, steps: int, dropped: _Found | None
     ) -> _State:
-        """Algorithm 1 in a ball of radius ``eps``; fooled examples go to ``dropped``, if given."""
+        """Algorithm 1 in a ball of radius ``eps``; fooled examples go to ``dropped`` if given."""
         rule = self._rule(eps, steps)
         project = self._ball.projection(s.x, eps, self.clip)
         s.x_adv = s.x_previous = project(s.x_adv)
@@ -203,7 +203,7 @@ class _State:
     step: Tensor  # step size
     rises: Tensor  # number of steps that raised the loss since the last checkpoint
     checkpoint_loss: Tensor  # the best loss at the last checkpoint
-    not_halved: Tensor  # whether the step size was left alone there
+    not_halved: Tensor  # whether the step size was kept there
     sparsity: Tensor  # fraction of the elements that a step changes, in L_1
     changed: Tensor  # number of elements in which the best point differs from x, in L_1
 
@@ -274,7 +274,7 @@ class _Found:
         return cls(x.clone(), loss, fooled)
 
     def update(self, s: _State) -> None:
-        """Keep what a run found where it is worse than before."""
+        """Keep a run's results where they are worse than the previous ones."""
         rows = s.rows
         worse = ~self.fooled[rows] & (s.fooled | (s.best_loss > self.loss[rows]))
         x_adv = select(s.fooled, s.misclassified, s.best)
@@ -284,7 +284,7 @@ class _Found:
 
 
 class _Halving:
-    """L_inf and L_2: steps of 2 eps with momentum, halved at checkpoints where they do not help."""
+    """L_inf and L_2: steps of 2 eps with momentum, halved at checkpoints without progress."""
 
     def __init__(self, ball: Ball, eps: float, steps: int, rho: float) -> None:
         self._ball, self._eps, self._rho = ball, eps, rho
@@ -314,7 +314,7 @@ class _Halving:
 
 
 class _Sparse:
-    """L_1: steps along the largest entries of the gradient, as many as the best point suggests."""
+    """L_1: steps along the largest entries of the gradient; the best point decides how many."""
 
     def __init__(self, eps: float, steps: int) -> None:
         self._eps = eps
@@ -351,8 +351,8 @@ class _Sparse:
 def checkpoints(steps: int) -> list[int]:
     """The steps w_j after which the step size is reviewed (section 3.1).
 
-    The first after 22% of ``steps``; each period is shorter than the previous one by 3%, but at
-    least 6%.
+    The first period is 22% of ``steps``. Each one is shorter than the previous one by 3% of
+    ``steps``, but at least 6%.
 
     >>> checkpoints(100)
     [22, 41, 57, 70, 80, 87, 93, 99]

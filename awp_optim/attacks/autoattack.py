@@ -1,4 +1,4 @@
-"""AutoAttack, the field's standard evaluation, with the parts of its reference package."""
+"""AutoAttack, the standard evaluation, built from the parts of its reference package."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ VERSIONS = {
 """The parts that each version runs, in this order."""
 PARTS = VERSIONS["plus"]
 LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
-"""How many classes a part needs, if more than 2."""
+"""The number of classes that a part needs, if more than 2."""
 APGD_LOSSES = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}
 
 
 class AutoAttackWarning(UserWarning):
-    """AutoAttack doubts its own result, or left out a part; the text says why."""
+    """AutoAttack's result is doubtful, or a part was left out; the message says why."""
 
 
 @dataclass(frozen=True)
 class AutoAttack(BallAttack):
-    """An ensemble of parameter-free attacks, each on the images that the previous ones left.
+    """An ensemble of parameter-free attacks, each run on images that no previous one has broken.
 
     Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks" (ICML 2020, https://arxiv.org/abs/2003.01690). Its parts come from the
@@ -46,22 +46,22 @@ class AutoAttack(BallAttack):
     "standard"    apgd-ce, apgd-t (9 targets), fab-t, square (5000 queries)
     "plus"        apgd-ce and fab with 5 restarts, apgd-dlr, square, apgd-t, fab-t
     "rand"        apgd-ce, apgd-dlr, gradients averaged over 20 passes
-    "custom"      those of ``attacks``; apgd-ce, apgd-dlr and fab with 5 restarts
+    "custom"      those in ``attacks``; apgd-ce, apgd-dlr and fab with 5 restarts
     ============  ================================================================
 
-    An image is returned misclassified or unchanged. After each part the attack reads which images
-    are left, which waits for the device. How to call it: see :meth:`Attack.__call__`;
+    Images are returned misclassified or unchanged. After each part, the attack waits for the device
+    to read which images remain. See :meth:`Attack.__call__` for how to call it;
     :func:`awp_optim.evaluation.evaluate` runs and records the :meth:`parts` one by one.
 
     Args:
         eps: radius of the ball, at least 0, in the units of the input.
         norm: "linf", "l2" or "l1".
         version: "standard", "plus", "rand" (for randomized defenses) or "custom".
-        attacks: for "custom", a tuple of names of parts.
+        attacks: for "custom", a tuple of part names.
         backend: "native" runs apgd-ce, apgd-dlr and apgd-t with this package's :class:`APGD`, which
-            drops an image once it is misclassified; not for "rand".
-        seed: used for every part and every batch, as in the reference. torch's generators are left
-            as they were.
+            drops an image once it is misclassified; not available for "rand".
+        seed: used for every part and every batch, as in the reference. torch's generators are
+            restored.
         clip: (0, 1), the only box that the reference supports.
         model_mode: "eval" or "train", the mode in which the model is attacked.
 
@@ -71,9 +71,9 @@ class AutoAttack(BallAttack):
         ImportError: when called, ``pyautoattack`` is not installed.
 
     Warns:
-        AutoAttackWarning: the reference's own warnings; and a part that is left out because the
-            model has too few classes for it (3 for "apgd-dlr", 4 for "apgd-t") or because the
-            inputs are not images, which Square needs.
+        AutoAttackWarning: for the reference's own warnings, and if a part is left out because the
+            model has too few classes ("apgd-dlr" needs 3, "apgd-t" 4) or because the inputs are not
+            images, which Square needs.
 
     >>> list(AutoAttack().parts())
     ['apgd-ce', 'apgd-t', 'fab-t', 'square']
@@ -97,7 +97,7 @@ class AutoAttack(BallAttack):
         self._set("seed", check_int("seed", self.seed, least=0))
         if self.clip != (0.0, 1.0):
             raise ValueError(
-                f"AutoAttack's reference supports inputs in [0, 1] only, got clip={self.clip!r};"
+                f"AutoAttack's reference only supports inputs in [0, 1], got clip={self.clip!r};"
                 f" make the scaling a layer of the model"
             )
         if self.version == "custom":
@@ -106,7 +106,7 @@ class AutoAttack(BallAttack):
             raise ValueError(f"attacks={self.attacks!r} needs version='custom'")
         if self.backend == "native" and self.version == "rand":
             raise ValueError(
-                "version='rand' averages gradients over passes, which backend='native' does not;"
+                "version='rand' averages gradients over passes, but backend='native' does not;"
                 " leave backend at 'reference'"
             )
 
@@ -123,7 +123,7 @@ class AutoAttack(BallAttack):
             raise ValueError(f"attacks must differ, got {self.attacks!r}")
 
     def parts(self) -> dict[str, Attack]:
-        """The attacks of the ensemble by name, in their order; each can be run on its own."""
+        """The attacks of the ensemble by name, in order; each can be run on its own."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         names = VERSIONS.get(self.version) or settings["attacks"]
         del settings["attacks"]
@@ -168,7 +168,7 @@ class _Part(BallAttack):
         assert y is not None  # checked
         classes = oracle.logits(x).shape[1]
         if classes < 2:
-            raise ValueError("AutoAttack needs a model of 2 classes or more, this one has 1")
+            raise ValueError("AutoAttack needs a model with 2 classes or more, but this one has 1")
         if reason := self._reason_to_leave_out(x, classes):
             _warn(f"{self.name} is left out: {reason}")
             return x.clone()
@@ -190,7 +190,7 @@ class _Part(BallAttack):
         for message in messages:
             _warn(message)
         found = self._projection(x)(found)  # the reference overshoots by rounding
-        # For a model that returns NaN it can return NaN, too.
+        # If the model returns NaN, the reference can return NaN, too.
         finite = found.isfinite().reshape(len(x), -1).all(1)
         return torch.where(finite.view(-1, *[1] * (x.ndim - 1)), found, x)
 
@@ -198,13 +198,13 @@ class _Part(BallAttack):
         least = LEAST_CLASSES.get(self.name, 2)
         if classes < least:
             return (
-                f"its loss compares {least} classes, the model has {classes}; the result is that"
-                f" of the other parts"
+                f"its loss compares {least} classes, but the model has {classes}; the result comes"
+                f" from the other parts"
             )
         if self.name == "square" and x.ndim not in (3, 4):
             return (
-                f"it changes squares of an image, shape (N, C, H, W), and x has shape"
-                f" {tuple(x.shape)}; SPSA needs no image"
+                f"it changes squares in images of shape (N, C, H, W), but x has shape"
+                f" {tuple(x.shape)}; SPSA does not need images"
             )
         return ""
 

@@ -1,7 +1,7 @@
 """Balls of the L_inf, L_2 and L_1 norms: projection, steepest ascent, random points.
 
-Everything that depends on the norm is here, so that an attack is written once for all norms. A ball
-is stateless; :data:`BALLS` holds one of each, by name.
+Everything that depends on the norm is in this module, so that attacks are written once for all
+norms. Balls are stateless; :data:`BALLS` holds one per norm, by name.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _BITS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
-"""The integers that hold the bits of each dtype that an input may have."""
+"""The integer dtype that holds the bits of each input dtype."""
 
 
 def limits(dtype: torch.dtype, clip: tuple[float, float] | None) -> tuple[float, float]:
-    """The bounds of the box; without a box, of the finite numbers of ``dtype``.
+    """The bounds of the box, or of the finite numbers of ``dtype`` if there is no box.
 
-    A tensor compares and clamps with bounds rounded to its dtype: the box [0.1, 0.9] of a float32
-    image is bounded by the float32 numbers nearest to 0.1 and 0.9.
+    Tensors compare and clamp with bounds rounded to their dtype: for float32 images, the bounds of
+    the box [0.1, 0.9] are the float32 numbers nearest to 0.1 and 0.9.
     """
     finite = torch.finfo(dtype)
     return (finite.min, finite.max) if clip is None else clip
 
 
 def at_least_float32(t: Tensor) -> Tensor:
-    """``t`` in float32 if it is in half precision."""
+    """``t``, converted to float32 if it is in half precision."""
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
@@ -47,9 +47,9 @@ def per_example_norm(t: Tensor, p: float) -> Tensor:
 
 
 def round_toward(t: Tensor, x: Tensor) -> Tensor:
-    """Round ``t`` to the dtype of ``x`` so that no element gets further from ``x``.
+    """Round ``t`` to the dtype of ``x`` without moving any element further away from ``x``.
 
-    Rounding to nearest can move a point just outside the ball that it was projected onto.
+    Rounding to nearest could move a projected point slightly outside its ball.
     """
     if t.dtype == x.dtype:
         return t
@@ -60,8 +60,8 @@ def round_toward(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _next_toward(t: Tensor, x: Tensor) -> Tensor:
-    """``torch.nextafter`` in every dtype and on every device (it lacks some half kernels)."""
-    # Floats are sign and magnitude: adding 1 to the bits gives the next number away from zero.
+    """``torch.nextafter`` for every dtype and device (torch's lacks half-precision kernels)."""
+    # Floats store sign and magnitude: adding 1 to the bits gives the next number away from zero.
     away_from_zero = (x > t) == (t > 0)
     bits = t.view(_BITS[t.dtype])
     moved = (bits + (away_from_zero.to(bits.dtype) * 2 - 1)).view(t.dtype)
@@ -70,34 +70,34 @@ def _next_toward(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """``x`` in the widest dtype of its device, where bounds are exact until they are rounded."""
+    """``x`` in its device's widest dtype, so that bounds are exact before they are rounded."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 class Ball(ABC):
-    """The ball of a norm, around any center and of any radius."""
+    """The balls of one norm, with any center and radius."""
 
     @abstractmethod
     def random(self, x: Tensor, eps: float) -> Tensor:
         """A random offset of norm at most ``eps`` for each example, laid out like ``x``.
 
-        In float32 if ``x`` is in half precision.
+        The result is in float32 if ``x`` is in half precision.
         """
 
     @abstractmethod
     def ascent(self, g: Tensor) -> Tensor:
         """The unit step along which a function with gradient ``g`` increases fastest.
 
-        An entry of ``g`` that is not finite counts as zero; a zero gradient gives a zero step. In
-        float32 if ``g`` is in half precision.
+        Non-finite entries of ``g`` count as zero; a zero gradient gives a zero step. The result is
+        in float32 if ``g`` is in half precision.
         """
 
     @abstractmethod
     def projection(self, x: Tensor, eps: float, clip: tuple[float, float] | None) -> Projection:
-        """The projection onto the ball of radius ``eps`` around ``x``, cut by the box ``clip``.
+        """The projection onto the ball of radius ``eps`` around ``x``, intersected with ``clip``.
 
-        It returns tensors of the dtype of ``x``, exactly in the box, and in the ball to within one
-        unit in the last place. If ``x`` lies outside the box, the result is in the box.
+        It returns tensors of the dtype of ``x``, exactly in the box, and in the ball up to one unit
+        in the last place. If ``x`` lies outside the box, the result is in the box.
         """
 
 
@@ -146,7 +146,7 @@ class L2(Ball):
     def ascent(self, g: Tensor) -> Tensor:
         g = _finite(at_least_float32(g))
         tiny = torch.finfo(g.dtype).tiny
-        # Divide by the largest entry first: squares of a tiny gradient would underflow to zero.
+        # Divide by the largest entry first: squares of tiny gradients would underflow to zero.
         g = g / per_example_norm(g, torch.inf).clamp_min(tiny)
         return g.div_(per_example_norm(g, 2).clamp_min(tiny))
 
@@ -174,7 +174,7 @@ class L1(Ball):
     """
 
     def random(self, x: Tensor, eps: float) -> Tensor:
-        """A direction uniform on the ball's surface, and a uniform length."""
+        """A uniform direction on the ball's surface, and a uniform length."""
         d = torch.empty_like(at_least_float32(x)).exponential_()
         d.mul_(torch.empty_like(d).bernoulli_().mul_(2).sub_(1))
         n = per_example_norm(d, 1)
@@ -205,7 +205,7 @@ class L1(Ball):
             delta = _rows(z.to(wide.dtype) - wide)
             size, room = delta.abs(), torch.where(delta < 0, below, above).clamp_min(0)
             shrunk = (size - _shrinkage(size, room, eps)).clamp_min(0).minimum(room)
-            # The shrinkage has the rounding error of sizes, which may be much larger than eps.
+            # The shrinkage is rounded like the sizes, which may be much larger than eps.
             shrunk.mul_((eps / shrunk.sum(1, keepdim=True).clamp_min(tiny)).clamp_max(1))
             moved = (shrunk * delta.sign()).view(x.shape)
             return round_toward(wide + moved, x).clamp(lo, hi)
@@ -219,7 +219,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _shrinkage(size: Tensor, room: Tensor, eps: float) -> Tensor:
-    """The least s >= 0 with sum_i min(max(size_i - s, 0), room_i) <= eps, shape (N, 1).
+    """The smallest s >= 0 with sum_i min(max(size_i - s, 0), room_i) <= eps, shape (N, 1).
 
     As s decreases from the largest size, the sum is piecewise linear: its slope increases by 1 at
     each size_i, where an element starts to contribute, and decreases by 1 at each size_i - room_i,
@@ -234,7 +234,7 @@ def _shrinkage(size: Tensor, room: Tensor, eps: float) -> Tensor:
 
 
 def _finite(g: Tensor) -> Tensor:
-    """A copy of ``g`` in which entries that are not finite are zero."""
+    """A copy of ``g`` with non-finite entries set to zero."""
     return g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 

@@ -1,4 +1,4 @@
-"""The base classes of all attacks: what an attack is and what it promises."""
+"""The base classes of all attacks."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ __all__ = [
 
 
 class Attack(ABC):
-    """An immutable recipe for adversarial examples: ``x_adv = attack(model, x, y)``.
+    """An immutable attack: ``x_adv = attack(model, x, y)``.
 
-    A subclass is a frozen dataclass with at least the two fields below (it declares them itself and
-    so decides on the order of its arguments) and implements :meth:`run`.
+    A subclass is a frozen dataclass that implements :meth:`run`. It declares the two fields below
+    itself, so that it decides on the order of its arguments.
 
     Attributes:
         clip: the box (lo, hi) of valid inputs, or None for no box.
@@ -53,14 +53,14 @@ class Attack(ABC):
     model_mode: str
 
     def __post_init__(self) -> None:
-        """Check and normalize the settings; subclasses extend it."""
+        """Check and normalize the settings; subclasses extend this."""
         check_choice("model_mode", self.model_mode, MODEL_MODES)
         if self.clip is not None:
             self._set("clip", check_box(self.clip))
 
     @property
     def uses_gradients(self) -> bool:
-        """Whether the attack asks the model for gradients."""
+        """Whether the attack uses gradients of the model."""
         return True
 
     @property
@@ -71,24 +71,23 @@ class Attack(ABC):
     def __call__(self, model: Model, x: Tensor, y: Tensor | None) -> Tensor:
         """Compute adversarial examples for a batch.
 
-        Gradients are taken with respect to the input alone, of the loss summed over the batch: no
-        example's perturbation depends on the others (unless the model itself mixes them, as
-        BatchNorm does in train mode). No value is read back from an accelerator. The surrounding
-        autocast applies; a surrounding ``no_grad`` or ``inference_mode`` has no effect.
+        The attack differentiates the loss, summed over the batch, with respect to the input only.
+        An example's perturbation does not depend on the other examples, unless the model mixes
+        them, as BatchNorm does in train mode. No value is read back from an accelerator. A
+        surrounding autocast applies; a surrounding ``no_grad`` or ``inference_mode`` does not.
 
         Args:
             model: maps inputs in ``clip`` to logits of shape (N, C). Normalization is one of its
-                layers. A module is put in ``model_mode`` for the duration of the call and then left
-                as it was found, also after an exception: the mode of every submodule,
-                ``requires_grad``, ``.grad``, hooks, and in eval mode the buffers. In train mode
-                BatchNorm updates its running statistics in every forward pass. Any other callable
-                is called without changing its mode.
+                layers. A module is put in ``model_mode`` during the call. Afterwards, also after an
+                exception, the mode of each submodule, ``requires_grad``, ``.grad``, hooks, and in
+                eval mode the buffers are as before. In train mode, BatchNorm updates its running
+                statistics in every forward pass. The mode of any other callable is not set.
             x: the clean examples, float64, float32, bfloat16 or float16, shape (N, ...). They are
                 not modified.
             y: on the device of ``x``. Class indices of any integer dtype, shape (N,); or class
-                probabilities, as mixup gives them, of any dtype that ``x`` may have, shape (N, C):
-                the loss is then its expectation. ``loss="cw"`` and "dlr" need indices, "kl" needs
-                no labels (None). For a loss of your own, any tensor with N rows: it is passed on.
+                probabilities, as from mixup, of any dtype that ``x`` may have, shape (N, C), for
+                which the expected loss is used. ``loss="cw"`` and "dlr" need indices, "kl" needs no
+                labels (None). A custom loss gets ``y`` unchanged, any tensor with N rows.
 
         Returns:
             The adversarial examples, detached, with the shape, dtype, device and memory format of
@@ -96,21 +95,21 @@ class Attack(ABC):
 
         Raises:
             TypeError: ``x``, ``y`` or the model's output is of the wrong type.
-            ValueError: their shapes or devices do not match, or, checked on the CPU only, where
-                reading values is free, ``x`` leaves ``clip``, a label is not among the model's
+            ValueError: their shapes or devices do not match; or (checked only on the CPU, where
+                reading values is free) ``x`` is outside ``clip``, a label is not among the model's
                 classes, or probabilities are negative, not finite or do not sum to 1.
         """
         with self._access(model, x, y) as oracle:
             return self._attack(oracle)
 
     def check_inputs(self, x: Tensor, y: Tensor | None) -> None:
-        """Raise what :meth:`__call__` raises for a batch that cannot be attacked."""
+        """Raise the errors that :meth:`__call__` raises for an invalid batch."""
         check_inputs(x, self.clip)
         check_labels(y, x, self.labels)
 
     @contextmanager
     def _access(self, model: Model, x: Tensor, y: Tensor | None) -> Iterator[ModelOracle]:
-        """The model in its mode and the batch as plain tensors, outside autograd."""
+        """Yield an oracle: the model in ``model_mode``, and the batch as detached tensors."""
         self.check_inputs(x, y)
         with torch.inference_mode(mode=False), torch.no_grad(), in_mode(model, self.model_mode):
             x, y = _plain(x), None if y is None else _plain(y)
@@ -128,17 +127,17 @@ class Attack(ABC):
     def run(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         """Return the adversarial examples, a new tensor; called under ``no_grad``.
 
-        ``x`` is not empty, and float32 or float64: iterating in half precision would lose steps
-        shorter than half a unit in the last place. The result is rounded toward the caller's ``x``.
+        ``x`` is not empty, and is float32 or float64, because half precision would lose short
+        steps. The result is rounded toward the caller's ``x``.
         """
 
     def _set(self, name: str, value: Any) -> None:
-        """Assign a normalized setting in ``__post_init__`` of a frozen dataclass."""
+        """Assign a normalized setting of the frozen dataclass, in ``__post_init__``."""
         object.__setattr__(self, name, value)
 
 
 class BallAttack(Attack):
-    """An attack within a ball of radius ``eps`` around the clean example, cut by the box ``clip``.
+    """An attack within the ball of radius ``eps`` around the clean example and the box ``clip``.
 
     A subclass declares the fields below along with its own and implements :meth:`_search`.
 
@@ -154,7 +153,7 @@ class BallAttack(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if callable(self.eps):  # a model: the class was used as if it were an attack
+        if callable(self.eps):  # a model: the class was called like an attack
             name = type(self).__name__
             raise TypeError(
                 f"{name} takes its settings first, then the model: {name}(eps=...)(model, x, y)"
@@ -174,7 +173,7 @@ class BallAttack(Attack):
         return BALLS[self.norm]
 
     def _projection(self, x: Tensor) -> Projection:
-        """The map onto the ball around ``x``, cut by the box."""
+        """The projection onto the ball around ``x`` and the box."""
         return self._ball.projection(x, self.eps, self.clip)
 
     def run(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
@@ -182,9 +181,9 @@ class BallAttack(Attack):
 
     @abstractmethod
     def _search(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
-        """Return the adversarial examples, as :meth:`Attack.run`; ``eps`` is positive here."""
+        """Return the adversarial examples, like :meth:`Attack.run`, for a positive ``eps``."""
 
 
 def _plain(t: Tensor) -> Tensor:
-    """``t`` detached, and an ordinary tensor: autograd refuses inference tensors."""
+    """``t`` detached; a copy of an inference tensor, which autograd does not accept."""
     return t.clone() if t.is_inference() else t.detach()

@@ -15,21 +15,21 @@ __all__ = ["Captured", "attack_id", "unwrap"]
 class Captured:
     """An attack that runs as one CUDA graph: ``Captured(PGD(steps=20))(model, x, y)``.
 
-    On a GPU the kernels of a small network take less time than their launches; a graph launches
-    them all at once. The third call with the same model, in the same modes, and inputs of the same
-    shape is captured and later ones are replays, with fresh random numbers. On other devices, for
-    models that are not an ``nn.Module``, and where capturing fails, the attack runs eagerly.
+    On a GPU, the kernels of a small network take less time than their launches; a graph launches
+    them all at once. The third call with the same model in the same modes and with inputs of the
+    same shape is captured. Later calls replay it, with new random numbers. On other devices, for
+    models that are not an ``nn.Module``, and if the capture fails, the attack runs eagerly.
 
     Hooks on modules and Python code in the model's forward run when the attack is captured, not
     when it is replayed.
 
     Args:
         attack: an attack of this package.
-        cuda_graph: True, False or "auto"; with True it is an error if there can be no graph.
+        cuda_graph: True, False or "auto"; True raises an error if a graph is not possible.
 
     Raises:
         TypeError: ``attack`` is not one of this package's.
-        ValueError: ``cuda_graph`` is none of the three.
+        ValueError: ``cuda_graph`` is not one of these.
 
     >>> import torch
     >>> from awp_optim.attacks import PGD
@@ -46,16 +46,16 @@ class Captured:
         self._graphs = Graphs(cuda_graph, f"the attack {attack}")
 
     def __call__(self, model: Model, x: Tensor, y: Tensor | None) -> Tensor:
-        """Perturb a batch, as :meth:`Attack.__call__`.
+        """Perturb a batch, like :meth:`Attack.__call__`.
 
         Raises:
-            ValueError: as there; or ``cuda_graph=True`` where there can be no graph.
+            ValueError: see there; or ``cuda_graph=True`` and a graph is not possible.
             CaptureError: ``cuda_graph=True`` and the attack cannot be captured.
         """
         self.attack.check_inputs(x, y)
         if x.numel() == 0 or not self._graphs.applies_to(x.device):
             return self.attack(model, x, y)
-        if not isinstance(model, nn.Module):  # which weights a function uses is unknown
+        if not isinstance(model, nn.Module):  # a function's weights are unknown
             if self._cuda_graph is True:
                 raise ValueError(
                     "cuda_graph=True needs a model whose weights are known: wrap the function in "
@@ -75,12 +75,12 @@ class Captured:
 
 
 def unwrap(attack: object) -> object:
-    """The attack inside a :class:`Captured`; any other unchanged."""
+    """The attack inside a :class:`Captured`; any other object unchanged."""
     return attack.attack if isinstance(attack, Captured) else attack
 
 
 def attack_id(attack: object) -> str:
-    """An attack as text that is the same in every run; for a function its qualified name."""
+    """A text for an attack that is the same in every run; the qualified name of a function."""
     if isinstance(attack, (Attack, Captured)):
         return repr(attack)
     return str(getattr(attack, "__qualname__", type(attack).__qualname__))

@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 from awp_optim.attacks.pgd import PGD
 
 STEPS_PER_RADIUS = {"linf": 4, "l2": 8}
-"""The default step is 2/255 for a radius of 8/255, and 16/255 for one of 128/255 in L_2."""
+"""The default step is 2/255 for a radius of 8/255 in L_inf, and 16/255 for 128/255 in L_2."""
 
 
 @dataclass(frozen=True, repr=False)
 class CW(PGD):
     """PGD on the margin ``max_{k != y} z_k - z_y``, which is above zero once the model is fooled.
 
-    The attack that Wu et al., "Adversarial weight perturbation helps robust generalization"
-    (NeurIPS 2020, Section 5.2) call CW_inf, "L_inf version of CW loss optimized by PGD-100", and
-    the same in L_2. The margin is that of Carlini & Wagner, "Towards evaluating the robustness of
+    Wu et al., "Adversarial weight perturbation helps robust generalization" (NeurIPS 2020,
+    Section 5.2) call it CW_inf, "L_inf version of CW loss optimized by PGD-100"; here it is also
+    available in L_2. The margin is from Carlini & Wagner, "Towards evaluating the robustness of
     neural networks" (S&P 2017, f_6 without its threshold), who search for the smallest
-    perturbation instead. It is ``PGD(loss="cw")`` with the settings of an evaluation, at the same
-    cost. How to call it: see :meth:`Attack.__call__`; labels are class indices.
+    perturbation instead. It is ``PGD(loss="cw")`` with settings for evaluation, at the same cost.
+    See :meth:`Attack.__call__` for how to call it; labels are class indices.
 
     Args:
         eps: radius of the ball, at least 0, in the units of the input. With 0 the clean examples
             are returned and the model is not called.
-        step_size: length of a step in the same norm, above 0; None for a quarter of ``eps`` in
-            L_inf, as in the paper, and an eighth in L_2.
+        step_size: length of a step in the same norm, above 0; None means ``eps / 4`` in L_inf, as
+            in the paper, and ``eps / 8`` in L_2.
         steps: at least 0. With 0 the random start is returned.
         norm: "linf" or "l2".
         random_start: start at a random point of the ball, not at the clean example.

@@ -17,7 +17,7 @@ class FGSM(GradientAscentAttack):
 
     Goodfellow et al., "Explaining and harnessing adversarial examples" (ICLR 2015); Eq. (13) of
     Wu et al., "Adversarial weight perturbation helps robust generalization" (NeurIPS 2020). It
-    costs one forward and one backward pass. How to call it: see :meth:`Attack.__call__`.
+    costs one forward and one backward pass. See :meth:`Attack.__call__` for how to call it.
 
     Args:
         eps: radius of the ball, at least 0, in the units of the input.

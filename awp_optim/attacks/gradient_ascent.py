@@ -17,7 +17,7 @@ class GradientAscentAttack(BallAttack):
     """An attack that maximizes a loss by projected steepest ascent.
 
     A subclass declares the fields below along with its own, implements :meth:`_search` with
-    :meth:`_ascend`, and says how many gradients it takes.
+    :meth:`_ascend`, and defines :attr:`gradient_passes`.
 
     Attributes:
         eps: radius of the ball, in the units of the input.
@@ -33,7 +33,7 @@ class GradientAscentAttack(BallAttack):
         check_loss(self.loss)
 
     def __repr__(self) -> str:
-        """As of any dataclass, with a function for the loss by its qualified name."""
+        """The usual repr of a dataclass, but with the qualified name of a loss function."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.repr}  # type: ignore[arg-type]
         parts = [f"{name}={_name(value)}" for name, value in settings.items()]
         return f"{type(self).__qualname__}({', '.join(parts)})"
@@ -45,16 +45,16 @@ class GradientAscentAttack(BallAttack):
     @property
     @abstractmethod
     def gradient_passes(self) -> int:
-        """How many gradients a call takes, if ``eps`` is positive."""
+        """The number of gradients that a call computes if ``eps`` is positive."""
 
     def with_weight_gradients(
         self, model: Model, x: Tensor, y: Tensor | None, weights: Sequence[Tensor]
     ) -> tuple[Tensor, Gradients]:
         """Compute adversarial examples, and weight gradients in the attack's last backward pass.
 
-        These are gradients of the attack's loss, summed over the batch, at the input before the
+        The gradients are those of the attack's loss, summed over the batch, at the input before the
         last step and in the attack's ``model_mode``. They cost one backward pass to the weights; a
-        pass of its own at the adversarial examples costs a forward and a backward pass more.
+        separate pass at the adversarial examples would cost a forward and a backward pass more.
 
         Args:
             model: as in :meth:`Attack.__call__`.
@@ -63,16 +63,15 @@ class GradientAscentAttack(BallAttack):
             weights: tensors that require gradients, such as the model's parameters.
 
         Returns:
-            The adversarial examples, and a gradient for each of ``weights``: None where the loss
-            does not depend on it, and everywhere if the attack takes no gradient (``eps=0``, no
-            steps).
+            The adversarial examples, and a gradient for each of ``weights``, which is None if the
+            loss does not depend on it or the attack computes no gradient (``eps=0``, no steps).
         """
         with self._access(model, x, y) as oracle:
             oracle.collect_weight_gradients(weights, in_pass=self.gradient_passes)
             return self._attack(oracle), oracle.weight_gradients
 
     def _target(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
-        """What the loss compares the logits with: the labels, or for "kl" the clean logits."""
+        """The loss's second argument: the labels, or the clean logits for "kl"."""
         if self.loss == "kl":
             return oracle.logits(x)
         assert y is not None  # checked: only "kl" needs no labels
@@ -87,9 +86,9 @@ class GradientAscentAttack(BallAttack):
         step_size: float,
         steps: int,
     ) -> Tensor:
-        """Eq. (14), ``steps`` times: steepest ascent by ``step_size``, projection.
+        """Eq. (14), ``steps`` times: steepest ascent by ``step_size``, then projection.
 
-        In L_inf a step is eta_1 * sign(g), in L_2 it is eta_1 * g/|g|.
+        A step is eta_1 * sign(g) in L_inf, and eta_1 * g/|g| in L_2.
         """
         loss = loss_function(self.loss)
         for _ in range(steps):

@@ -1,9 +1,9 @@
-"""Losses that an attack maximizes, one number for each example, larger is worse for the defender.
+"""Losses that an attack maximizes: one number per example, larger if worse for the defender.
 
 Each is a pure function ``loss(logits, target)`` that returns a tensor of shape (N,), in float32 or
 float64. The logits have shape (N, C). The target holds class indices, int64 of shape (N,); for
-:func:`ce` also class probabilities; for :func:`kl` the clean logits. A loss of the user's own has
-the same signature, and its target is what the user passes to the attack as ``y``.
+:func:`ce` also class probabilities; for :func:`kl` the clean logits. A custom loss has the same
+signature, and its target is what the user passes to the attack as ``y``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def ce(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy, -log p_y; for probabilities its expectation, -sum_k y_k log p_k.
+    """Cross-entropy, -log p_y; for class probabilities, its expectation -sum_k y_k log p_k.
 
     Args:
         logits: shape (N, C).
@@ -65,7 +65,7 @@ def cw(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio (Croce & Hein, ICML 2020, Eq. 6), which no scaling changes.
+    """Difference of logits ratio (Croce & Hein, ICML 2020, Eq. 6), invariant to scaling.
 
     ``-(z_y - max_{k != y} z_k) / (z_pi1 - z_pi3)``, where pi sorts the logits in descending order.
 
@@ -77,7 +77,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """
     _check_classes(logits, 3, "dlr")
     top = at_least_float32(logits).topk(3, dim=1).values
-    return cw(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)  # the guard of the authors' code
+    return cw(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)  # as in the authors' code
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -115,19 +115,19 @@ LOSSES: dict[str, Loss] = {"ce": ce, "kl": kl, "cw": cw, "dlr": dlr}
 
 
 class Labels(Enum):
-    """What an attack accepts as ``y``."""
+    """The labels that an attack accepts as ``y``."""
 
     INDICES = auto()  # class indices, (N,)
     CLASSES = auto()  # class indices, (N,), or probabilities, (N, C)
     OPTIONAL = auto()  # the same or None: the loss does not use them
-    ANY = auto()  # any tensor with N rows, for a loss of the user's own
+    ANY = auto()  # any tensor with N rows, for a custom loss
 
 
 _LABELS = {"ce": Labels.CLASSES, "kl": Labels.OPTIONAL, "cw": Labels.INDICES, "dlr": Labels.INDICES}
 
 
 def labels_of(loss: str | Loss) -> Labels:
-    """What a loss needs as ``y``."""
+    """The labels that a loss accepts as ``y``."""
     return _LABELS.get(loss, Labels.INDICES) if isinstance(loss, str) else Labels.ANY
 
 
@@ -138,7 +138,7 @@ def check_loss(loss: object) -> None:
 
 
 def loss_function(loss: str | Loss) -> Loss:
-    """The loss by its name; a user's own with a check of what it returns."""
+    """The loss with this name; a custom loss, with a check of its return value."""
     if isinstance(loss, str):
         return LOSSES[loss]
 

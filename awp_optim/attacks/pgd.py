@@ -1,4 +1,4 @@
-"""Projected gradient descent, the attack of adversarial training."""
+"""Projected gradient descent (PGD), the usual attack of adversarial training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from awp_optim.attacks.losses import Loss, loss_function
 
 @dataclass(frozen=True, repr=False)
 class PGD(GradientAscentAttack):
-    """``steps`` steps of projected steepest ascent from a random start, to the last iterate.
+    """``steps`` steps of projected steepest ascent from a random start; returns the last iterate.
 
     Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018);
     Eq. (14) and lines 6 to 9 of Algorithm 2 of Wu et al., "Adversarial weight perturbation helps
     robust generalization" (NeurIPS 2020). With ``loss="kl"`` it is Eq. (16), the attack of TRADES.
-    It costs ``steps`` forward and backward passes, one more forward pass for "kl", and with several
-    restarts one more forward pass each. How to call it: see :meth:`Attack.__call__`.
+    It costs ``steps`` forward and backward passes per restart, one forward pass for "kl", and one
+    forward pass per restart if there are several. See :meth:`Attack.__call__` for how to call it.
 
     Args:
         eps: radius of the ball, at least 0, in the units of the input. With 0 the clean examples
@@ -32,31 +32,30 @@ class PGD(GradientAscentAttack):
         steps: K_1, at least 0. With 0 the random start is returned.
         norm: "linf" or "l2".
         loss: the loss to maximize: "ce", "kl", "cw", "dlr" or a function ``loss(logits, target)``.
-            The function gets the model's output, of any shape (N, ...), and what was passed as
-            ``y``, a tensor of N rows such as labels, embeddings or regression targets; it returns
-            one number for each example, shape (N,). Give it a name to be able to pickle the attack.
-        random_start: start at a random point of the ball, not at the clean example. The numbers are
-            from torch's global generator: :func:`torch.manual_seed` makes a call repeatable.
-        restarts: number of random starts, at least 1. Each example keeps its worst outcome: one
-            that is misclassified, then the highest loss; for "kl" and a function the highest loss
-            alone. Where labels are probabilities, the class is the most probable one.
+            The function gets the model's output, of any shape (N, ...), and ``y``, a tensor with N
+            rows such as labels, embeddings or regression targets; it returns one number per
+            example, shape (N,). A lambda works, but then the attack cannot be pickled.
+        random_start: start at a random point of the ball, not at the clean example. The point is
+            drawn from torch's global generator: :func:`torch.manual_seed` makes calls repeatable.
+        restarts: number of random starts, at least 1. Each example keeps its worst outcome:
+            misclassified first, then the highest loss; for "kl" and custom losses, only the highest
+            loss. If labels are probabilities, the most probable class counts.
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
-        start_std: start near the clean example instead, at Gaussian noise of this standard
-            deviation, projected; above 0. TRADES and MART train with 0.001. None for a start
-            anywhere in the ball.
+        start_std: start at the clean example plus Gaussian noise of this standard deviation,
+            projected; above 0. TRADES and MART train with 0.001. None starts anywhere in the ball.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument is out of range, or ``random_start=False`` is combined with several
-            restarts, which would all be the same, with "kl", whose gradient is zero there, or with
-            ``start_std``.
+            restarts, which would all be the same, with "kl", whose gradient is zero at the clean
+            example, or with ``start_std``.
 
     >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
     >>> PGD(eps=0.1, step_size=0.05)(lambda x: x * 3, x, y)
     tensor([[0.4000, 0.6000]])
 
-    Embeddings, attacked as far as possible from those of the clean examples:
+    An attack that moves embeddings as far as possible from those of the clean examples:
 
     >>> def distance(z, target):
     ...     return (z - target).square().sum(1)
@@ -93,7 +92,7 @@ class PGD(GradientAscentAttack):
     def _check_fixed_start(self) -> None:
         if self.restarts > 1:
             raise ValueError(
-                f"{self.restarts} restarts from the same point are all the same; set"
+                f"{self.restarts} restarts from the same point give the same result; set"
                 f" random_start=True or restarts=1"
             )
         if self.start_std is not None:
@@ -139,7 +138,7 @@ class PGD(GradientAscentAttack):
 
     def _outcome(self, oracle: ModelOracle, x_adv: Tensor, target: Tensor) -> Outcome:
         logits, loss = oracle.logits(x_adv), loss_function(self.loss)
-        if self.loss == "kl" or callable(self.loss):  # there is no label to compare with
+        if self.loss == "kl" or callable(self.loss):  # no labels to compare with
             losses = comparable(loss(logits, target))
             return Outcome(torch.zeros_like(losses, dtype=torch.bool), losses)
         return judge(logits, target, loss)

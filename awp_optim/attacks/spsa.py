@@ -1,4 +1,4 @@
-"""SPSA: an attack that sees the logits alone and estimates their gradient."""
+"""SPSA: an attack that estimates gradients from logits only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from awp_optim.attacks.losses import LOSSES, Labels, labels_of
 
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8  # Adam's, as its authors set them
 BATCH_SIZE = {"cpu": 32}
-"""The default ``batch_size``: what the caches of a processor hold; 512 on other devices."""
+"""The default ``batch_size``, which fits into a processor's caches; 512 on other devices."""
 
 
 @dataclass(frozen=True)
@@ -25,48 +25,48 @@ class SPSA(BallAttack):
     """A gradient-free attack: differences of the loss along random directions, maximized by Adam.
 
     Uesato et al., "Adversarial risk and the dangers of evaluating against weak attacks"
-    (ICML 2018, https://arxiv.org/abs/1802.05666), Algorithm 1. It starts at the clean example, and
-    in every step it estimates the gradient from ``samples`` directions v of independent signs,
+    (ICML 2018, https://arxiv.org/abs/1802.05666), Algorithm 1. It starts at the clean example. In
+    every step it estimates the gradient from ``samples`` directions v of independent random signs,
 
         g = mean_v (f(x + delta * v) - f(x - delta * v)) / (2 * delta) * v,
 
-    takes Adam's step and projects. The model gives logits and nothing else, so that its forward
-    pass may be quantized, stochastic or under ``no_grad``; if PGD fails where SPSA succeeds,
-    gradients are masked. The query points lie up to ``delta`` outside ball and box, as in the
-    authors' code; the iterates lie inside. The defaults are those of Wu et al. (NeurIPS 2020,
-    Section 5.2). How to call it: see :meth:`Attack.__call__`.
+    takes Adam's step and projects. It only needs logits, so the forward pass may be quantized,
+    stochastic or under ``no_grad``. If SPSA succeeds where PGD fails, gradients are masked. The
+    query points lie up to ``delta`` outside ball and box, as in the authors' code; the iterates lie
+    inside. The defaults are those of Wu et al. (NeurIPS 2020, Section 5.2). See
+    :meth:`Attack.__call__` for how to call it.
 
-    It costs ``2 * samples + 1`` forward passes for each step and example, and one before. Each
-    example keeps its worst iterate: one that is misclassified, then the highest loss. The random
-    directions belong to an example: neither the rest of its batch nor ``batch_size`` changes them.
+    It costs one forward pass per example, and ``2 * samples + 1`` more in each step. Each example
+    keeps its worst iterate: misclassified first, then the highest loss. An example's random
+    directions do not depend on the other examples or on ``batch_size``.
 
     Args:
         eps: radius of the ball, at least 0, in the units of the input. With 0 the clean examples
             are returned and the model is not called.
         steps: at least 0.
-        delta: half the distance between the two points of a difference, in each element, above 0.
-            A half-precision input must be able to hold such a difference: at least 0.001 for
-            float16 and 0.0079 for bfloat16. With float32 inputs, a model in half precision or under
-            autocast rounds the difference and weakens the estimate.
+        delta: half the distance between the two query points, in each element, above 0. The dtype
+            of ``x`` must resolve it: at least 0.001 for float16 and 0.0079 for bfloat16. With
+            float32 inputs, a model in half precision or under autocast rounds the difference, which
+            makes the estimate worse.
         lr: Adam's learning rate, above 0: about how far an element moves in a step, in either norm.
-        samples: directions for an estimate, at least 1; each takes two forward passes.
+        samples: directions per estimate, at least 1; each takes two forward passes.
         norm: "linf" or "l2".
         loss: the loss to maximize: "cw", "ce" or "dlr". Not "kl", which has its minimum at the
-            clean example, where both sides of a difference are equal.
+            clean example, where the estimate is zero.
         clip: the box (lo, hi) of valid inputs, or None for no box.
-        model_mode: "eval" or "train", the mode in which the model is attacked. In train mode
-            BatchNorm mixes the images of a forward pass.
-        batch_size: images in a forward pass, at least 2; it bounds the memory, whatever the size of
-            the batch and ``samples``, and changes results by rounding alone. None for 32 on the
-            CPU and 512 elsewhere.
+        model_mode: "eval" or "train", the mode in which the model is attacked. In train mode,
+            BatchNorm mixes the images in a forward pass.
+        batch_size: images per forward pass, at least 2. It bounds the memory, independently of the
+            batch and of ``samples``, and changes results only by rounding. None means 32 on the CPU
+            and 512 elsewhere.
         drop_fooled: stop attacking an example at its first misclassified iterate, as the authors
-            do. On the CPU it then costs no more passes; elsewhere, where checking would wait for
-            the device, it remains in the batch. With False the attack continues to a higher loss;
-            the same examples are fooled.
+            do. On the CPU it then costs no more passes; on other devices it remains in the batch,
+            because checking would wait for the device. With False, the attack continues to a higher
+            loss, and fools the same examples.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: an argument is out of range; when called, ``delta`` is lost in the dtype of x.
+        ValueError: an argument is out of range; when called, ``delta`` is too small for x's dtype.
 
     >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
     >>> SPSA(eps=0.1, steps=20)(lambda x: x * 3, x, y)
@@ -109,16 +109,16 @@ class SPSA(BallAttack):
         finest = torch.finfo(x.dtype).eps
         if self.delta < finest:
             raise ValueError(
-                f"delta={self.delta:g} is lost in x of {x.dtype}, whose numbers near 1 are up to"
-                f" {finest:.2g} apart: pass x.float() and the model in float32, or set delta="
-                f"{finest:.2g} or more"
+                f"delta={self.delta:g} is too small for {x.dtype}, whose numbers near 1 are up to"
+                f" {finest:.2g} apart: pass x.float() and a float32 model, or set delta to"
+                f" {finest:.2g} or more"
             )
 
     def _search(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         project, queries = self._projection(x), _Queries(self, oracle, _layout(x))
         may_drop = self.drop_fooled and x.device.type == "cpu"
         worst = x.clone()
-        rows = torch.arange(len(x), device=x.device)  # which examples of worst are left in x
+        rows = torch.arange(len(x), device=x.device)  # the examples that remain in x
         keys = torch.randint(2**63 - 1, (len(x),), device=x.device)
         x_adv, m, v = x, torch.zeros_like(x), torch.zeros_like(x)
         kept = queries.outcome(x_adv)
@@ -146,7 +146,7 @@ class SPSA(BallAttack):
 
 @dataclass
 class _Queries:
-    """What the attack asks the model, ``batch_size`` images at a time."""
+    """Queries to the model, ``batch_size`` images at a time."""
 
     attack: SPSA
     oracle: ModelOracle
@@ -167,9 +167,9 @@ class _Queries:
         return judge(torch.cat([self._logits(b) for b in batches]), self._y, self._loss)
 
     def gradient(self, x: Tensor, keys: Tensor) -> Tensor:
-        """The estimate at ``x`` from the directions of ``keys``, shape (N,), and of the next keys.
+        """The estimate at ``x``; ``keys``, shape (N,), determine its random directions.
 
-        A difference that is not finite counts as zero.
+        Non-finite differences count as zero.
         """
         samples = self.attack.samples
         pairs = self._batch_size // 2
@@ -219,21 +219,21 @@ class _Queries:
 
 
 def rademacher(keys: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Independent signs, -1 or 1, one row for each key, which determines the row.
+    """Independent signs, -1 or 1, in one row per key, which determines the row.
 
-    They are the bits of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number
-    generators", OOPSLA 2014), which needs a few operations for 64 bits.
+    They are bits of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number
+    generators", OOPSLA 2014), which computes 64 bits in a few operations.
 
     Args:
         keys: int64, shape (K,).
-        numel: signs in a row.
+        numel: signs per row.
         dtype: of the result.
 
     Returns:
         Shape (K, numel), contiguous.
     """
     words = torch.arange(1, math.ceil(numel / 64) + 1, device=keys.device)
-    # Mixed once for the key and once for the word, so that neighboring keys share nothing.
+    # Mixed once for the key and once for the word, so that neighboring keys are independent.
     z = _mix(_mix(keys * _GAMMA).unsqueeze(1) + words * _GAMMA)
     shifts = torch.arange(8, dtype=torch.uint8, device=keys.device)
     bits = z.view(torch.uint8).unsqueeze(2).bitwise_right_shift(shifts).bitwise_and_(1)
@@ -241,7 +241,7 @@ def rademacher(keys: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def _signed(word: int) -> int:
-    """64 bits as the signed number that a tensor holds."""
+    """64 bits as a signed integer."""
     return word - (1 << 64) if word >> 63 else word
 
 
@@ -249,19 +249,19 @@ _GAMMA = _signed(0x9E3779B97F4A7C15)
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's output function, on int64, whose products wrap around."""
+    """SplitMix64's output function, in int64 arithmetic that wraps around."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ _logical_shift(z, shift)) * _signed(factor)
     return z ^ _logical_shift(z, 31)
 
 
 def _logical_shift(z: Tensor, by: int) -> Tensor:
-    """Shift right without the sign bit, which the shift of an int64 would repeat."""
+    """Shift right and fill with zeros; the shift of an int64 would repeat the sign bit."""
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    """The memory format of a batch, for tensors of another length."""
+    """The memory format of a batch, for batches of other sizes."""
     if x.is_contiguous():
         return torch.contiguous_format
     for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):

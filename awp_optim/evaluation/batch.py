@@ -1,4 +1,4 @@
-"""One batch of an evaluation: attacks run on it, and what the model makes of the results."""
+"""One batch of an evaluation: runs attacks on it and classifies the results."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["AttackedBatch", "ObservedModel"]
 
 
 class ObservedModel(nn.Module):
-    """The model as attacks see it: it returns logits, and counts the examples it is shown.
+    """The model as attacks see it: it returns logits, and counts the examples that it processes.
 
     Attributes:
-        examples: how many examples it was shown; set it to 0 to begin counting.
+        examples: the number of examples processed; set it to 0 to restart the count.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ObservedModel(nn.Module):
 
     @property
     def for_attacks(self) -> Model:
-        """What attacks are given: a module only if the model is one."""
+        """What attacks get: a module if the model is one, else a function."""
         return self if isinstance(self.model, nn.Module) else self.forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,13 +57,13 @@ class ObservedModel(nn.Module):
 
 @dataclass(frozen=True)
 class AttackedBatch:
-    """A batch on the model's device, which attacks run on.
+    """A batch on the model's device, to be attacked.
 
     Attributes:
-        number: its number in the evaluation.
-        x, y: its examples.
+        number: its position in the evaluation.
+        x, y: its examples and their labels.
         model: the model.
-        seed: of the evaluation, or None.
+        seed: the evaluation's seed, or None.
     """
 
     number: int
@@ -73,23 +73,23 @@ class AttackedBatch:
     seed: int | None
 
     def classify(self) -> Outcome:
-        """What the model makes of the examples themselves."""
+        """Classify the examples without an attack."""
         verdict = _verdict(self.model.for_attacks, self.x, self.y)
         return Outcome(list(range(len(self.y))), *verdict)
 
     def attack(self, name: str, attack: Callable[..., Tensor], rows: Tensor) -> Outcome:
-        """Attack these rows, and see what the model makes of the result."""
+        """Attack these rows, and classify the adversarial examples."""
         if len(rows) == 0:
             return Outcome()
         x, y, device = self.x, self.y, self.x.device
         chosen = slice(None) if len(rows) == len(x) else rows.to(device)
         replayed = isinstance(attack, Captured) and device.type in RECORDERS
-        if not replayed:  # else the batch as a whole: a graph has one shape
+        if not replayed:  # a graph has a fixed shape, so it gets the full batch
             x, y, chosen = x[chosen], y[chosen], slice(None)
         self.model.examples = 0
         started = time.perf_counter()
         notes: list[str] = []
-        with _noting(notes), seeded(device, self.seed, self.number, name):
+        with _collected_warnings(notes), seeded(device, self.seed, self.number, name):
             x_adv = perturb(f"attack {name!r}", attack, self.model.for_attacks, x, y)
         passes = None if replayed else self.model.examples
         x, y, x_adv = x[chosen], y[chosen], x_adv[chosen]
@@ -109,8 +109,8 @@ class AttackedBatch:
 
 
 @contextmanager
-def _noting(notes: list[str]) -> Iterator[None]:
-    """Note the text of every UserWarning; warnings of other kinds are shown afterwards."""
+def _collected_warnings(notes: list[str]) -> Iterator[None]:
+    """Collect the texts of UserWarnings; warnings of other kinds are shown afterwards."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -122,9 +122,9 @@ def _noting(notes: list[str]) -> Iterator[None]:
 
 
 def _verdict(model: Model, x: Tensor, y: Tensor) -> tuple[list[bool], list[int], list[float], int]:
-    """For each example whether the model is wrong, its class, the cross-entropy; the number of NaN.
+    """Errors, predictions and cross-entropies of the examples, and how many have NaN logits.
 
-    Logits that hold NaN name no class, so they are wrong.
+    An example whose logits hold NaN counts as wrong.
     """
     logits = ModelOracle(model, x, y).logits(x.clone())
     check_labels(y, logits.shape[1])
@@ -136,7 +136,7 @@ def _verdict(model: Model, x: Tensor, y: Tensor) -> tuple[list[bool], list[int],
 
 
 def _outside(attack: object, x: Tensor, x_adv: Tensor) -> list[bool]:
-    """Which examples are not finite, or outside the attack's box or ball beyond rounding."""
+    """Which examples are not finite, or outside the attack's box or ball by more than rounding."""
     n = len(x)
     outside = ~x_adv.isfinite().reshape(n, -1).all(1)
     if isinstance(attack, Attack):
@@ -146,7 +146,7 @@ def _outside(attack: object, x: Tensor, x_adv: Tensor) -> list[bool]:
         if isinstance(eps, float) and norm in BALLS:
             p = {"linf": torch.inf, "l2": 2.0, "l1": 1.0}[str(norm)]
             difference = (x_adv.double() - x.double()).reshape(n, -1)
-            # What float32 images and sums of thousands of values can be off by.
+            # The rounding errors of float32 images and of sums over thousands of values.
             slack = max(1e-6, 4 * torch.finfo(x.dtype).eps) + 1e-4 * eps
             outside |= torch.linalg.vector_norm(difference, p, dim=1) > eps + slack
     return list(outside.tolist())

@@ -1,4 +1,4 @@
-"""The journal of an evaluation: what each attack did to each batch, kept as soon as it is known."""
+"""The journal of an evaluation: the outcome of each attack on each batch, saved at once."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["EvaluationJournal", "Outcome"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one attack did to one batch, in plain numbers.
+    """The outcome of one attack on one batch, in plain numbers.
 
     Attributes:
         index: the rows of the batch that were attacked.
-        fooled, prediction, loss: for each of them, whether the model is wrong after the attack, the
-            class it predicts, and the cross-entropy.
-        nan: how many of them have logits that hold NaN.
-        seconds: the time that the attack and the look at its result took.
-        passes: how many examples the model was shown; None if graphs were replayed.
-        outside: how many the attack returned outside its ball or box, or not finite.
-        notes: what the attack warned of.
+        fooled, prediction, loss: for each of these rows, whether the model is wrong after the
+            attack, the class that it predicts, and the cross-entropy.
+        nan: the number of these rows whose logits hold NaN.
+        seconds: the time for the attack and the classification of its result.
+        passes: the number of examples that the model processed; None if graphs were replayed.
+        outside: the number of adversarial examples outside the ball or box, or not finite.
+        notes: the attack's warnings.
     """
 
     index: list[int] = field(default_factory=list)
@@ -42,9 +42,9 @@ class Outcome:
     def check(self, n: int) -> None:
         """Raise ValueError or TypeError unless this is the outcome of a batch of n examples."""
         if not len(self.index) == len(self.fooled) == len(self.prediction) == len(self.loss):
-            raise ValueError("an entry's lists differ in length")
+            raise ValueError("the lists of an entry differ in length")
         if not all(0 <= row < n for row in self.index):
-            raise ValueError("an entry's index is not among the batch's rows")
+            raise ValueError("an index of an entry is not a row of the batch")
 
     def fooled_rows(self, n: int) -> Tensor:
         """Which of the batch's n rows were attacked and fooled, a bool tensor of shape (n,)."""
@@ -60,10 +60,10 @@ class EvaluationJournal(Journal):
 
     Args:
         path: the file, or None.
-        settings: what decides the results, but for the data.
+        settings: everything that determines the results, except for the data.
 
     Attributes:
-        batches: for each batch so far, its outcomes by attack.
+        batches: the outcomes of each batch so far, by attack.
 
     Raises:
         ValueError: the file is damaged, or belongs to another evaluation.
@@ -88,18 +88,17 @@ class EvaluationJournal(Journal):
         """Begin the next batch.
 
         Returns:
-            Its outcomes by attack, as far as the file has them; :meth:`note` adds to them.
+            Its recorded outcomes by attack; :meth:`note` adds to them.
 
         Raises:
-            ValueError: the file is of other data, or its entries do not fit the batch.
+            ValueError: the file belongs to other data, or its entries do not fit the batch.
         """
         number = len(self.batches)
         self._data = 0 if self.path is None else checksum([x, y.to(torch.int64)])
         if self._recorded_data.get(number, self._data) != self._data:
             raise ValueError(
-                f"{self.path} is the state of an evaluation on other data: batch {number} "
-                "differs. Resume with the same images in the same batches, or delete it to start "
-                "again"
+                f"{self.path} belongs to an evaluation on other data: batch {number} differs. "
+                "Resume with the same images in the same batches, or delete it to start again"
             )
         outcomes = self._recorded.get(number, {})
         try:
@@ -111,7 +110,7 @@ class EvaluationJournal(Journal):
         return outcomes
 
     def note(self, name: str, outcome: Outcome) -> None:
-        """Note the outcome of an attack on the current batch; it is on the disk afterwards."""
+        """Record the outcome of an attack on the current batch, and write it to disk."""
         number = len(self.batches) - 1
         self.batches[number][name] = outcome
         self.add({"batch": number, "data": self._data, "name": name, **asdict(outcome)})

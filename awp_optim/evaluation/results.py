@@ -1,4 +1,4 @@
-"""The results of an evaluation: accuracies, what happened to each example, what is doubtful."""
+"""The results of an evaluation: accuracies, records of each example, and warnings."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 NATURAL = "natural"
-"""The name of what is measured without an attack."""
+"""The name of the results without an attack."""
 
 
 class EvaluationWarning(UserWarning):
-    """A robust accuracy is doubtful; the text says why and what to do."""
+    """A robust accuracy is doubtful; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Record:
-    """What one attack did to each example; arrays of length n, in the order of the data.
+    """The results of one attack for each example; arrays of length n, in the order of the data.
 
     Attributes:
-        attacked: bool, whether the attack was run on it.
-        fooled: bool, whether the attack broke it.
+        attacked: bool, whether the attack was run on the example.
+        fooled: bool, whether the attack broke the example.
         prediction: int64, the class that the model predicts after the attack; -1 if not attacked.
         loss: float64, the cross-entropy there; NaN if not attacked.
-        seconds: the time that the attack and the look at its result took.
-        passes: forward passes for each attacked example (about as many backward passes go with
-            them if the attack uses gradients); None if graphs were replayed, which hides them.
+        seconds: the time for the attack and the classification of its results.
+        passes: forward passes per attacked example (and about as many backward passes if the attack
+            uses gradients); None if graphs were replayed, which hides them.
     """
 
     attacked: Array
@@ -72,21 +72,21 @@ class Record:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies under attacks; all are shares of all ``n`` examples, in [0, 1].
+    """Accuracies under attacks, as fractions of all ``n`` examples, in [0, 1].
 
     Attributes:
         n: the number of examples.
         natural: accuracy without an attack.
         robust: accuracy under each attack, by name, in the order given; with ``skip_broken``, under
-            it and all attacks before it.
-        worst_case: share of the examples that no attack broke.
-        broken_by: array of str, what broke each example first: "natural", an attack's name,
-            "NAME/PART" if that attack has parts, or "" if nothing did.
-        labels, predictions: int64, each example's class and what the model predicts without an
+            this and all previous attacks.
+        worst_case: fraction of the examples that no attack broke.
+        broken_by: array of str: the attack that broke each example first ("NAME/PART" if the attack
+            has parts), "natural" if the model is wrong without an attack, or "" if none did.
+        labels, predictions: int64, each example's class, and the model's prediction without an
             attack.
         records: a :class:`Record` for each attack, by name, and for each part, as "NAME/PART".
-        warnings: what makes these numbers doubtful; empty if nothing was found.
-        skip_broken: whether attacks were spared the examples broken before.
+        warnings: reasons to doubt these numbers; empty if none were found.
+        skip_broken: whether attacks skipped the examples that previous attacks had broken.
     """
 
     n: int
@@ -101,11 +101,11 @@ class Evaluation:
     skip_broken: bool
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
-        """The Wilson score interval of an accuracy, the examples being a sample.
+        """The Wilson score interval of an accuracy, with the examples as a random sample.
 
         Args:
-            name: "natural", "worst_case" or an attack's.
-            level: the confidence, between 0 and 1.
+            name: "natural", "worst_case" or the name of an attack.
+            level: the confidence level, between 0 and 1.
 
         Raises:
             KeyError: there is no such accuracy.
@@ -123,11 +123,11 @@ class Evaluation:
             raise ValueError(f"level must be between 0 and 1, got {level!r}")
         accuracies = {NATURAL: self.natural, "worst_case": self.worst_case, **self.robust}
         if name not in accuracies:
-            raise KeyError(f"there is no accuracy {name!r}, only {', '.join(accuracies)}")
+            raise KeyError(f"there is no accuracy {name!r}; choose one of {', '.join(accuracies)}")
         return wilson(accuracies[name], self.n, level)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the examples' records, for ``json.dump``."""
+        """Everything except for the records of examples, for ``json.dump``."""
         import numpy as np
 
         names = [NATURAL, *self.robust, "worst_case"]
@@ -148,7 +148,7 @@ class Evaluation:
 
 
 def wilson(share: float, n: int, level: float) -> tuple[float, float]:
-    """The score interval of a binomial share (Wilson, 1927), which holds near 0 and 1, too."""
+    """The score interval of a proportion (Wilson, 1927), which is also valid near 0 and 1."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     center = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -159,7 +159,7 @@ def wilson(share: float, n: int, level: float) -> tuple[float, float]:
 
 
 def attack_of(part: str) -> str:
-    """The attack that a part belongs to: the NAME of "NAME/PART"; of an attack itself its name."""
+    """The attack that a part belongs to: NAME for "NAME/PART"; an attack's own name unchanged."""
     return part.partition("/")[0]
 
 
@@ -170,12 +170,12 @@ def summarize(
     *,
     skip_broken: bool,
 ) -> Evaluation:
-    """The result of an evaluation, before anything is found to be doubtful.
+    """The result of an evaluation, without warnings.
 
     Args:
-        labels: of each batch.
-        outcomes: of each batch, by name, with those of ``NATURAL``.
-        parts: the names of the attacks, or of their parts, in their order.
+        labels: the labels of each batch.
+        outcomes: the outcomes of each batch, by name, including ``NATURAL``.
+        parts: the names of the attacks, or of their parts, in order.
         skip_broken: see :class:`Evaluation`.
     """
     import numpy as np
@@ -233,7 +233,7 @@ def _record(sizes: Sequence[int], outcomes: Sequence[Outcome]) -> Record:
 
 
 def _merged(parts: Sequence[Record]) -> Record:
-    """The record of an attack whose parts each ran on what the parts before did not break."""
+    """The record of an attack, each of whose parts skipped what previous parts had broken."""
     if len(parts) == 1:
         return parts[0]
     attacked, fooled, prediction, loss = (
@@ -250,6 +250,6 @@ def _merged(parts: Sequence[Record]) -> Record:
 
 
 def _share(passes: Sequence[float | None], attacked: int) -> float | None:
-    """Passes for each attacked example; None if some could not be counted."""
+    """Passes per attacked example; None if some could not be counted."""
     counted = [count for count in passes if count is not None]
     return sum(counted) / max(1, attacked) if len(counted) == len(passes) else None

@@ -1,10 +1,10 @@
-"""Robust accuracy of any classifier under any list of attacks.
+"""Robust accuracy of any classifier under any attacks.
 
     r = evaluate(model, loader, {"fgsm": FGSM(), "pgd20": PGD(steps=20), "aa": AutoAttack()})
     r.natural, r.robust["pgd20"], r.worst_case, r.interval("aa"), r.broken_by, r.warnings
 
-Attacks run on the images that the model gets right: an image that is misclassified without any
-perturbation is broken under every attack.
+Attacks run on correctly classified images: an image that is misclassified without an attack counts
+as broken by every attack.
 """
 
 from __future__ import annotations
@@ -58,43 +58,44 @@ def evaluate(
 ) -> Evaluation:
     """Measure the accuracy without an attack, under each attack, and under the worst of them.
 
-    One batch is in memory at a time. Every attack on every batch has its own seed, so that results
-    do not depend on the other attacks, and a resumed evaluation gives the same result as one that
-    was never interrupted. torch's generators are restored.
+    One batch is in memory at a time. Each attack on each batch has its own seed, so results do not
+    depend on the other attacks, and a resumed evaluation gives the same result as an uninterrupted
+    one. torch's generators are restored.
 
     Args:
         model: maps inputs to logits (N, C); normalization is one of its layers. A module is put in
-            eval mode for the evaluation, and restored.
-        data: batches (x, y), as a DataLoader gives them; one pair (x, y); or a torch Dataset of
-            examples. x: floating point, shape (N, ...), in the range that the attacks' ``clip``
-            names; y: class indices from 0, shape (N,). Both are tensors or numpy arrays.
-        attacks: by name, in the order in which they run. Attacks of this package, or any function
-            ``(model, x, y) -> x_adv``. What an attack of this package returns counts only inside
-            its ball and its box.
-        batch_size: cut the data into batches of this size; None takes batches as they come, and a
-            pair or a Dataset 128 at a time.
-        device: where to compute; the model must be there. None: where its first parameter is.
-        logits: picks the logits out of what the model returns, such as ``lambda out: out.logits``;
-            None if it returns them.
+            eval mode, and its mode is restored afterwards.
+        data: batches (x, y), as from a DataLoader; one pair (x, y); or a torch Dataset of examples.
+            x: floating point, shape (N, ...), in the range of the attacks' ``clip``; y: class
+            indices from 0, shape (N,). Both are tensors or numpy arrays.
+        attacks: attacks by name, in the order in which they run: attacks of this package, or any
+            functions ``(model, x, y) -> x_adv``. For attacks of this package, only adversarial
+            examples inside the ball and the box count.
+        batch_size: cut the data into batches of this size; None keeps given batches, and cuts a
+            pair or a Dataset into batches of 128.
+        device: the device to compute on, which must hold the model; None uses the device of its
+            first parameter.
+        logits: gets the logits from the model's output, such as ``lambda out: out.logits``; None if
+            the output is the logits.
         progress: show a progress bar on a terminal, if rich is installed.
-        skip_broken: spare an attack the examples that an earlier one broke. The worst case is known
-            sooner, and is the same except for chance: a random start depends on what else is in
-            the batch. ``robust`` then falls from attack to attack.
-        seed: of all attacks; None leaves torch's generators alone, and results to chance.
-        state: a file that keeps every attack's outcome on every batch. The same call resumes an
-            evaluation that was interrupted.
-        key: a name of your own for everything that ``state`` cannot identify by itself: functions,
-            as models, attacks or ``logits``, and attacks of your own that are no dataclasses of
-            plain settings. Choose another key whenever their code changes.
+        skip_broken: run each attack only on examples that no previous attack has broken. This is
+            faster, and gives the same worst case up to random starts, which depend on the other
+            examples in the batch. ``robust`` then decreases from attack to attack.
+        seed: the seed of all attacks; None uses torch's generators without seeding them.
+        state: a file that saves the outcome of every attack on every batch. The same call resumes
+            an interrupted evaluation.
+        key: a name for everything that ``state`` cannot identify by itself: functions used as
+            model, attacks or ``logits``, and custom attacks that are not dataclasses of plain
+            settings. Choose another key whenever their code changes.
         checks: look for signs that the result is too good to be true
-            (:mod:`awp_optim.evaluation.diagnostics`), for about 60 passes over the first 64 images.
-            Each is also issued as an :class:`EvaluationWarning`.
+            (:mod:`awp_optim.evaluation.diagnostics`), with about 60 passes over the first 64
+            images. Each finding is also issued as an :class:`EvaluationWarning`.
 
     Raises:
-        TypeError: data, labels or attacks are of another type.
-        ValueError: there is no data; shapes do not fit; a label is not among the model's classes;
-            an attack's name is taken; ``state`` is of another evaluation, model or data, or needs a
-            ``key``.
+        TypeError: data, labels or attacks are of the wrong type.
+        ValueError: there is no data; shapes do not match; a label is not among the model's classes;
+            an attack's name is reserved; ``state`` belongs to another evaluation, model or data, or
+            needs a ``key``.
         OSError: ``state`` cannot be read or written.
         ImportError: numpy is not installed.
 
@@ -140,7 +141,7 @@ def evaluate(
 
 
 _Parts = dict[str, Callable[..., Tensor]]
-"""Attacks by name; one that consists of parts is replaced by these, as "NAME/PART"."""
+"""Attacks by name; an attack that has parts is replaced by them, as "NAME/PART"."""
 
 
 def _split(attacks: Mapping[str, Callable[..., Tensor]]) -> _Parts:
@@ -151,7 +152,7 @@ def _split(attacks: Mapping[str, Callable[..., Tensor]]) -> _Parts:
         if not isinstance(name, str):
             raise TypeError(f"an attack's name must be a str, got {describe(name)}")
         if name in (NATURAL, "worst_case", "") or "/" in name:
-            raise ValueError(f"an attack cannot be called {name!r}: choose another name")
+            raise ValueError(f"an attack cannot be named {name!r}: choose another name")
         check_attack(f"attack {name!r}", attack)
         if hasattr(attack, "parts"):
             parts |= {f"{name}/{part}": function for part, function in attack.parts().items()}
@@ -161,7 +162,7 @@ def _split(attacks: Mapping[str, Callable[..., Tensor]]) -> _Parts:
 
 
 def _box(parts: _Parts) -> tuple[float, float]:
-    """The box of valid inputs, as the first attack that has one names it."""
+    """The box of valid inputs, from the first attack that has one."""
     clips = (getattr(unwrap(attack), "clip", None) for attack in parts.values())
     return next((clip for clip in clips if clip is not None), (0.0, 1.0))
 
@@ -177,17 +178,17 @@ def _identities(model: object, logits: object, parts: _Parts, key: str | None) -
 
 
 class _Tally:
-    """How many examples stand after each attack so far, shown on the progress bar."""
+    """How many examples each attack has left unbroken so far, shown on the progress bar."""
 
     def __init__(self, advance: Callable[[str], None]) -> None:
         self._advance = advance
-        self._stood: Counter[str] = Counter()
+        self._robust: Counter[str] = Counter()
         self._seen: Counter[str] = Counter()
 
-    def add(self, name: str, standing: Tensor) -> None:
-        self._stood[name] += int(standing.sum())
-        self._seen[name] += len(standing)
-        self._advance(f"{name}: {self._stood[name]} of {self._seen[name]} stand")
+    def add(self, name: str, unbroken: Tensor) -> None:
+        self._robust[name] += int(unbroken.sum())
+        self._seen[name] += len(unbroken)
+        self._advance(f"{name}: {self._robust[name]} of {self._seen[name]} robust")
 
 
 def _attack(
@@ -198,17 +199,18 @@ def _attack(
     *,
     skip_broken: bool,
 ) -> None:
-    """Run each attack on the examples of a batch that are still classified right.
+    """Run each attack on the examples of a batch that are still classified correctly.
 
-    That is after the attack's own earlier parts; with ``skip_broken`` after all before it.
+    Examples broken by previous parts of the attack (by all previous ones with ``skip_broken``) are
+    left out.
     """
     outcomes = journal.batches[-1]
     n = len(batch.y)
     right = ~outcomes[NATURAL].fooled_rows(n)
-    standing: defaultdict[str, Tensor] = defaultdict(right.clone)
+    remaining: defaultdict[str, Tensor] = defaultdict(right.clone)
     for name, attack in parts.items():
-        still = standing["" if skip_broken else attack_of(name)]
+        unbroken = remaining["" if skip_broken else attack_of(name)]
         if name not in outcomes:
-            journal.note(name, batch.attack(name, attack, still.nonzero().flatten()))
-        still &= ~outcomes[name].fooled_rows(n)
-        tally.add(name, still)
+            journal.note(name, batch.attack(name, attack, unbroken.nonzero().flatten()))
+        unbroken &= ~outcomes[name].fooled_rows(n)
+        tally.add(name, unbroken)

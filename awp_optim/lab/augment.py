@@ -13,11 +13,7 @@ from torch.nn import functional as F
 
 
 def random_crop_flip(
-    x: Tensor,
-    padding: int = 4,
-    *,
-    flip: bool = True,
-    generator: torch.Generator | None = None,
+    x: Tensor, padding: int = 4, generator: torch.Generator | None = None
 ) -> Tensor:
     """Pad each image with zeros, crop it at a random offset, and mirror half of the images.
 
@@ -27,7 +23,6 @@ def random_crop_flip(
     Args:
         x: Images, any dtype, shape (N, C, H, W). Zero is black for images in [0, 255] or [0, 1].
         padding: Pixels of padding on each side; 0 means no crop.
-        flip: Whether images are mirrored.
         generator: Source of the random numbers; on the device of ``x`` it saves a copy.
 
     Returns:
@@ -43,10 +38,9 @@ def random_crop_flip(
     n = len(x)
     device = x.device if generator is None else generator.device
     offset = torch.randint(2 * padding + 1, (2, n), generator=generator, device=device)
-    # Drawn even if unused, so that later random numbers do not depend on `flip`.
     mirror = torch.randint(2, (n,), generator=generator, device=device) == 1
     top, left = offset.to(x.device, non_blocking=True)
-    return crop_flip(x, top, left, mirror.to(x.device, non_blocking=True) & flip, padding)
+    return crop_flip(x, top, left, mirror.to(x.device, non_blocking=True), padding)
 
 
 def crop_flip(x: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: int) -> Tensor:

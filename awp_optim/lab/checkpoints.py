@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from awp_optim import AWP
 from awp_optim.lab.ema import MovingAverage
 from awp_optim.lab.run_folder import Row
+from awp_optim.lab.weights import load_checkpoint
 
-__all__ = ["EpochProgress", "RunState", "bad_checkpoint", "load_checkpoint"]
+__all__ = ["EpochProgress", "RunState", "bad_checkpoint", "load_last"]
 
 
 @dataclass
 class EpochProgress:
-    """How far an epoch has got. The sums are on the device, where they can be added to unread.
+    """Progress within an epoch. Its sums stay on the device, so that no step waits for them.
 
     Attributes:
         order: indices of the epoch's images, shape (images,).
@@ -29,7 +29,7 @@ class EpochProgress:
         correct: how many of these images were classified correctly, a scalar.
         bad_step: the first step whose loss was not finite, a scalar; inf if there was none.
         step: steps done.
-        seconds: that the steps took.
+        seconds: the time that these steps took.
     """
 
     order: Tensor
@@ -85,8 +85,6 @@ class RunState:
             "random": self._random_states(),
             "device": self.device.type,
         }
-        if self.rows:
-            state["row"] = self.rows[-1]
         if self.average:
             state["ema"] = self.average.state_dict()
         if self.epoch:
@@ -99,8 +97,6 @@ class RunState:
         Raises:
             Exception: ``saved`` is not the state of this run; some of it may have been restored.
         """
-        for problem in _none_parts(saved, self.state_dict()):
-            raise ValueError(problem)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
@@ -139,19 +135,7 @@ class RunState:
             torch.cuda.set_rng_state(states[-1], self.device)
 
 
-def _none_parts(saved: Any, expected: Any, path: str = "the checkpoint") -> Iterator[str]:
-    """The parts of ``saved`` that are None where ``expected`` has something."""
-    if saved is None and expected is not None:
-        yield f"{path} is None"
-    elif isinstance(expected, dict):
-        for name in saved.keys() & expected.keys():
-            yield from _none_parts(saved[name], expected[name], f"{path}[{name!r}]")
-    elif isinstance(expected, list):
-        for i, (part, value) in enumerate(zip(saved, expected, strict=False)):
-            yield from _none_parts(part, value, f"{path}[{i}]")
-
-
-def load_checkpoint(file: Path, device: torch.device) -> dict[str, Any]:
+def load_last(file: Path, device: torch.device) -> dict[str, Any]:
     """The content of a ``last.pt``, with its tensors on the device.
 
     Raises:
@@ -159,15 +143,10 @@ def load_checkpoint(file: Path, device: torch.device) -> dict[str, Any]:
         ValueError: it is damaged, or no checkpoint of a run.
     """
     try:
-        saved = torch.load(file, map_location=device, weights_only=True)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except pickle.UnpicklingError as error:  # whose text advises to load it without protection
-        raise bad_checkpoint(file, "it holds more than tensors and plain data") from error
-    except Exception as error:  # whatever the damage led to
-        raise bad_checkpoint(file, f"{type(error).__name__}: {error}") from error
-    needed = {"model", "optimizer", "rows", "config"}
-    if not isinstance(saved, dict) or any(saved.get(name) is None for name in needed):
+        saved = load_checkpoint(file, device)
+    except ValueError as error:
+        raise bad_checkpoint(file, str(error)) from error
+    if any(saved.get(name) is None for name in ("model", "optimizer", "rows", "config")):
         raise bad_checkpoint(file, "it holds something else")
     return saved
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -18,7 +18,7 @@ from awp_optim.attacks import PGD
 from awp_optim.lab.schedules import Schedule
 from awp_optim.objectives import AT, MART, TRADES, Objective
 
-__all__ = ["METHODS", "PRECISIONS", "REMOVED", "THREATS", "Config", "Threat"]
+__all__ = ["METHODS", "PRECISIONS", "THREATS", "Config"]
 
 Method = Literal["at", "trades", "mart", "rst", "pretrain"]
 Activation = Literal[
@@ -32,50 +32,22 @@ PRECISIONS: dict[Precision, torch.dtype | None] = {"float32": None, "bfloat16": 
 """Autocast's dtype by name; weights and optimizer state are float32 either way."""
 
 
-@dataclass(frozen=True)
-class Threat:
-    """What the attacker may do, in the units of images in [0, 1]."""
-
-    norm: Literal["linf", "l2"]
-    eps: float
-    step_size: float
-
-
-THREATS = {
-    "linf": Threat("linf", 8 / 255, 2 / 255),
-    "l2": Threat("l2", 128 / 255, 15 / 255),
+THREATS: dict[str, dict[str, Any]] = {
+    "linf": {"norm": "linf", "eps": 8 / 255, "step_size": 2 / 255},
+    "l2": {"norm": "l2", "eps": 128 / 255, "step_size": 15 / 255},
 }
-"""The paper's threat models for CIFAR-10 (Section 4.4)."""
+"""The paper's threat models for CIFAR-10 (Section 4.4), for images in [0, 1]."""
 
-_RANGES: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
-    (
-        "finite and >= 0",
-        lambda value: 0 <= value < math.inf,
-        ("beta", "gamma", "lr", "weight_decay", "l1", "l2", "mixup"),
-    ),
-    ("in [0, 1)", lambda value: 0 <= value < 1, ("momentum", "ema", "label_smoothing")),
-    ("in (0, 1)", lambda value: 0 < value < 1, ("unlabeled_share",)),
-    (
-        "at least 0",
-        lambda value: value >= 0,
-        ("awp_start", "epoch_images", "cutout", "save_every", "patience"),
-    ),
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        (
-            "ascent_steps",
-            "alternations",
-            "epochs",
-            "batch_size",
-            "train_eval",
-            "eval_every",
-            "val_images",
-        ),
-    ),
-    ("between -2**63 and 2**63", lambda value: -(2**63) < value < 2**63, ("seed",)),
-)
-"""What a number must be, the check, and the fields it holds for."""
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "beta gamma lr weight_decay l1 l2 mixup": ("finite and >= 0", lambda v: 0 <= v < math.inf),
+    "momentum ema label_smoothing": ("in [0, 1)", lambda v: 0 <= v < 1),
+    "unlabeled_share": ("in (0, 1)", lambda v: 0 < v < 1),
+    "awp_start epoch_images cutout save_every patience": ("at least 0", lambda v: v >= 0),
+    "ascent_steps alternations epochs batch_size": ("at least 1", lambda v: v >= 1),
+    "train_eval eval_every val_images": ("at least 1", lambda v: v >= 1),
+    "seed": ("between -2**63 and 2**63", lambda v: -(2**63) < v < 2**63),
+}
+"""What a number must be, and the check, by the names of the fields it holds for."""
 REMOVED: dict[str, Any] = {"interval": 1}
 """Settings of earlier versions, and the value that meant what all runs do now."""
 
@@ -172,12 +144,17 @@ class Config:
     def __post_init__(self) -> None:
         for name, options in _CHOICES.items():
             check_choice(name, getattr(self, name), options)
-        for what, holds, names in _RANGES:
-            for name in names:
+        for names, (what, holds) in _RANGES.items():
+            for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
         if self.mixup and self.batch_size < 2:
             raise ValueError("mixup needs pairs: a batch_size of 2 or more")
+
+    @staticmethod
+    def complete(saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Saved settings, with the default of each setting that is newer than they are."""
+        return {**REMOVED, **asdict(Config()), **saved}
 
     @classmethod
     def from_saved(cls, settings: Mapping[str, Any]) -> Config:

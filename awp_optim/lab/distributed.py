@@ -32,8 +32,8 @@ T = TypeVar("T")
 class TrainingRanks(Ranks):
     """The processes that share every batch.
 
-    The group must serve the CPU beside the device, as :func:`~awp_optim.lab.job.job`'s does: what
-    the hosts agree on must not wait for a GPU.
+    The group needs a CPU backend beside the device's, as in :func:`~awp_optim.lab.job.job`, so that
+    the hosts can communicate without waiting for a GPU.
 
     Attributes:
         rank, world: which of the processes this is, and how many there are.

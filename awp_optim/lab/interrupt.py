@@ -27,7 +27,7 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """What a shell reports of a program ended by the signal: 130 or 143; 0 without one."""
+        """A shell's exit status for a program that the signal ended, 130 or 143; 0 without one."""
         return 0 if self.signal is None else 128 + self.signal
 
 
@@ -68,7 +68,7 @@ def graceful_stop(
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is signal.SIG_IGN:
-                continue  # as a shell does for a background job, which must not hear a Ctrl-C
+                continue  # a shell ignores Ctrl-C this way for a background job
             previous[number] = signal.signal(number, note)
     except ValueError:  # not the main thread
         previous.clear()

@@ -84,7 +84,7 @@ class Job(TrainingRanks):
         return answer  # type: ignore[no-any-return]
 
     def report(self, text: str, *, is_consequence: bool) -> None:
-        """Write why the program ends to standard error, once however many ranks say the same.
+        """Write to standard error why the program ends, once for all ranks that report the same.
 
         Args:
             text: what to write.
@@ -103,7 +103,7 @@ class Job(TrainingRanks):
         sys.stderr.flush()
 
     def missing_ranks(self) -> list[int]:
-        """The ranks that do not call this within a second of each other."""
+        """The ranks that do not call this within a second."""
         with suppress(Exception):  # the store may be gone, too
             self.store.add(f"here/{self.rank}", 1)
             time.sleep(1)
@@ -116,7 +116,7 @@ _joined: Job | None = None
 
 @contextmanager
 def job() -> Iterator[Job]:
-    """Join the processes that torchrun started, for the main function of a program; or be alone.
+    """Join the processes that torchrun started, if it started this one.
 
     Inside, all ranks but the first are silent. A ``sys.exit("why")`` inside is reported once,
     however many ranks end by it. The ranks end together, since torchrun ends all when one is gone.
@@ -148,7 +148,7 @@ def _silence() -> Iterator[None]:
 
 
 def _wait_for_all(ranks: Job) -> None:
-    with suppress(Exception):  # one has ended by an error of its own
+    with suppress(Exception):  # another rank may have ended with an error
         ranks.gather(None)
 
 

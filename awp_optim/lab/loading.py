@@ -8,13 +8,14 @@ import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from awp_optim.lab.models import Normalize, build_model
-from awp_optim.lab.weights import initialize, load_checkpoint, load_weights
+from awp_optim.lab.weights import initialize, load_checkpoint, state_dict_of
 
 __all__ = ["from_checkpoint", "from_function", "from_robustbench", "normalized", "settings_of"]
 
@@ -22,11 +23,13 @@ __all__ = ["from_checkpoint", "from_function", "from_robustbench", "normalized",
 def settings_of(file: str | os.PathLike[str]) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint; empty if the file does not hold them.
 
-    Raises:
-        OSError: As :func:`~awp_optim.lab.weights.load_checkpoint`.
-        ValueError: As :func:`~awp_optim.lab.weights.load_checkpoint`.
+    The errors are those of :func:`~awp_optim.lab.weights.load_checkpoint`.
     """
-    config = load_checkpoint(file).get("config")
+    return _settings(load_checkpoint(file))
+
+
+def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    config = content.get("config")
     return config if isinstance(config, dict) else {}
 
 
@@ -61,12 +64,13 @@ def from_checkpoint(
         ValueError: The file cannot be read, does not name its network or does not fit it; or a
             normalization was given for weights that have one, or only half of one.
     """
-    config = settings_of(file)
+    content = load_checkpoint(file)
+    config = _settings(content)
     arch = arch or config.get("arch")
     if arch is None:
         raise ValueError(f"{file} does not name its network: give --arch")
     arch = _our_name(arch)
-    weights = load_weights(file, ema=ema)
+    weights = state_dict_of(content, file, ema=ema)
     settings: dict[str, Any] = {}
     if "activation" in config:
         settings["activation"] = config["activation"]
@@ -173,12 +177,8 @@ def from_robustbench(
         ValueError: It has no such model.
         RuntimeError: It could not download or read the model.
     """
-    try:
-        from robustbench.utils import load_model
-    except ImportError as error:
-        raise ImportError(
-            f"--robustbench cannot import RobustBench ({error}): pip install robustbench"
-        ) from error
+    from robustbench.utils import load_model
+
     threat = {"linf": "Linf", "l2": "L2"}.get(norm, norm)
     try:
         model: nn.Module = load_model(
@@ -196,6 +196,10 @@ def from_robustbench(
         raise RuntimeError(
             f"RobustBench could not load {name} into {folder}: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        for path in (f"{folder}/{dataset}/{threat}", f"{folder}/{dataset}", folder):
+            with suppress(OSError):  # RobustBench makes them before it downloads
+                os.rmdir(path)
     return model.eval()
 
 

@@ -18,8 +18,8 @@ __all__ = ["FolderLock"]
 class FolderLock:
     """An exclusive lock on a folder, held until :meth:`release` or the end of the process.
 
-    It is a lock on the open file ``.lock``, so a process that is killed may leave the file behind
-    but never the lock. Where the file system has no locks, nothing is locked.
+    The lock is on the open file ``.lock``, so a killed process may leave the file behind but never
+    the lock. On a file system without locks nothing is locked.
 
     Raises:
         BlockingIOError: another process holds the lock; the message says which.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
 
 from rich.console import Console
 from rich.progress import (
@@ -16,9 +15,6 @@ from rich.progress import (
 )
 
 __all__ = ["StepBar", "SweepBars", "step_bars"]
-
-MANY = 8
-"""With more runs than these, the bars of those that wait and of those that are over are hidden."""
 
 
 def step_bars(console: Console | None = None) -> Progress:
@@ -56,55 +52,52 @@ class StepBar:
 
 
 class SweepBars:
-    """A bar for each run; with many runs, a bar for all and those of the runs that are running.
+    """A bar for each run that is running, below one for all of them.
 
     Args:
         progress: the display.
-        names: of the runs to do.
-        runs: how many there are with those done before.
+        todo: how many runs there are to do.
+        runs: how many there are, including those done before.
 
     Attributes:
         running: the runs that have begun and have not finished.
     """
 
-    def __init__(self, progress: Progress, names: Iterable[str], runs: int) -> None:
-        names = list(names)
-        self._progress = progress
-        self._runs = runs
-        self._finished = runs - len(names)
-        self._many = len(names) > MANY
-        self._all = progress.add_task("", total=None, visible=self._many)
-        self._bars = {
-            name: progress.add_task(name, total=None, visible=not self._many) for name in names
-        }
+    def __init__(self, progress: Progress, todo: int, runs: int) -> None:
+        self._progress, self._todo, self._runs = progress, todo, runs
+        self._finished = runs - todo
+        self._all = progress.add_task("", total=None)
+        self._bars: dict[str, TaskID] = {}
         self._steps: dict[str, tuple[int, int]] = {}  # done and to do, of those that have begun
-        self.running: list[str] = []
         self._update_all()
+
+    @property
+    def running(self) -> list[str]:
+        return list(self._bars)
 
     def update(self, name: str, done: int, steps: int) -> None:
         """Show how far a run is; ``steps`` is 0 as long as it is not known."""
-        if name not in self.running:
-            self.running.append(name)
+        if name not in self._bars:
+            self._bars[name] = self._progress.add_task(name)
         if steps:
             self._steps[name] = done, steps
-        self._progress.update(self._bars[name], completed=done, total=steps or None, visible=True)
+        self._progress.update(self._bars[name], completed=done, total=steps or None)
         self._update_all()
 
     def finish(self, name: str) -> None:
-        """Count a run as finished."""
+        """Count a run as finished, and remove its bar."""
         self._finished += 1
-        if name in self.running:
-            self.running.remove(name)
-        self._progress.update(self._bars[name], visible=not self._many)
+        if name in self._bars:
+            self._progress.remove_task(self._bars.pop(name))
         self._update_all()
 
     def _update_all(self) -> None:
         steps = self._steps.values()
-        # Runs that have not begun count as the others on average.
+        # A run that has not begun is taken to have as many steps as the others on average.
         each = statistics.mean(total for _, total in steps) if steps else 0
         self._progress.update(
             self._all,
             description=f"{self._finished} of {self._runs} runs",
             completed=sum(done for done, _ in steps),
-            total=each * len(self._bars) or None,
+            total=each * self._todo or None,
         )

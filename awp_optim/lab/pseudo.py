@@ -7,8 +7,8 @@ images that have no labels; these are then trained on beside the labeled ones.
     labeled = pseudo_label(classifier, images)
     labeled = load_pseudo_labeled("ti_500K.npz")
 
-The second are the 500,000 images of TinyImages that they published for CIFAR-10, after
-:mod:`awp_optim.lab.tinyimages` has converted them once.
+The file holds the 500,000 images of TinyImages that they published for CIFAR-10, converted once by
+:mod:`awp_optim.lab.tinyimages`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from awp_optim._utils.batches import device_of
 from awp_optim._utils.io import atomic_write
 from awp_optim.attacks.base import Model, in_mode
 from awp_optim.lab.data import ImageData
@@ -81,7 +81,7 @@ class PseudoLabeled:
             )
 
 
-# --- By a classifier --------------------------------------------------------------------------
+# --- From a classifier --------------------------------------------------------------------------
 
 
 def pseudo_label(model: Model, x: Tensor, batch_size: int = 512) -> PseudoLabeled:
@@ -119,7 +119,7 @@ def classify(
         raise ValueError("there are no images to label")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    device = _device_of(model, x.device)
+    device = device_of(model, None) or x.device
     batches = torch.split(x, batch_size)
     y, confidence = [], []
     with in_mode(model, "eval"):
@@ -137,10 +137,8 @@ def confident(confidence: Tensor, least: float) -> Tensor:
     """Which confidences are at least ``least``, as booleans.
 
     Raises:
-        ValueError: ``least`` is not in [0, 1], or all confidences are lower.
+        ValueError: all confidences are lower.
     """
-    if not 0 <= least <= 1:
-        raise ValueError(f"the least confidence must be in [0, 1], not {least}")
     kept = confidence >= least
     if not kept.any():
         raise ValueError(
@@ -148,13 +146,6 @@ def confident(confidence: Tensor, least: float) -> Tensor:
             f"{float(confidence.max()):.4g}; choose a lower one"
         )
     return kept
-
-
-def _device_of(model: Model, default: torch.device) -> torch.device:
-    if not isinstance(model, nn.Module):
-        return default
-    own = next(chain(model.parameters(), model.buffers()), None)
-    return default if own is None else own.device
 
 
 def _check_logits(logits: object, n: int, first: int) -> None:
@@ -182,7 +173,7 @@ LABELS = ("y", "label")
 
 
 def load_pseudo_labeled(file: str | os.PathLike[str]) -> PseudoLabeled:
-    """Images and their pseudo-labels out of a file, as :func:`load_images` reads it.
+    """Images and their pseudo-labels from a file, as :func:`load_images` reads it.
 
     Raises:
         OSError: There is no such file, or it cannot be opened.
@@ -191,14 +182,14 @@ def load_pseudo_labeled(file: str | os.PathLike[str]) -> PseudoLabeled:
     x, y = load_images(file)
     if y is None:
         raise ValueError(
-            f"{file} has no labels, {' or '.join(LABELS)}; examples/pseudo_label.py makes them by "
+            f"{file} has no labels, {' or '.join(LABELS)}; awp pseudo-label makes them with "
             "a classifier"
         )
     return PseudoLabeled(x, y)
 
 
 def load_images(file: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
-    """Images out of a file, and their labels if it has any.
+    """Images from a file, and their labels if it has any.
 
     The file is an ``.npz`` file with ``x``, ``image``, ``data`` or a single array, and with ``y``
     or ``label`` for the labels; or an ``.npy`` file. Images are uint8, (N, H, W, C) or

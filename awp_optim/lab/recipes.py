@@ -48,7 +48,7 @@ class Recipe:
         table: the paper's table that has it.
         paper: the results there, accuracies on the test set in %: "best" and "last" robust accuracy
             under PGD-20 (means of five runs), or by attack at the best checkpoint.
-        needs: the option that it cannot do without, if there is one, and what to give there.
+        needs: the option that the run requires, if any, and what to give there.
     """
 
     config: Config
@@ -59,14 +59,14 @@ class Recipe:
 
 
 _LINF = Config()
-_L2 = replace(_LINF, **vars(THREATS["l2"]))
+_L2 = replace(_LINF, **THREATS["l2"])
 _SVHN = replace(_LINF, lr=0.01, step_size=1 / 255)
 _SVHN_L2 = replace(_L2, lr=0.01)
 _WITH_DATA: dict[str, dict[str, Any]] = {
     "rst": {"method": "rst", "batch_size": 256, "unlabeled_share": 0.5},
     "pretrain": {"method": "pretrain", "epochs": 50, "lr": 0.001, "schedule": "cosine"},
 }
-"""What changes with additional data, beside the network."""
+"""Settings of runs with additional data, apart from the network."""
 _WRN34 = replace(_LINF, arch="wide_resnet34_10")
 _WRN28 = replace(_LINF, arch="wide_resnet28_10")
 _RST = replace(_WRN28, **_WITH_DATA["rst"])

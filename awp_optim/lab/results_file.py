@@ -1,4 +1,4 @@
-"""A JSON file of finished runs that grows: what a sweep has done, and does not do again."""
+"""A JSON file of the finished runs of a sweep, which are not trained again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from awp_optim._utils.io import atomic_write
-from awp_optim.lab.config import REMOVED, Config
+from awp_optim._utils.io import write_text
+from awp_optim.lab.config import Config
 from awp_optim.lab.run_folder import Row
 
 __all__ = ["ResultsFile"]
@@ -20,11 +20,11 @@ class ResultsFile:
 
     Args:
         path: the file, made if needed; None keeps nothing.
-        about: what else decides the runs (the data), kept with each and compared.
+        about: what else determines the runs (the data), kept with each and compared.
 
     Raises:
         OSError: it cannot be read, or its folder not be made.
-        ValueError: it is damaged, or something else.
+        ValueError: it is damaged, or not such a file.
     """
 
     def __init__(self, path: Path | str | None, about: Mapping[str, Any]) -> None:
@@ -38,15 +38,14 @@ class ResultsFile:
 
     def find(self, config: Config) -> list[Row] | None:
         """The rows of the run with these settings, if there is one."""
-        wanted = {**REMOVED, **self._settings(config)}
+        wanted = Config.complete(self._settings(config))
         for run in self._runs:
-            # A file may be older than a setting, or than its removal: both at the default.
-            if {**REMOVED, **asdict(Config()), **run["config"]} == wanted:
+            if Config.complete(run["config"]) == wanted:
                 return [dict(row) for row in run["rows"]]
         return None
 
     def add(self, name: str, config: Config, rows: list[Row]) -> None:
-        """Write the file with one run more, completely or not at all.
+        """Add a run to the file, which is written completely or not at all.
 
         Raises:
             OSError: it cannot be written; it is unchanged.
@@ -55,15 +54,7 @@ class ResultsFile:
             return
         self._runs.append({"name": name, "config": self._settings(config), "rows": rows})
         # A line for each run, which a diff can tell apart.
-        text = '{"runs": [\n' + ",\n".join(map(json.dumps, self._runs)) + "\n]}\n"
-        try:
-            with atomic_write(self._path) as file:
-                file.write(text.encode())
-        except OSError as error:
-            raise OSError(
-                f"{self._path} could not be written ({error.strerror}). It is unchanged, without "
-                f"{name!r}: make room, and start the sweep again"
-            ) from error
+        write_text(self._path, '{"runs": [\n' + ",\n".join(map(json.dumps, self._runs)) + "\n]}\n")
 
     def _settings(self, config: Config) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(json.dumps({**asdict(config), **self._about}))

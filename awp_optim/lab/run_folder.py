@@ -1,8 +1,8 @@
 """The files of a run: ``config.json``, ``metrics.csv``, ``best.pt``, ``last.pt``, ``tensorboard``.
 
 With ``save_every`` also ``epoch_0020.pt`` and so on, which hold the same as ``best.pt``. Each file
-is written under another name and renamed when it is complete, so that a run folder can be read, and
-its run resumed, at any moment.
+is written under another name and renamed when it is complete, so a run folder can be read, and its
+run resumed, at any moment.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from awp_optim._utils.io import atomic_write
-from awp_optim.lab.config import REMOVED, Config
+from awp_optim._utils.io import atomic_write, write_text
+from awp_optim.lab.config import Config
 from awp_optim.lab.lock import FolderLock
 from awp_optim.lab.tensorboard import TensorBoardLog
 
@@ -86,8 +86,8 @@ class RunFolder:
     Args:
         path: the folder; it is created if needed.
         config: the run's settings.
-        about: what else decides the run (the data set, the initial weights); it is kept in
-            ``config.json`` and compared when the run is resumed.
+        about: what else determines the run (the data set, the initial weights); ``config.json``
+            keeps it, and a run is resumed only with the same.
         resume: whether a run in the folder may be continued.
 
     Raises:
@@ -116,14 +116,14 @@ class RunFolder:
             raise
 
     def begin(self, rows: list[Row]) -> None:
-        """Write ``config.json``, and clear away what a killed run left half-written.
+        """Write ``config.json``, and remove what a killed run left half-written.
 
         Args:
-            rows: of the epochs done, which a kill may have kept from ``metrics.csv``.
+            rows: those of the finished epochs; a kill may have come before ``metrics.csv``.
         """
         for part in self.path.glob(".*.part"):
             part.unlink(missing_ok=True)
-        self._write("config.json", json.dumps(self._settings, indent=2).encode())
+        write_text(self.path / "config.json", json.dumps(self._settings, indent=2))
         if rows:
             self.save_metrics(rows)
 
@@ -134,12 +134,11 @@ class RunFolder:
 
     def check_settings(self, before: Mapping[str, Any]) -> None:
         """Raise ValueError unless a run with the settings ``before`` can be resumed with these."""
-        # A run older than a setting had what is now the default.
-        defaults = {"unlabeled_images": 0, "data": self._settings.get("data"), **asdict(Config())}
-        before = {**REMOVED, **defaults, **before}
+        newer = {"unlabeled_images": 0, "data": self._settings.get("data")}
+        before = Config.complete({**newer, **before})
         changes = [
-            f"{name} was {before.get(name)}, is {'no longer an option' if name in REMOVED else now}"
-            for name, now in {**REMOVED, **self._settings}.items()
+            f"{name} was {before.get(name)}, is {now}"
+            for name, now in Config.complete(self._settings).items()
             if before.get(name) != now
         ]
         if changes:
@@ -153,12 +152,13 @@ class RunFolder:
         # Through memory: on a full disk torch.save would say "unexpected pos".
         buffer = io.BytesIO()
         torch.save({**content, "config": self._settings}, buffer)
-        self._write(name, buffer.getbuffer())
+        with atomic_write(self.path / name) as file:
+            file.write(buffer.getbuffer())
 
     def save_metrics(self, rows: list[Row]) -> None:
         """Write ``metrics.csv``."""
         table = [COLUMNS, *([f"{row[c]:.6g}" if c in row else "" for c in COLUMNS] for row in rows)]
-        self._write("metrics.csv", "".join(",".join(line) + "\n" for line in table).encode())
+        write_text(self.path / "metrics.csv", "".join(",".join(line) + "\n" for line in table))
 
     def log(self, row: Row) -> None:
         """Add a row to TensorBoard's logs, if TensorBoard is installed."""
@@ -167,7 +167,7 @@ class RunFolder:
     def _check_config(self) -> None:
         """Raise ValueError if the folder holds another run, or a ``config.json`` of another kind.
 
-        A run that has only its settings yet has nothing to lose: its settings may change.
+        A run that has saved nothing but its settings may still change them.
         """
         file = self.path / "config.json"
         has_results = any((self.path / name).exists() for name in RESULTS)
@@ -188,13 +188,3 @@ class RunFolder:
             raise ValueError(f"{file} does not belong to a run: choose another folder")
         if has_results:
             self.check_settings(before)
-
-    def _write(self, name: str, content: bytes | memoryview) -> None:
-        try:
-            with atomic_write(self.path / name) as file:
-                file.write(content)
-        except OSError as error:
-            raise OSError(
-                f"{self.path / name} could not be written ({error.strerror}). The files of the run "
-                "are as they were: make room, and continue with --resume"
-            ) from error

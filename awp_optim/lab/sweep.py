@@ -34,7 +34,7 @@ Finished = Generator[tuple[str, list[Row]], None, None]
 Futures = dict[str, "Future[list[Row]]"]
 
 POLL = 0.05
-"""Seconds from one look at the runs to the next, and from one report of a run to the next."""
+"""Seconds between two polls of the runs, and between two reports of a run."""
 
 
 class RunFailed(RuntimeError):
@@ -51,17 +51,17 @@ def sweep(
     executor: Executor | None = None,
     console: Console | None = None,
 ) -> dict[str, list[Row]]:
-    """Train all of them, by default as many at a time as there are cores; equal ones once.
+    """Train all runs, by default as many at a time as there are cores, and equal ones only once.
 
     With a file, every finished run is written to it at once, and a run that it holds is not trained
-    again: an interrupted sweep continues. Runs with other settings in the file stay there.
+    again: an interrupted sweep continues. Runs with other settings stay in the file.
 
     Args:
         configs: the runs, by a name such as "AT-AWP, seed 1".
         train: trains one. Unless it runs in this process it is pickled: a function at the top level
             of a module or script, or a ``functools.partial`` of one.
         file: a JSON file, made if needed; None keeps nothing.
-        about: what else decides the runs (the data), kept with each and compared.
+        about: what else determines the runs (the data), kept with each and compared.
         workers: processes of this machine, which share its cores as threads; None for one a core.
             1 trains one run after another in this process with all its threads, as suits a GPU.
         executor: trains the runs instead, on whatever machines it has: dask's
@@ -77,17 +77,17 @@ def sweep(
         OSError: the file could not be read or written; what it held before is intact.
         RunFailed: a run failed. Those that had finished are in the file; others are ended, or, on
             an executor of the caller, cancelled if they have not begun.
-        ValueError: the file is damaged or something else, or ``workers`` is below 1.
+        ValueError: the file is damaged or not a sweep's, or ``workers`` is below 1.
     """
     if workers is not None:
         check_int("workers", workers, least=1)
     results = ResultsFile(file, about or {})
     found = {config: results.find(config) for config in configs.values()}
     todo = _todo(configs, found)
-    # By the number of all runs: a sweep that is continued gives each as many threads as before.
+    # Counted over all runs, so that a resumed sweep gives each run as many threads as before.
     workers = min(workers or _cores(), max(1, len(configs)))
     with step_bars(console) as progress:
-        bars = SweepBars(progress, todo, len(found))
+        bars = SweepBars(progress, len(todo), len(found))
         if executor is not None:
             runs = _collect(_submit(executor, todo, train))
         elif workers == 1:
@@ -112,14 +112,14 @@ def _todo(configs: Mapping[str, Config], found: Mapping[Config, object]) -> dict
 
 
 def _cores() -> int:
-    """Those that this process may use."""
+    """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _run(train: Train, name: str, config: Config, report: Report) -> list[Row]:
-    """One run, in any process."""
+    """One run, in this process or a worker."""
     report(0, 0)  # it has begun
     try:
         return train(config, report)
@@ -192,7 +192,7 @@ def _on_processes(
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes that are started inside ignore Ctrl-C; this one handles it, and ends them."""
+    """Let processes started inside ignore Ctrl-C: this process handles it, and ends them."""
     try:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     except ValueError:  # not the main thread, which alone gets a Ctrl-C

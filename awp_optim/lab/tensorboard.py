@@ -22,7 +22,7 @@ class TensorBoardLog:
         self._enabled = True
 
     def add(self, row: dict[str, float]) -> None:
-        """Log a row. Of an earlier run, what it logged from this epoch on is dropped."""
+        """Log a row. What an earlier run logged for this epoch and later ones is dropped."""
         if not self._enabled:
             return
         epoch = int(row["epoch"])

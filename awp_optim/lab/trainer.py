@@ -17,19 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim import AWP, AdversarialStep
-from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_checkpoint
+from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_last
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
 from awp_optim.lab.ema import MovingAverage
 from awp_optim.lab.evaluator import Evaluator, Images
-from awp_optim.lab.fingerprint import describe_inputs
 from awp_optim.lab.job import naming_lost_ranks
 from awp_optim.lab.models import build_model
 from awp_optim.lab.pseudo import PseudoLabeled
 from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
-from awp_optim.lab.training_set import TrainingSet
+from awp_optim.lab.training_set import TrainingSet, describe_inputs
 from awp_optim.lab.weights import initialize
 
 __all__ = ["check", "fit", "is_over"]
@@ -149,7 +148,7 @@ def _train_steps(
     on_step: Callable[[int, int], None],
     stop: Callable[[], bool],
 ) -> bool:
-    """The steps of an epoch that are left. False if it was asked to stop before the last."""
+    """Train the remaining steps of an epoch; False if it was asked to stop before the last."""
     steps = run.training_set.steps
     while epoch.step < steps:
         run.step(epoch)
@@ -163,7 +162,7 @@ def _train_steps(
 
 
 def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
-    """Save a finished epoch. ``last.pt`` comes after all that resuming would not write again."""
+    """Save a finished epoch, ``last.pt`` after all files that a resumed run would not write."""
     rows = state.rows
     if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
         folder.save("best.pt", state.weights())
@@ -176,7 +175,7 @@ def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
 
 @contextmanager
 def _opened(out: Path | str | None, run: _Run, *, resume: bool) -> Iterator[RunFolder | None]:
-    """The run folder, on the first rank alone. All ranks get the state of a run that it holds."""
+    """Open the run folder on the first rank, and restore the run in it on all ranks."""
     if out is None:
         yield None
         return
@@ -189,9 +188,9 @@ def _opened(out: Path | str | None, run: _Run, *, resume: bool) -> Iterator[RunF
         if not folder.last.exists():
             return None
         # What is broadcast to the other ranks must not be on the first one's device.
-        saved = load_checkpoint(folder.last, device if ranks.world == 1 else torch.device("cpu"))
+        saved = load_last(folder.last, device if ranks.world == 1 else torch.device("cpu"))
         folder.check_settings(saved["config"])  # it may belong to another run
-        if (was := saved.get("device", device.type)) not in (None, device.type):
+        if (was := saved.get("device", device.type)) != device.type:
             raise ValueError(f"the run was on {was}, and cannot be resumed on {device}")
         return saved
 
@@ -318,8 +317,8 @@ class _Run:
     def end_epoch(self, epoch: EpochProgress, stop: Callable[[], bool]) -> Row | None:
         """Evaluate if it is time to, and add the epoch's row to the state.
 
-        None if ``stop`` ended the evaluation. The state is unchanged then, but random numbers were
-        drawn.
+        Returns None if ``stop`` ended the evaluation: the state is then unchanged except for the
+        random numbers drawn.
         """
         config, state = self.config, self.state
         number, images = len(state.rows), self.training_set.epoch_images

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from awp_optim.lab.models import Normalize
 
-__all__ = ["initialize", "load_checkpoint", "load_weights"]
+__all__ = ["initialize", "load_checkpoint", "load_weights", "state_dict_of"]
 
 ENTRIES = ("model", "state_dict", "model_state_dict", "net")
 """Names under which a checkpoint may hold its state dict."""
@@ -30,8 +30,10 @@ ENTRIES = ("model", "state_dict", "model_state_dict", "net")
 # --- From a file ------------------------------------------------------------------------------
 
 
-def load_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a file of ``torch.save``, with tensors on the CPU.
+def load_checkpoint(
+    file: str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """The content of a file of ``torch.save``, with its tensors on a device.
 
     Only tensors and plain values are read, so nothing in the file can run code.
 
@@ -42,7 +44,9 @@ def load_checkpoint(file: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(file).expanduser()
     with open(path, "rb") as stream:
         try:
-            content = torch.load(stream, map_location="cpu", weights_only=True)
+            content = torch.load(stream, map_location=device, weights_only=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # torch raises whatever the damage leads it to
             found = re.search(r"GLOBAL (\S+)", str(error))
             problem = (
@@ -75,7 +79,13 @@ def load_weights(file: str | os.PathLike[str], *, ema: bool = False) -> dict[str
         OSError: There is no such file, or it cannot be opened.
         ValueError: It cannot be read, or holds no such state dict; the message names the file.
     """
-    content = load_checkpoint(file)
+    return state_dict_of(load_checkpoint(file), file, ema=ema)
+
+
+def state_dict_of(
+    content: Mapping[str, Any], file: str | os.PathLike[str], *, ema: bool = False
+) -> dict[str, Tensor]:
+    """What :func:`load_weights` returns, from the content of the file."""
     places = [content.get("ema")] if ema else [content, *(content.get(name) for name in ENTRIES)]
     weights = next((place for place in places if _is_state_dict(place)), None)
     if weights is None:

@@ -1,4 +1,4 @@
-"""Weight loss landscapes: the loss along directions in weight space, adversarial examples included.
+"""Weight loss landscapes: natural and adversarial losses along directions in weight space.
 
     d = filter_normalized_direction(model, torch.Generator().manual_seed(0))
     c = loss_curve(model, (x, y), PGD(steps=10), np.linspace(-1, 1, 21), d)
@@ -6,7 +6,7 @@
 
 Eq. (5) and Algorithm 1 of Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust
 Generalization" (NeurIPS 2020): ``g(alpha) = rho(w + alpha d)``, where the adversarial loss ``rho``
-is the mean cross-entropy on examples that are generated anew for every perturbed model.
+is the mean cross-entropy on adversarial examples that are generated for every perturbed model.
 """
 
 from awp_optim.landscape.directions import (

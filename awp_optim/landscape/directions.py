@@ -46,8 +46,8 @@ __all__ = [
 ]
 
 Direction = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
-"""Tensors by the names of the parameters that they move; or by the parameters themselves, as
-``AWP.perturbation()`` returns them."""
+"""A tensor for each parameter that moves, by the parameter's name or, as in the result of
+``AWP.perturbation()``, by the parameter itself."""
 
 _NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -57,21 +57,20 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def filter_normalized_direction(
     model: nn.Module, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """A Gaussian direction, each filter as long as the model's own (lines 2 to 7 of Algorithm 1).
+    """A Gaussian direction, each filter scaled to its weights' norm (Algorithm 1, lines 2 to 7).
 
     ``d_lj <- d_lj / |d_lj|_F * |w_lj|_F`` for filter j of layer l: all weights of an output channel
-    in a convolution, a row in other matrices. Networks that differ only in the scale of their
-    filters, but not as functions, have the same landscape along it. It is zero for biases, for norm
-    layers and for parameters with fewer than two dimensions, as in Li et al. (2018), and where a
-    filter is zero.
+    in a convolution, a row in other matrices. Networks that compute the same function with
+    differently scaled filters have the same landscape along it. As in Li et al. (2018), it is zero
+    for biases, norm layers, parameters with fewer than two dimensions, and zero filters.
 
     Args:
         model: any module; it is not changed.
-        generator: source of the random numbers; None for torch's own on the CPU. A generator on the
-            CPU gives the same direction wherever the model is.
+        generator: source of the random numbers; None for torch's default generator on the CPU. A
+            CPU generator gives the same direction for models on all devices.
 
     Returns:
-        A tensor for each parameter, by name, of its shape and on its device, in float32 at least.
+        A tensor for each parameter, by name, with its shape and device, at least in float32.
 
     Raises:
         ValueError: the direction would be zero everywhere, or the model has lazy parameters.
@@ -92,8 +91,8 @@ def filter_normalized_direction(
             direction[name] = _filter_normalized(_gaussian(p, generator), p, module)
     if not any(bool(d.any()) for d in direction.values()):
         raise ValueError(
-            "the direction is zero: the model has no weights of two dimensions or more that are "
-            "not zero themselves, biases and norm layers aside"
+            "the direction is zero: apart from biases and norm layers, the model has no nonzero "
+            "weights with two dimensions or more"
         )
     return direction
 
@@ -102,7 +101,7 @@ def _filter_normalized(d: Tensor, p: Tensor, module: nn.Module) -> Tensor:
     """``d`` with each filter scaled to the norm of the same filter of ``p``."""
     w = p.to(d.dtype)
     filter_dims = tuple(range(1, d.ndim))
-    if isinstance(module, _TRANSPOSED):  # (in, out / groups, ...): a filter is an output's
+    if isinstance(module, _TRANSPOSED):  # (in, out / groups, ...): one filter per output
         d, w = (t.reshape(module.groups, -1, *p.shape[1:]) for t in (d, w))
         filter_dims = (1, *range(3, d.ndim))
     of_d, of_w = (torch.linalg.vector_norm(t, dim=filter_dims, keepdim=True) for t in (d, w))
@@ -111,16 +110,16 @@ def _filter_normalized(d: Tensor, p: Tensor, module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def rwp_direction(model: nn.Module, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """The paper's random weight perturbation of gamma = 1: Gaussian, |d_l| = |w_l| in each tensor.
+    """The paper's random weight perturbation (RWP) for gamma = 1: Gaussian, with |d_l| = |w_l|.
 
-    Along it alpha is RWP's gamma: the blue lines of Figure 3 (a).
+    Along it, alpha is RWP's gamma, as in the blue lines of Figure 3 (a).
 
     Args:
         model: any module; it is restored.
         generator: see :func:`filter_normalized_direction`.
 
     Returns:
-        A tensor for each parameter that is moved (those with two dimensions or more), by name.
+        A tensor for each parameter with two dimensions or more, by name.
 
     Raises:
         ValueError: the model has lazy parameters, or none with two dimensions.
@@ -138,22 +137,21 @@ def awp_direction(
     device: torch.device | str | None = None,
     seed: int | None = 0,
 ) -> dict[str, Tensor]:
-    """AWP's own v for gamma = 1, Eq. (10): the layer-wise normalized gradient of the loss on data.
+    """AWP's v for gamma = 1, Eq. (10): the layer-wise normalized gradient of the loss on data.
 
-    Along it alpha is AWP's gamma: the red line of Figure 3 (a). Unlike in training, the gradient is
-    that of all the data, there is one ascent step, and the model is in eval mode.
+    Along it, alpha is AWP's gamma, as in the red line of Figure 3 (a). Unlike in training, the
+    gradient is taken over all data, in one ascent step, with the model in eval mode.
 
     Args:
         model: any module; it is restored.
         data: the examples; see :func:`loss_curve`.
-        attack: generates the adversarial examples on which the loss is climbed.
+        attack: generates the adversarial examples for the gradient.
         batch_size: see :func:`loss_curve`.
         device: see :func:`loss_curve`.
         seed: see :func:`loss_curve`.
 
     Returns:
-        A tensor for each parameter that is moved (two dimensions or more, ``requires_grad``), by
-        name.
+        A tensor for each parameter with two dimensions or more that requires gradients, by name.
 
     Raises:
         TypeError, ValueError: see :func:`loss_curve`; or the gradient is zero or not finite.
@@ -164,7 +162,7 @@ def awp_direction(
     weights = [p for p in _parameters(model).values() if p.ndim >= 2 and p.requires_grad]
     if not weights:
         raise ValueError(
-            "the model has no weights of two dimensions or more that require gradients"
+            "the model has no weights with two dimensions or more that require gradients"
         )
     with torch.inference_mode(mode=False), in_mode(model, "eval"), MovableWeights(model, []):
         total: dict[Tensor, Tensor] = {}
@@ -187,7 +185,7 @@ def awp_direction(
 def _gradients(
     model: nn.Module, weights: list[Tensor], x: Tensor, y: Tensor
 ) -> list[tuple[Tensor, Tensor]]:
-    """Weights, and the gradients of the cross-entropy summed over a batch; without unused ones."""
+    """The used weights, with the gradients of the cross-entropy summed over a batch."""
     with torch.enable_grad():
         loss = ce(ModelOracle(model, x, y).forward(x), y).sum()
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -195,7 +193,7 @@ def _gradients(
 
 
 def named_direction(model: nn.Module, direction: Direction) -> dict[str, Tensor]:
-    """A direction by the names of the parameters, checked against the model, on its device."""
+    """The direction by parameter names, checked against the model and moved to its device."""
     if not isinstance(direction, Mapping):
         raise TypeError(
             f"a direction must be a dict from parameter names to tensors, got {describe(direction)}"
@@ -219,16 +217,16 @@ def named_direction(model: nn.Module, direction: Direction) -> dict[str, Tensor]
             raise ValueError(f"the direction of {name} is not finite")
         named[name] = d.detach().to(parameters[name].device)
     if not named:
-        raise ValueError("a direction is empty: it moves no parameter")
+        raise ValueError("a direction is empty: it must move at least one parameter")
     return named
 
 
 def _layerwise(model: nn.Module, along: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Eq. (10) with gamma = 1: each tensor scaled to its weights' norm, by the optimizer itself."""
+    """Eq. (10) with gamma = 1, computed by AWP: each tensor scaled to its weights' norm."""
     if not along:
-        raise ValueError("the model has no weights of two dimensions or more")
+        raise ValueError("the model has no weights with two dimensions or more")
     optimizer = AWP(list(along), torch.optim.SGD, gamma=1.0, lr=0.0)
-    # Normalized first, because half precision could not hold every gradient.
+    # Normalized first, because gradients may underflow or overflow in half precision.
     optimizer.first_step(along={p: (d / d.norm()).to(p.dtype) for p, d in along.items()})
     try:
         v = optimizer.perturbation()

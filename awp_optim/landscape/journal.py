@@ -1,4 +1,4 @@
-"""The points of a landscape that were measured, kept in a file as soon as they are known."""
+"""The journal of a landscape: the losses at each point, saved once they are measured."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class PointLosses:
     Attributes:
         adv, nat: adversarial and natural loss.
         adv_stderr, nat_stderr: their standard errors.
-        rise_stderr: that of the adversarial loss minus the unperturbed model's, paired by example.
+        rise_stderr: the standard error of the adversarial loss minus that of the unperturbed model,
+            paired by example.
         n: the number of examples.
-        adv_losses: the adversarial loss of each example, for the unperturbed model.
+        adv_losses: each example's adversarial loss; only for the unperturbed model.
     """
 
     adv: float
@@ -39,7 +40,7 @@ class PointLosses:
 
     @classmethod
     def of(cls, adv: list[float], nat: list[float], unperturbed: PointLosses | None) -> PointLosses:
-        """Of all examples' losses; ``unperturbed`` is None if these are the unperturbed model's."""
+        """Summarize the losses of all examples; ``unperturbed`` is None for the model itself."""
         base = adv if unperturbed is None else unperturbed.adv_losses
         assert base is not None
         return cls(
@@ -54,12 +55,13 @@ class PointLosses:
 
 
 class LandscapeJournal(Journal):
-    """The points that a state file holds. The first rank reads and writes it for all.
+    """The points in a state file, which the first rank reads and writes for all ranks.
 
     Args:
         path: the file, or None.
-        settings: what decides the losses, but for the directions.
-        directions: the directions that points name by number; a file may hold points along others.
+        settings: everything that determines the losses, except for the directions.
+        directions: the directions, which points refer to by number; a file may hold points along
+            other directions.
         ranks: the processes that share the points.
 
     Raises:
@@ -101,15 +103,15 @@ class LandscapeJournal(Journal):
             raise self.damaged(error) from error
 
     def recorded(self, point: Point) -> PointLosses | None:
-        """What the file holds of a point."""
+        """The recorded losses at a point, or None."""
         return self._recorded.get(repr(self._named(point)))
 
     def note(self, point: Point, losses: PointLosses) -> None:
-        """Note a point; it is on the disk afterwards."""
+        """Record the losses at a point, and write them to disk."""
         self.add({"point": self._named(point), **asdict(losses)})
 
     def _named(self, point: Point) -> list[tuple[int, float]]:
-        """A point by the checksums of its directions, which hold in any call."""
+        """A point by the checksums of its directions, which are the same in every call."""
         return [] if self._ids is None else [(self._ids[i], alpha) for i, alpha in point]
 
 

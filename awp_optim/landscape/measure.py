@@ -1,4 +1,4 @@
-"""Loss curves and surfaces: the losses at many points of weight space, resumable and shared."""
+"""Loss curves and surfaces: losses at many points of weight space, resumable, on all ranks."""
 
 from __future__ import annotations
 
@@ -59,44 +59,45 @@ def loss_curve(
     """The loss at ``w + alpha d``, adversarial and natural, Eq. (5).
 
     The model is in eval mode, and BatchNorm uses its running statistics. Afterwards, also after an
-    exception or Ctrl-C, the model is restored bit for bit. The data stay on the device. Every batch
-    gets the same random numbers at every point, so that points differ only by their weights.
+    exception or Ctrl-C, the model is restored bit for bit. All data are kept on the device. Each
+    batch gets the same random numbers at every point, so points differ only in their weights.
 
-    On a GPU an attack of this package and the two losses are captured as one CUDA graph for each
-    batch size, which is replayed at every point. Where torch.distributed is initialized, as under
-    torchrun, the processes share the points: all must call this with the same arguments, and all
-    get the same curve.
+    On a GPU, an attack of this package and the two losses are captured as one CUDA graph per batch
+    size, which is replayed at every point. If torch.distributed is initialized, as under torchrun,
+    the processes share the points: all must call this with the same arguments, and all get the same
+    curve.
 
     Args:
-        model: maps inputs to logits (N, C); the module itself, not its DistributedDataParallel.
-        data: batches (x, y), as a DataLoader gives them; one pair (x, y); or a torch Dataset of
-            examples. x: floating point, shape (N, ...), in the range that the attack's ``clip``
-            names; y: class indices from 0, shape (N,). The paper uses the training images.
+        model: maps inputs to logits (N, C); not wrapped in DistributedDataParallel.
+        data: batches (x, y), as from a DataLoader; one pair (x, y); or a torch Dataset of examples.
+            x: floating point, shape (N, ...), in the range of the attack's ``clip``; y: class
+            indices from 0, shape (N,). The paper uses the training images.
         attack: generates the adversarial examples: an attack of this package, or any function
             ``(model, x, y) -> x_adv``. The paper uses PGD-10.
         alphas: distances, any numbers in any order; 0 is always measured.
         direction: one, or several: a dict from parameter names to tensors, or what
             ``AWP.perturbation()`` returns.
-        batch_size: cut the data into batches of this size; None takes batches as they come, and a
-            pair or a Dataset 128 at a time.
-        device: where to compute; the model must be there. None: where its first parameter is.
+        batch_size: cut the data into batches of this size; None keeps given batches, and cuts a
+            pair or a Dataset into batches of 128.
+        device: the device to compute on, which must hold the model; None uses the device of its
+            first parameter.
         pregenerated: attack only the unperturbed model, and use these examples at every point, as
-            landscapes were drawn before the paper. It understates the loss.
-        recompute_bn: recompute BatchNorm's statistics at every point from the unperturbed examples,
-            as the mean over the batches. The paper does not.
-        seed: of the attacks; None leaves torch's generators alone, and results to chance.
-        state: a file that keeps every point as soon as it is measured. Another call, also one with
-            more alphas or directions, measures only the points that it lacks.
-        key: a name of your own for an attack that ``state`` cannot identify by itself: a function,
-            or one of your own that is no dataclass of plain settings. Choose another key whenever
-            its code changes.
+            was usual before the paper. This underestimates the loss.
+        recompute_bn: recompute BatchNorm's statistics at every point from the natural examples, as
+            the mean over the batches. The paper does not.
+        seed: the seed of the attacks; None uses torch's generators without seeding them.
+        state: a file that saves each point once it is measured. Later calls, also with more alphas
+            or directions, measure only the missing points.
+        key: a name for an attack that ``state`` cannot identify by itself: a function, or a custom
+            attack that is not a dataclass of plain settings. Choose another key whenever its code
+            changes.
         progress: show a progress bar on a terminal, if rich is installed.
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument is of the wrong type.
         ValueError: there is no data; a label is not among the model's classes; a direction does not
-            fit the model or is not finite; alphas are not finite; ``state`` is of another model,
-            data or attack, or needs a ``key``.
+            fit the model or is not finite; alphas are not finite; ``state`` belongs to another
+            model, data or attack, or needs a ``key``.
         OSError: ``state`` cannot be read or written.
         ImportError: numpy is not installed.
 
@@ -114,7 +115,7 @@ def loss_curve(
     axis = _axis("alphas", alphas)
     directions = [direction] if isinstance(direction, Mapping) else list(direction)
     if not directions:
-        raise ValueError("direction must be one or more, got none")
+        raise ValueError("direction must be one direction or several, got none")
     points = [_point((i, a)) for i in range(len(directions)) for a in axis.tolist()]
     options = Options(batch_size, device, pregenerated, recompute_bn, seed, state, key, progress)
     measured = _measure(model, data, attack, directions, points, options)
@@ -147,12 +148,12 @@ def loss_surface(
     """The loss at ``w + alpha d + beta e``, as in Figure 6 of the paper.
 
     ``alphas`` and ``betas`` are the distances along the first and the second of the two
-    ``directions``, d and e. All other arguments, and errors, are those of :func:`loss_curve`.
+    ``directions``, d and e. All other arguments and the errors are those of :func:`loss_curve`.
     """
     require_numpy("loss_surface")
     rows, columns = _axis("alphas", alphas), _axis("betas", betas)
     if isinstance(directions, Mapping) or len(directions) != 2:
-        raise ValueError("directions must be two, (d, e)")
+        raise ValueError("directions must be a pair of two directions, (d, e)")
     points = [_point((0, a), (1, b)) for a in rows.tolist() for b in columns.tolist()]
     options = Options(batch_size, device, pregenerated, recompute_bn, seed, state, key, progress)
     measured = _measure(model, data, attack, list(directions), points, options)
@@ -186,7 +187,7 @@ def _point(*terms: tuple[int, float]) -> Point:
 def _grids(
     measured: Mapping[Point, PointLosses], points: list[Point], shape: tuple[int, int]
 ) -> list[Array]:
-    """Losses and their standard errors, in the order in which curves and surfaces hold them."""
+    """Losses and their standard errors, in the order of the fields of curves and surfaces."""
     import numpy as np
 
     names = ("adv", "nat", "adv_stderr", "nat_stderr", "rise_stderr")
@@ -202,7 +203,7 @@ def _measure(
     points: list[Point],
     options: Options,
 ) -> dict[Point, PointLosses]:
-    """The losses at each point, and at the unperturbed weights, which all rises refer to."""
+    """The losses at each point, and at the unperturbed weights, relative to which losses rise."""
     check_model(model)
     check_attack("attack", attack)
     named = [named_direction(model, direction) for direction in directions]
@@ -240,9 +241,9 @@ def _share(
 
 
 def _turns(points: list[Point], world: int) -> Iterator[list[Point]]:
-    """The points that are measured at once, one a rank.
+    """Groups of points that are measured at once, one point per rank.
 
-    The unperturbed weights come first and alone, because the other points' rises refer to them.
+    The unperturbed weights are measured first, alone, because all rises are relative to them.
     """
     if UNPERTURBED in points:
         yield [UNPERTURBED]
@@ -257,7 +258,7 @@ def _settings(
     batches: list[tuple[Tensor, Tensor]],
     options: Options,
 ) -> dict[str, Any]:
-    """What decides the losses, for the state file; nothing if there is none."""
+    """Everything that determines the losses, for the state file; empty if there is no file."""
     if options.state is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""A model at other points of weight space: its weights moved there, and its losses measured."""
+"""Moving a model's weights to points of weight space, and measuring its losses there."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Point = tuple[tuple[int, float], ...]
-"""A point of weight space: numbers of directions, and how far the weights move along each."""
+"""A point of weight space: pairs of a direction's number and the distance along it."""
 UNPERTURBED: Point = ()
 SEED_NAME = "landscape"
 
@@ -47,28 +47,28 @@ def check_model(model: object) -> None:
     """Raise TypeError or ValueError for a model whose weights cannot be moved."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a module, whose weights can be moved, got {describe(model)}"
+            f"model must be a module, so that its weights can be moved, got {describe(model)}"
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
-            "give the module itself, model.module: processes share the points, not the batches"
+            "pass the module itself, model.module: processes share the points, not the batches"
         )
 
 
 def count_classes(model: nn.Module, x: Tensor) -> int:
-    """The number of the model's classes, found with the first of the examples."""
+    """The number of the model's classes, from its output for the first example."""
     with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
         return ModelOracle(model, x[:1], None).logits(x[:1]).shape[1]
 
 
 class MovableWeights:
-    """The weights of a model, which move along directions and are restored bit for bit.
+    """The weights of a model, moved along directions and restored bit for bit.
 
-    As a context manager it restores them, and all buffers, on the way out.
+    As a context manager, it restores the weights and all buffers on exit.
 
     Args:
         model: the model.
-        directions: each from parameter names to tensors of their shapes.
+        directions: dicts from parameter names to tensors of the same shapes.
     """
 
     def __init__(self, model: nn.Module, directions: Sequence[Mapping[str, Tensor]]) -> None:
@@ -84,11 +84,11 @@ class MovableWeights:
         """Restore the weights w and all buffers."""
         for t, copy in zip(self._tensors, self._copies, strict=True):
             t.copy_(copy)
-        torch.clear_autocast_cache()  # it holds casts of the weights so far
+        torch.clear_autocast_cache()  # it may hold casts of the previous weights
 
     @torch.no_grad()
     def move_to(self, point: Point) -> None:
-        """Set the weights to ``w + sum of alpha d``, computed in float32 at least."""
+        """Set the weights to ``w + sum of alpha d``, computed at least in float32."""
         self.restore()
         for name, p in self._moving.items():
             moved = p.to(arithmetic_dtype(p.dtype))
@@ -111,7 +111,7 @@ class MovableWeights:
 
 @dataclass(frozen=True)
 class Options:
-    """The settings that curves and surfaces share, described at :func:`loss_curve`."""
+    """The settings that curves and surfaces share; see :func:`loss_curve`."""
 
     batch_size: int | None
     device: torch.device | str | None
@@ -126,7 +126,7 @@ class Options:
 class LossProbe:
     """Measures the losses of all examples, adversarial and natural, at points of weight space.
 
-    On a device with graphs, the step of an attack of this package is captured once a batch size.
+    On devices with CUDA graphs, an attack of this package is captured once per batch size.
 
     Args:
         model: the model, in eval mode.
@@ -155,9 +155,9 @@ class LossProbe:
             self._examples = [self._generate(i, x, y) for i, (x, y) in enumerate(batches)]
 
     def losses_at(self, point: Point) -> tuple[list[float], list[float]]:
-        """The cross-entropies at a point, adversarial and natural.
+        """Each example's adversarial and natural cross-entropy at a point.
 
-        The host waits for the device once, at the end.
+        The host waits for the device only once, at the end.
         """
         self._weights.move_to(point)
         if self._recompute_bn:
@@ -193,7 +193,7 @@ class LossProbe:
 def generate_examples(
     attack: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor
 ) -> Tensor:
-    """What the attack returns. BatchNorm's statistics, which train mode changes, are restored."""
+    """Run the attack; restore BatchNorm's statistics, which attacks in train mode change."""
     in_eval_mode = getattr(unwrap(attack), "model_mode", None) == "eval"
     kept = [] if in_eval_mode else [(b, b.clone()) for b in model.buffers()]
     x_adv = perturb("the attack", attack, model, x, y)

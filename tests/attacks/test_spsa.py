@@ -13,7 +13,7 @@ from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.losses import LOSSES
 from awp_optim.attacks.spsa import _layout, _Queries, rademacher
 
-from .conftest import images, small_cnn
+from .conftest import images, seeded, small_cnn
 
 norms = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -159,11 +159,10 @@ def test_batch_size_changes_nothing_but_the_memory(batch_size, cnn64, batch64):
     assert max(model.sizes) <= batch_size
     assert sum(model.sizes) == 2 * 10 * len(x)
     model.sizes.clear()
-    torch.manual_seed(0)
-    a = SPSA(steps=2, samples=10, batch_size=batch_size)(model, x, y)
+    a = seeded(0, SPSA(steps=2, samples=10, batch_size=batch_size), model, x, y)
     assert max(model.sizes) <= batch_size
-    torch.manual_seed(0)
-    torch.testing.assert_close(a, SPSA(steps=2, samples=10)(cnn64, x, y), atol=1e-9, rtol=0)
+    b = seeded(0, SPSA(steps=2, samples=10), cnn64, x, y)
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
 
 
 # ------------------------------------------------------------------------- the climb
@@ -174,10 +173,8 @@ def test_is_adam_on_the_estimate_projected(norm, cnn64, batch64):
     x, y = batch64
     eps = {"linf": 0.02, "l2": 0.3}[norm]
     attack = SPSA(eps, steps=5, samples=16, norm=norm, lr=0.003, drop_fooled=False)
-    torch.manual_seed(2)
-    ours = attack(cnn64, x, y)
-    torch.manual_seed(2)
-    keys = random_keys(len(x))
+    ours = seeded(2, attack, cnn64, x, y)
+    keys = seeded(2, random_keys, len(x))
     delta = torch.zeros_like(x, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=0.003, maximize=True)
     iterates = [x]
@@ -216,12 +213,10 @@ def test_the_same_examples_are_fooled_whether_dropped_or_not(solid):
     model, x = model.double(), x.double()
     settings = {"eps": 0.02, "steps": 12, "samples": 24}
     counted = Counting(model)
-    torch.manual_seed(0)
-    dropped = SPSA(**settings)(counted, x, y)
+    dropped = seeded(0, SPSA(**settings), counted, x, y)
     passes = sum(counted.sizes)
-    torch.manual_seed(0)
     counted.sizes.clear()
-    climbed = SPSA(**settings, drop_fooled=False)(counted, x, y)
+    climbed = seeded(0, SPSA(**settings, drop_fooled=False), counted, x, y)
     assert sum(counted.sizes) == 24 * (1 + 12 * 49)
     assert passes < 24 + 20 * 12 * 49  # also of those that were fooled on the way
     with torch.no_grad():
@@ -238,10 +233,8 @@ def test_the_same_examples_are_fooled_whether_dropped_or_not(solid):
 
 def test_an_example_does_not_see_the_others():
     model, (x, y) = small_cnn(torch.float64), images(6, dtype=torch.float64)
-    torch.manual_seed(0)
-    together = SPSA(eps=0.02, steps=4, samples=9)(model, x, y)
-    torch.manual_seed(0)
-    alone = SPSA(eps=0.02, steps=4, samples=9)(model, x[:2], y[:2])
+    together = seeded(0, SPSA(eps=0.02, steps=4, samples=9), model, x, y)
+    alone = seeded(0, SPSA(eps=0.02, steps=4, samples=9), model, x[:2], y[:2])
     torch.testing.assert_close(together[:2], alone, atol=1e-10, rtol=0)
 
 
@@ -282,10 +275,9 @@ def test_a_query_that_blows_up_counts_for_nothing():
 def test_probabilities_and_small_settings(cnn, batch):
     x, y = batch
     attack = SPSA(steps=2, samples=6, loss="ce", drop_fooled=False)
-    torch.manual_seed(0)
-    expected = attack(cnn, x, y)
-    torch.manual_seed(0)
-    torch.testing.assert_close(attack(cnn, x, torch.eye(5)[y]), expected, atol=1e-3, rtol=0)
+    expected = seeded(0, attack, cnn, x, y)
+    certain = seeded(0, attack, cnn, x, torch.eye(5)[y])
+    torch.testing.assert_close(certain, expected, atol=1e-3, rtol=0)
     assert not torch.equal(attack(cnn, x, y), expected)  # another seed
     assert torch.equal(SPSA(steps=0)(cnn, x, y), x)
     assert SPSA(steps=1, samples=1)(cnn, x[:1], y[:1]).shape == (1, 3, 8, 8)
@@ -294,41 +286,23 @@ def test_probabilities_and_small_settings(cnn, batch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_difference_that_the_dtype_cannot_hold_is_refused(dtype, batch):
     x = batch[0].to(dtype)
-    with pytest.raises(ValueError, match=r"delta=0.0005 is lost .* pass x.float\(\)"):
+    with pytest.raises(ValueError, match=r"delta=0.0005 .* pass x.float\(\)"):
         SPSA(delta=0.0005)(small_cnn(dtype), x, batch[1])
 
 
 @pytest.mark.parametrize(
-    ("settings", "error", "match"),
+    ("name", "value", "error"),
     [
-        ({"delta": 0}, ValueError, "delta must be above 0"),
-        ({"lr": -1}, ValueError, "lr must be above 0"),
-        ({"lr": "1"}, TypeError, "lr must be a number"),
-        ({"samples": 0}, ValueError, "samples must be at least 1"),
-        ({"steps": -1}, ValueError, "steps must be at least 0"),
-        ({"batch_size": 1}, ValueError, "batch_size must be at least 2"),
-        ({"drop_fooled": None}, TypeError, "drop_fooled must be True or False"),
-        ({"loss": "kl"}, ValueError, "loss must be one of 'cw', 'ce', 'dlr'"),
+        ("delta", 0, ValueError),
+        ("lr", -1, ValueError),
+        ("lr", "1", TypeError),
+        ("samples", 0, ValueError),
+        ("steps", -1, ValueError),
+        ("batch_size", 1, ValueError),
+        ("drop_fooled", None, TypeError),
+        ("loss", "kl", ValueError),
     ],
 )
-def test_bad_settings_are_refused(settings, error, match):
-    with pytest.raises(error, match=match):
-        SPSA(**settings)
-
-
-@pytest.mark.slow
-def test_as_strong_as_torchattacks_on_a_trained_resnet(resnet18, cifar10):
-    torchattacks = pytest.importorskip("torchattacks")
-    x, y = (t[:16] for t in cifar10)
-    eps, steps, samples = 8 / 255, 6, 16
-    torch.set_num_threads(2)
-    theirs = torchattacks.SPSA(
-        resnet18, eps=eps, delta=0.001, lr=0.01, nb_iter=steps, nb_sample=samples, max_batch_size=2
-    )(x, y)
-    ours = SPSA(eps, steps, samples=samples, drop_fooled=False)(resnet18, x, y)
-    with torch.no_grad():
-        clean, a, b = (LOSSES["cw"](resnet18(t), y) for t in (x, ours, theirs))
-    print(f"margin: clean {clean.mean():.2f}, ours {a.mean():.2f}, torchattacks' {b.mean():.2f}")
-    assert a.mean() > clean.mean() + 1
-    assert abs(a.mean() - b.mean()) < 0.35 * (b.mean() - clean.mean())
-    assert abs(int((a > 0).sum()) - int((b > 0).sum())) <= 3
+def test_bad_settings_are_refused(name, value, error):
+    with pytest.raises(error, match=name):
+        SPSA(**{name: value})

@@ -60,8 +60,6 @@ def test_writes_tables_and_a_picture_and_continues(awp, pretend, tmp_path, study
     assert "Differences seed by seed" in ended.out
     assert "61.0 ± 1.4" in ended.out
 
-    # The spelling of earlier versions.
-    arguments = [word.replace("regularizers", "regularisers") for word in map(str, arguments)]
     assert awp(*arguments, 3).status == 0
     assert pretend.configs[2 * len(configs) :] == [replace(c, seed=2) for c in configs.values()]
 

@@ -92,6 +92,8 @@ def test_a_model_may_change_its_dtype_between_steps(net):
     with opt.perturbed():
         pass
     net.double()  # the gradients, too
+    with torch.no_grad():
+        net[0].weight.add_(torch.rand_like(net[0].weight))  # not a float32 number
     start = snapshot(net.parameters())
     with opt.perturbed():
         assert {v.dtype for v in opt.perturbation().values()} == {torch.float64}

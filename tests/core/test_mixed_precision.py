@@ -150,7 +150,7 @@ def test_a_disabled_gradscaler_and_misuse_of_an_enabled_one(net):
     opt = AWP(net.parameters(), SGD, gamma=0.02, lr=1e-2)
     batch = batches(1)[0]
     amp_step(net, opt, torch.amp.GradScaler("cpu", enabled=False), *batch)
-    for closure, error in ([], "plain step"), ([lambda: backward(net, *batch)], "closure"):
+    for closure, error in ([], "plain step"), ([lambda: backward(net, *batch)], "GradScaler"):
         scaler = grad_scaler()
         opt.zero_grad()
         scaler.scale(backward(net, *batch))

@@ -63,11 +63,12 @@ def test_scalars_empty_and_complex_parameters(foreach):
     assert_restored(opt, start)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_a_tied_parameter_is_perturbed_once():
     first, second = nn.Linear(4, 4), nn.Linear(4, 4)
     second.weight = first.weight
     model = nn.Sequential(first, second)
-    opt = AWP(model.parameters(), SGD, gamma=0.1, lr=0.1)
+    opt = AWP([*first.parameters(), *second.parameters()], SGD, gamma=0.1, lr=0.1)
     start = first.weight.detach().clone()
     model(torch.randn(3, 4)).sum().backward()
     opt.first_step()

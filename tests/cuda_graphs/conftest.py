@@ -1,40 +1,15 @@
-"""A small network and its training, with and without graphs."""
+"""Training with and without graphs."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD
+from tests.toolbox import network
 
 SGD = torch.optim.SGD
-
-
-def network(device="cpu", dtype=torch.float64):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(4 * 16, 3),
-    )
-    return model.to(device, dtype)
-
-
-def batches(n, device="cpu", size=8):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(n, size, 1, 6, 6, generator=generator, dtype=torch.float64)
-    y = torch.randint(3, (n, size), generator=generator)
-    return list(zip(x.to(device), y.to(device)))
-
-
-def mixed(data, dtype=torch.float32):
-    """The labels as probabilities, each with some of its neighbor's."""
-    one_hot = [(x, torch.eye(3, device=y.device)[y]) for x, y in data]
-    return [(x, (0.7 * p + 0.3 * p.roll(1, 0)).to(dtype)) for x, p in one_hot]
 
 
 def awp(model, base=SGD, **kwargs):
@@ -94,6 +69,6 @@ def assert_captured_equals_eager(graph_device, data, captures=1, replays=4, rtol
     eager, truth, _ = trained(device, False, data, **kwargs)
     model, outputs, step = trained(device, True, data, **kwargs)
     assert_same(model, eager, outputs, truth, rtol)
-    assert counts.captures == captures
+    assert captures in (None, counts.captures)
     assert counts.replays >= replays
     return step

@@ -87,14 +87,6 @@ def test_the_first_capture_does_not_warn(cuda):
     assert used
 
 
-def test_a_failed_warm_up_is_waited_for(cuda):
-    recorder = CudaRecorder(DEVICE)
-    with pytest.raises(ValueError, match="a reason"):
-        recorder.warm_up(Mock(side_effect=ValueError("a reason")))
-    cuda.Stream.return_value.wait_stream.assert_called_once()
-    cuda.current_stream.return_value.wait_stream.assert_called_once()
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_stale_streams_are_overridden_during_a_capture(cuda, monkeypatch, fails):
     override, seen = Mock(), []

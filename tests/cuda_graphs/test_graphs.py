@@ -13,8 +13,7 @@ from torch import nn
 from awp_optim._cuda_graphs import graphs
 from awp_optim._cuda_graphs.graphs import CaptureError, Graphs
 from awp_optim.attacks import PGD, Captured
-
-from .conftest import batches, mixed, network
+from tests.toolbox import batches, mixed, network
 
 
 def twice(x):
@@ -164,19 +163,3 @@ def test_captured_checks_what_it_is_given():
         Captured(PGD(), cuda_graph=True)(network(), *batches(1)[0])
     with pytest.raises(TypeError, match="class indices"):
         Captured(PGD(loss="cw"))(network(), *mixed(batches(1))[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_captured_attack_inside_a_graph_of_the_callers_own():
-    model, (x, y) = network("cuda"), batches(1, "cuda")[0]
-    plain = PGD(0.1, 0.04, steps=3, random_start=False)
-    captured, stream = Captured(plain), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        plain(model, x, y)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        x_adv = captured(model, x, y)
-    graph.replay()
-    torch.testing.assert_close(x_adv, plain(model, x, y), rtol=1e-9, atol=1e-9)

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from awp_optim._cuda_graphs.keys import module_key, object_key
-
-from .conftest import network
+from tests.toolbox import network
 
 CHANGES = {
     "mode": lambda m: m[1].eval(),

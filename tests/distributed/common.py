@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from tests.core.toolbox import textbook
 
 SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=5e-3)
 ADAM = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=1e-2)
@@ -24,13 +25,8 @@ def mlp(seed=0, hidden=10):
 
 def batches(n, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(8, 6, generator=generator, dtype=torch.float64),
-            torch.randint(5, (8,), generator=generator),
-        )
-        for _ in range(n)
-    ]
+    x = torch.randn(n, 8, 6, generator=generator, dtype=torch.float64)
+    return list(zip(x, torch.randint(5, (n, 8), generator=generator)))
 
 
 def mine(data, part, parts):
@@ -51,30 +47,17 @@ class Scenarios(dict[str, Any]):
         return register
 
 
-def backward(model, x, y):
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    return loss.detach()
-
-
-def train(model, opt, data):
-    for x, y in data:
-        for _ in range(opt.ascent_steps):
-            opt.zero_grad()
-            backward(model, x, y)
-            opt.first_step()
-        opt.zero_grad()
-        backward(model, x, y)
-        opt.second_step()
-
-
-def whole(t: Tensor) -> Tensor:
+def full(t: Tensor) -> Tensor:
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach()
 
 
 def off(actual: Tensor, expected: Tensor) -> float:
     """The relative difference of two tensors."""
-    return ((whole(actual) - expected).norm() / expected.norm()).item()
+    return ((full(actual) - expected).norm() / expected.norm()).item()
+
+
+def weights(model) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters()}
 
 
 def model_off(model, expected: dict[str, Tensor]) -> float:
@@ -93,7 +76,5 @@ WAYS = [
 @functools.cache
 def expected(way, hidden=10):
     """The weights after twenty steps in one process, by the textbook."""
-    from toolbox import textbook  # found by the launcher's path, not by pytest
-
     base, norm, steps, _ = way
     return textbook(mlp(hidden=hidden), batches(20), base, lambda _: (0, GAMMA), steps, norm)

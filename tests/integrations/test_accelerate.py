@@ -48,11 +48,17 @@ def prepared(dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[Any, 
     return accelerator, net, *accelerator.prepare(net, opt, halving(opt), loader)
 
 
-@pytest.mark.parametrize("clip", [None, 0.3])
-def test_the_two_steps(clip):
-    """first_step is AWP's own; Accelerate's step() is the second step."""
-    accelerator, net, model, opt, schedule, loader = prepared()
-    for x, y in loader:
+def train(
+    prepared: tuple[Any, ...],
+    first: int = 0,
+    save: tuple[int, Any] | None = None,
+    clip: float | None = None,
+) -> None:
+    """The two steps on the batches from ``first`` on; saves a checkpoint after so many."""
+    accelerator, _, model, opt, schedule, loader = prepared
+    for i, (x, y) in enumerate(loader):
+        if i < first:
+            continue
         accelerator.backward(F.cross_entropy(model(x), y))
         opt.optimizer.first_step(zero_grad=True)
         accelerator.backward(F.cross_entropy(model(x), y))
@@ -61,7 +67,16 @@ def test_the_two_steps(clip):
         opt.step()
         opt.zero_grad()
         schedule.step()
-    assert_equal(net, train_by_hand(clip=clip)[0])
+        if save is not None and i + 1 == save[0]:
+            accelerator.save_state(save[1])
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_the_two_steps(clip):
+    """first_step is AWP's own; Accelerate's step() is the second step."""
+    state = prepared()
+    train(state, clip=clip)
+    assert_equal(state[1], train_by_hand(clip=clip)[0])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
@@ -95,22 +110,6 @@ def test_inside_accumulate_a_skipped_step_is_neither_an_update_nor_an_error():
         accelerator.backward(F.cross_entropy(model(x), y))
         opt.step()
     assert_same_bits(net, before)
-
-
-def train(prepared: tuple[Any, ...], first: int = 0, save: tuple[int, Any] | None = None) -> None:
-    """The two steps on the batches from ``first`` on; saves a checkpoint after so many."""
-    accelerator, _, model, opt, schedule, loader = prepared
-    for i, (x, y) in enumerate(loader):
-        if i < first:
-            continue
-        accelerator.backward(F.cross_entropy(model(x), y))
-        opt.optimizer.first_step(zero_grad=True)
-        accelerator.backward(F.cross_entropy(model(x), y))
-        opt.step()
-        opt.zero_grad()
-        schedule.step()
-        if save is not None and i + 1 == save[0]:
-            accelerator.save_state(save[1])
 
 
 def test_bfloat16():

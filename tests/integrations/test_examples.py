@@ -56,13 +56,10 @@ def test_an_example_runs_and_leaves_no_files(name, arguments, parts, run, tmp_pa
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("tabular", ("--seeds", 0)),
         ("tabular", ("--eps", -1)),
         ("lightning_awp", ("--epochs", 0)),
-        ("lightning_awp", ("--limit", 0)),
         ("accelerate_awp", ("--accumulate", -1)),
         ("transformers_awp", ("--gamma", -1)),
-        ("transformers_awp", ("--pieces", 0)),
     ],
 )
 def test_a_bad_option_is_a_sentence_and_exit_code_2(name, arguments, run, capsys):

@@ -64,7 +64,7 @@ class Automatic(L.LightningModule):
 
 
 class Manual(Automatic):
-    """The closure covers a whole update: here ``accumulate`` batches, collected by the loader."""
+    """The closure runs all batches of an update, which the loader has collected."""
 
     def __init__(self) -> None:
         super().__init__()

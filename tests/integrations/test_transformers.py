@@ -275,7 +275,7 @@ def test_bfloat16(tmp_path):
     trainer.train()
     losses = hand(expected, data, 1, epochs=1, autocast=True)
     assert watch.losses == pytest.approx(losses, rel=1e-2)
-    # Adam amplifies the rounding to 8 bits: the update as a whole is compared.
+    # Adam amplifies the rounding to 8 bits: all updates are compared as one vector.
     names = [n for n in before if "key.bias" not in n]  # its gradient is rounding alone
     flat = [
         torch.cat([m[n].flatten() for n in names])

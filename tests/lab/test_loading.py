@@ -168,11 +168,6 @@ class TestRobustBench:
         with pytest.raises(ValueError, match="RobustBench has no model 'None'"):
             from_robustbench("None", "cifar10", "linf", tmp_path)
 
-    def test_without_the_package(self, monkeypatch, tmp_path):
-        monkeypatch.setitem(sys.modules, "robustbench", None)
-        with pytest.raises(ImportError, match=r"RobustBench .*: pip install robustbench$"):
-            from_robustbench("Wu2020Adversarial", "cifar10", "linf", tmp_path)
-
     def test_with_a_package_that_lacks_another(self, monkeypatch, tmp_path):
         (tmp_path / "robustbench").mkdir()
         (tmp_path / "robustbench" / "__init__.py").write_text("import not_there_at_all\n")

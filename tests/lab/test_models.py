@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from awp_optim.lab.data import CIFAR10_MEAN, CIFAR10_STD
+from awp_optim.lab.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD
 from awp_optim.lab.models import (
     ACTIVATIONS,
     MODELS,
     VGG,
     Normalize,
-    PreActBottleneck,
     PreActResNet,
     WideResNet,
     build_model,
@@ -25,7 +24,6 @@ from awp_optim.lab.models import (
 
 TINY = {
     "preact": lambda **kw: PreActResNet((1, 2), 4, **kw),
-    "bottleneck": lambda **kw: PreActResNet((1, 2), 4, block=PreActBottleneck, **kw),
     "wide": lambda **kw: WideResNet(10, 1, **kw),
     "vgg": lambda **kw: VGG((1, 2), 4, **kw),
 }
@@ -113,20 +111,6 @@ def basic_count(widths, blocks, in_channels=3, num_classes=10, stem_width=None):
     return total + 2 * before + before * num_classes + num_classes  # last BN, linear
 
 
-def bottleneck_count(width, blocks):
-    """Figure 5 of "Deep Residual Learning", with BN before each convolution."""
-    total, before = 9 * 3 * width, width
-    for i, n in enumerate(blocks):
-        planes = width * 2**i
-        total += before * 4 * planes  # the projection, one in the first block of each stage
-        for _ in range(n):
-            total += 2 * before + before * planes  # BN, 1x1
-            total += 2 * planes + 9 * planes * planes  # BN, 3x3
-            total += 2 * planes + planes * 4 * planes  # BN, 1x1
-            before = 4 * planes
-    return total + 2 * before + before * 10 + 10
-
-
 def wide_count(depth, k, num_classes=10):
     """Table 1 of "Wide Residual Networks", without dropout."""
     blocks = [(depth - 4) // 6] * 3
@@ -146,8 +130,6 @@ def vgg19_count():
     ("name", "published", "counted"),
     [
         ("preact_resnet18", 11_172_170, basic_count((64, 128, 256, 512), (2, 2, 2, 2))),
-        ("preact_resnet34", 21_280_330, basic_count((64, 128, 256, 512), (3, 4, 6, 3))),
-        ("preact_resnet50", 23_513_162, bottleneck_count(64, (3, 4, 6, 3))),
         ("vgg19", 20_040_522, vgg19_count()),
         ("wide_resnet28_10", 36_479_194, wide_count(28, 10)),
         ("wide_resnet34_10", 46_160_474, wide_count(34, 10)),
@@ -190,36 +172,6 @@ class TestPreActResNet:
         x = F.avg_pool2d(x, 4).flatten(1) @ s["linear.weight"].T + s["linear.bias"]
         torch.testing.assert_close(model(batch), x)
 
-    @two_activations
-    def test_bottleneck_equals_the_layout_written_out(self, act):
-        torch.manual_seed(0)
-        model = PreActResNet(
-            (2, 1), 3, block=PreActBottleneck, num_classes=5, mean=0.4, std=0.3,
-            activation=ACTIVATIONS[act],
-        )  # fmt: skip
-        s = unsettled(model).state_dict()
-
-        def pre(x, name):
-            return FORMULAS[act](batch_norm(x, s, name))
-
-        def block(x, name, stride):
-            a = pre(x, f"{name}.bn1")
-            out = F.conv2d(a, s[f"{name}.conv1.weight"])
-            out = pre(out, f"{name}.bn2")
-            out = F.conv2d(out, s[f"{name}.conv2.weight"], stride=stride, padding=1)
-            out = F.conv2d(pre(out, f"{name}.bn3"), s[f"{name}.conv3.weight"])
-            projection = s.get(f"{name}.shortcut.0.weight")
-            return out + (x if projection is None else F.conv2d(a, projection, stride=stride))
-
-        x = batch = images(3, 3, 8, 8)
-        # The first block keeps the size and still projects: 3 to 12 channels.
-        assert s["layer1.0.shortcut.0.weight"].shape == (12, 3, 1, 1)
-        x = block(block(stem(x, s), "layer1.0", 1), "layer1.1", 1)
-        x = pre(block(x, "layer2.0", 2), "bn")
-        assert x.shape == (3, 24, 4, 4)
-        x = x.mean((2, 3)) @ s["linear.weight"].T + s["linear.bias"]
-        torch.testing.assert_close(model(batch), x)
-
     def test_names_and_sizes_of_resnet18(self):
         model = MODELS["preact_resnet18"]()
         names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
@@ -232,20 +184,6 @@ class TestPreActResNet:
         assert names == expected
         sizes = sizes_on_the_way(model, ["conv1", "layer1", "layer2", "layer3", "layer4"])
         assert sizes == [(64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
-
-    def test_resnet50_beside_torchvisions(self):
-        """The same convolutions; the stem and the places of the BNs differ."""
-        models = pytest.importorskip("torchvision.models")
-        with torch.device("meta"):
-            ours, theirs = MODELS["preact_resnet50"](), models.resnet50(num_classes=10)
-
-        def convs(model):
-            shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Conv2d)]
-            return sorted(tuple(shape) for shape in shapes[1:])
-
-        assert convs(ours) == convs(theirs)
-        sizes = sizes_on_the_way(ours, ["layer1", "layer2", "layer3", "layer4"])
-        assert sizes == [(256, 32, 32), (512, 16, 16), (1024, 8, 8), (2048, 4, 4)]
 
 
 class TestWideResNet:
@@ -425,21 +363,6 @@ class TestNormalize:
         assert model.normalize.mean.item() == pytest.approx(0.3)
         assert model.normalize.std.item() == pytest.approx(0.4)
 
-    def test_a_checkpoint_without_statistics_leaves_them(self):
-        saved = TINY["preact"]().state_dict()
-        del saved["normalize.mean"], saved["normalize.std"]
-        keys = list(saved)
-        model = TINY["preact"](mean=0.3, std=0.4)
-        model.load_state_dict(saved, strict=True)
-        assert model.normalize.mean.item() == pytest.approx(0.3)
-        assert list(saved) == keys  # the caller's dict is not changed
-        empty = {}  # also not if the module is the outermost one
-        Normalize(0.3, 0.4).load_state_dict(empty)
-        assert empty == {}
-        del saved["bn.weight"]  # others are still reported
-        with pytest.raises(RuntimeError, match=r"Missing key.*bn\.weight"):
-            model.load_state_dict(saved)
-
     @pytest.mark.parametrize(
         ("mean", "std", "message"),
         [
@@ -456,24 +379,18 @@ class TestNormalize:
 
 # --- By name ------------------------------------------------------------------------------------
 
-LARGE = {"wide_resnet34_20", "wide_resnet70_16"}  # hundreds of millions: shapes alone
-
 
 class TestRegistry:
-    @pytest.mark.parametrize("name", sorted(MODELS))
+    @pytest.mark.parametrize("name", [*MODELS, "wide_resnet28_10"])
     def test_every_model(self, name):
-        with torch.device("meta" if name in LARGE else "cpu"):
-            model = build_model(
-                name, num_classes=4, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4),
-                activation=torch.tanh,
-            )  # fmt: skip
-            assert model.eval()(torch.rand(2, 2, 8, 8)).shape == (2, 4)
+        model = build_model(
+            name, num_classes=4, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4), activation="tanh"
+        )
+        assert model.eval()(torch.rand(2, 2, 8, 8)).shape == (2, 4)
         assert len(model.normalize.mean) == 2
         used = [m.activation for m in model.modules() if hasattr(m, "activation")]
         assert used
         assert all(activation is torch.tanh for activation in used)
-        with pytest.raises(TypeError, match="dropout"):
-            build_model(name, num_classes=10, in_channels=3, dropout=0.5)
 
     def test_wide_resnets_by_depth_and_width(self):
         with torch.device("meta"):
@@ -503,10 +420,12 @@ class TestActivationsByName:
     def test_the_network_computes_with_it(self, arch):
         settings = {"num_classes": 5, "in_channels": 3}
         model = unsettled(build_model(arch, activation="mish", **settings))
-        twin = build_model(arch, activation=FORMULAS["mish"], **settings).double().eval()
-        relu = build_model(arch, **settings).double().eval()
+        twin, relu = (build_model(arch, **settings).double().eval() for _ in range(2))
         for other in (twin, relu):
             other.load_state_dict(model.state_dict())
+        for module in twin.modules():
+            if hasattr(module, "activation"):
+                module.activation = FORMULAS["mish"]
         x = images(4, 3, 8, 8)
         torch.testing.assert_close(model(x), twin(x))
         assert not torch.allclose(model(x), relu(x), rtol=1e-3)
@@ -540,13 +459,8 @@ class TestTorchvision:
     def test_only_logits_in_train_mode(self, name):
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("error")
-            out = self.build(name, init_weights=False).train()(torch.rand(2, 3, 299, 299))
+            out = self.build(name).train()(torch.rand(2, 3, 299, 299))
         assert out.shape == (2, 10)
-
-    def test_settings_are_passed_on(self):
-        with torch.device("meta"):
-            model = self.build("mobilenet_v3_small", dropout=0.4, activation=F.relu)
-        assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.4]
 
     @pytest.mark.parametrize(
         ("name", "settings", "message"),
@@ -556,17 +470,11 @@ class TestTorchvision:
             ("resnet18", {"in_channels": 1}, "RGB images, not 1 channels"),
             ("resnet18", {"mean": (0.1, 0.2), "std": (0.3, 0.4)}, "2 channels, the images 3"),
             ("resnet18", {"activation": "silu"}, "has its own activation"),
-            ("resnet18", {"activation": F.silu}, "has its own activation"),
         ],
     )  # fmt: skip
     def test_errors(self, name, settings, message):
         with pytest.raises(ValueError, match=message):
             self.build(name, **settings)
-
-    def test_not_installed(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "torchvision", None)
-        with pytest.raises(ImportError, match="torchvision/resnet18 needs torchvision: pip"):
-            build_model("torchvision/resnet18", num_classes=10, in_channels=3)
 
     def test_imported_only_then(self):
         code = (

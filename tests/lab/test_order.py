@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from awp_optim.lab.order import epoch_order, split_batch, steps_per_epoch
+from awp_optim.lab.training_set import epoch_order, split_batch, steps_per_epoch
 
 
 def generator(seed=0):

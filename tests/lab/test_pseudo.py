@@ -131,9 +131,6 @@ class TestPseudoLabel:
         assert confident(confidence, 0).all()
         with pytest.raises(ValueError, match=r"below 0\.76 for all 3 images, at most 0\.75;"):
             confident(confidence, 0.76)
-        for least in (1.01, -0.1, float("nan")):
-            with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
-                confident(confidence, least)
 
     def test_labels_are_the_logits_largest_where_probabilities_are_equal(self):
         logits = torch.tensor([[-1.0, 0.0, 1e-9]]).expand(30, 3)  # in float32, exp(1e-9) is 1
@@ -266,7 +263,7 @@ class TestLoad:
         images, labels = load_images(path)
         assert torch.equal(images, expected)
         assert labels is None
-        with pytest.raises(ValueError, match=rf"{path.name} has no labels, .*pseudo_label\.py"):
+        with pytest.raises(ValueError, match=rf"{path.name} has no labels, .*awp pseudo-label"):
             load_pseudo_labeled(path)
 
     @pytest.mark.parametrize(

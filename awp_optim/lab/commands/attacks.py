@@ -36,7 +36,7 @@ def make_attack(name: str, eps: float, norm: str, backend: str = "reference") ->
         backend: AutoAttack's, "reference" or "native".
 
     Raises:
-        ValueError: there is no such attack, or not in this norm.
+        ValueError: there is no such attack, or it does not exist in this norm.
     """
     if steps := re.fullmatch(r"pgd([1-9]\d*)", name):
         step_size = eps / (4 if norm == "linf" else 8)
@@ -49,7 +49,7 @@ def make_attack(name: str, eps: float, norm: str, backend: str = "reference") ->
 
 
 def make_attacks(names: str, eps: float, norm: str, backend: str) -> dict[str, Attack]:
-    """Attacks from their names with commas between them."""
+    """Attacks from their names, separated by commas."""
     attacks: dict[str, Attack] = {}
     for name in names.split(","):
         name = re.sub(r"^aa(?=-|$)", "autoattack", name.strip())

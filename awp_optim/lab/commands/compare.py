@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 import tyro
 
+from awp_optim._utils.io import write_text
 from awp_optim.lab.commands.options import (
     Device,
     Positive,
@@ -20,8 +21,6 @@ from awp_optim.lab.commands.options import (
     parse,
     print_table,
     terminal,
-    write,
-    writing,
 )
 from awp_optim.lab.commands.train import fast_kernels
 from awp_optim.lab.config import Config
@@ -52,7 +51,7 @@ the same command continues where it was interrupted, with a recipe also within a
 
 @dataclass(frozen=True)
 class Options:
-    """What ``awp compare`` is asked for."""
+    """The options of ``awp compare``."""
 
     study: Annotated[str, tyro.conf.Positional, one_of(STUDIES)]
     """The comparison."""
@@ -72,14 +71,14 @@ class Options:
     device: Device = "cpu"
     """Device to train on."""
     workers: Positive | None = None
-    """Runs at a time; else one for each core, or one on a GPU."""
+    """Runs at a time; else one for each core, or a single one on a GPU."""
     out: Path = Path("runs/compare")
     """Folder of the results."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all runs of a study have in common."""
+    """What all runs of a study share."""
 
     recipe: str | None
     base: Config
@@ -97,14 +96,14 @@ class Task:
         return data.to(self.device), min(self.limit or labeled, labeled)
 
     def folder(self, config: Config) -> Path | None:
-        """The checkpoints of a run of hours, named after what differs from the recipe."""
+        """With a recipe, the run folder, named after what differs from the recipe."""
         base = asdict(self.base)
         changes = [f"{k}={v}" for k, v in asdict(config).items() if v != base[k]]
         return self.out / "runs" / (",".join(changes) or "base") if self.recipe else None
 
 
 def train(task: Task, config: Config, report: Callable[[int, int], None]) -> list[Row]:
-    """One run, and before it what it needs: pseudo-labels for RST, pre-trained weights."""
+    """Train one run, after what it needs: pseudo-labels for RST, or pre-trained weights."""
     if task.device.startswith("cuda"):
         fast_kernels()
     data, labeled = task.load()
@@ -138,16 +137,14 @@ def train(task: Task, config: Config, report: Callable[[int, int], None]) -> lis
 
 
 def _parity(data: ImageData, labeled: int) -> ImageData:
-    """The other images, as odd or even: what weights are pre-trained on."""
+    """The images that are not labeled, as odd or even: the task of pre-training."""
     rest, _ = data.split(labeled)
     y_train, y_test = rest.y_train % 2, rest.y_test % 2
     return replace(rest, y_train=y_train, y_test=y_test, classes=("even", "odd"))
 
 
 def main(arguments: Sequence[str], ranks: Job) -> None:
-    """Compare what the command line says."""
-    # The study's name of earlier versions.
-    arguments = ["regularizers" if word == "regularisers" else word for word in arguments]
+    """Run the comparison that the command line names."""
     options = parse(Options, arguments, "awp compare", HELP)
     compare(options, command=shlex.join(["awp", "compare", *arguments]))
 
@@ -157,7 +154,7 @@ def compare(options: Options, *, executor: Executor | None = None, command: str 
 
     Args:
         options: which study, and how.
-        executor: trains the runs, as of :func:`~awp_optim.lab.sweep.sweep`: on a cluster,
+        executor: trains the runs, as for :func:`~awp_optim.lab.sweep.sweep`; on a cluster,
             ``dask.distributed.Client(address).get_executor()``.
         command: how to repeat it, for the file of tables.
     """
@@ -180,12 +177,12 @@ def compare(options: Options, *, executor: Executor | None = None, command: str 
 
 
 def _task(options: Options) -> tuple[Task, ImageData, int]:
-    """What the runs have in common, their images, and how many have labels."""
+    """What the runs share, their images, and how many of these have labels."""
     base = RECIPES[options.recipe].config if options.recipe else QUICKSTART
     base = replace(base, method="at", gamma=0.0, epochs=options.epochs or base.epochs)
     task = Task(options.recipe, base, options.data_dir, options.limit, options.device, options.out)
     data, labeled = task.load()
-    if not options.recipe:  # as many steps, also with more images
+    if not options.recipe:  # RST trains on more images, but in as many steps
         task = replace(task, base=replace(base, epoch_images=labeled))
     return task, data, labeled
 
@@ -193,7 +190,7 @@ def _task(options: Options) -> tuple[Task, ImageData, int]:
 def _about(
     base: Config, study: Study, runs: Mapping[str, Runs], data: ImageData, labeled: int
 ) -> str:
-    """What a reader must know of the figures."""
+    """What a reader must know about the figures."""
     seeds = len(next(iter(runs.values())))
     about = (
         f"{data.name}, {labeled} labeled training and {len(data.x_test)} test images, {base.arch}, "
@@ -221,7 +218,6 @@ def _write(
         text += [f"{title}:", markdown(cells)]
     console.out(about)
     text += [f"![{study.title}]({options.study}.png)", machine, ""]
-    with writing(options.out / f"{options.study}.png") as picture:
-        study.draw(runs, picture, study.title)
-    write(options.out / f"{options.study}.md", "\n\n".join(text))
+    study.draw(runs, options.out / f"{options.study}.png", study.title)
+    write_text(options.out / f"{options.study}.md", "\n\n".join(text))
     console.out(f"All in {options.out}/{options.study}.md, .json and .png.")

@@ -1,4 +1,4 @@
-"""How a command ends, whatever ends it."""
+"""How a program ends: its exit status, and a sentence for an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["run", "sentences"]
 
 ERRORS = (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 """What bad input, a full disk or a lost process raise. Anything else is a bug: a traceback."""
-LAB = ("matplotlib", "numpy", "PIL", "rich", "sklearn", "torchvision", "tyro")
+LAB = ("jinja2", "matplotlib", "numpy", "PIL", "rich", "scipy", "sklearn", "torchvision", "tyro")
 
 
 def run(command: Callable[[Job], None], resume: str = "") -> None:
@@ -40,7 +40,7 @@ def run(command: Callable[[Job], None], resume: str = "") -> None:
 
 @contextmanager
 def sentences(resume: str = "") -> Iterator[None]:
-    """Inside, an error becomes a SystemExit with a sentence, which ``job`` reports once."""
+    """Turn an error into a SystemExit with a sentence, which ``job`` reports once."""
     try:
         yield
     except KeyboardInterrupt:

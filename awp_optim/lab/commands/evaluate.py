@@ -23,23 +23,22 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 import awp_optim
 from awp_optim._utils.checks import check_choice, check_real
+from awp_optim._utils.io import write_text
 from awp_optim.attacks import APGD, CW, FGSM, PGD, Attack
 from awp_optim.evaluation import Evaluation, EvaluationWarning, evaluate
 from awp_optim.lab.commands.attacks import NAMES, make_attack, make_attacks
 from awp_optim.lab.commands.options import (
+    CLASSIFIER,
+    ClassifierOptions,
     DataOptions,
-    Device,
     Flag,
     Number,
     Positive,
-    default_device,
     number,
     one_of,
     parse,
     print_table,
     terminal,
-    write,
-    writing,
 )
 from awp_optim.lab.data import DATASETS, ImageData
 from awp_optim.lab.job import Job
@@ -80,9 +79,7 @@ CURVE = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Radii of --plot, as multiples of eps."""
 CURVE_IMAGES, GRID_IMAGES = 200, 8
 PIPED_SECONDS = 30
-"""Where the output is no terminal: the time from one line of progress to the next."""
-
-CLASSIFIER = tyro.conf.create_mutex_group(required=True, title="classifier")
+"""Where standard error is not a terminal: the time between two lines of progress."""
 
 
 def _radii(words: Sequence[str]) -> tuple[float, ...]:
@@ -101,27 +98,19 @@ _RADII: PrimitiveConstructorSpec[tuple[float, ...]] = PrimitiveConstructorSpec(
 )
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``awp evaluate`` is asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Options(ClassifierOptions):
+    """The options of ``awp evaluate``."""
 
-    checkpoint: Annotated[Path | None, CLASSIFIER] = None
-    """A checkpoint of awp train, or a state dict."""
-    model: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
-    """A function to import and call, which returns a torch module of images in [0, 1]."""
     robustbench: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="NAME")] = None
     """A model of RobustBench."""
-    arch: str | None = None
-    """The checkpoint's network, also as in papers (WideResNet-34-10); else what it says itself."""
-    num_classes: Positive | None = None
-    """The checkpoint's classes; else as many as its head has."""
     ema: Flag = False
     """Evaluate the checkpoint's averaged weights."""
     mean: tuple[float, ...] | None = None
     """Mean to normalize with, a number for each channel, if the model does not normalize."""
     std: tuple[float, ...] | None = None
     """The same for the standard deviation; give both or none."""
-    attacks: Annotated[str, tyro.conf.arg(help=f"With commas between them, of {NAMES}.")] = (
+    attacks: Annotated[str, tyro.conf.arg(help=f"Separated by commas: {NAMES}.")] = (
         "fgsm,pgd20,pgd100,cw"
     )
     eps: Number | None = None
@@ -131,13 +120,11 @@ class Options:
     backend: Annotated[str, one_of(("reference", "native"))] = "reference"
     """AutoAttack by its authors' package, or with the faster APGD of this package."""
     skip_broken: Flag = False
-    """Spare attacks the images that were broken before, for a sooner worst case."""
+    """Attack only images that no earlier attack broke: the worst case, sooner."""
     seed: int = 0
     """Seed of the attacks."""
     batch_size: Positive = 128
     """Images at a time."""
-    device: Device = field(default_factory=default_device)
-    """Device to evaluate on."""
     out: Path = Path("evaluation")
     """Folder of the results."""
     resume: Flag = False
@@ -145,7 +132,7 @@ class Options:
     plot: Annotated[tuple[float, ...] | None, _RADII] = None
     """Draw curves.png, accuracy by radius (0 to 8 times --eps, or those given), and images.png."""
     data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
-    """Which images are used; else the test images of the run, or of cifar10."""
+    """The images to use; else the test images of the run, or of cifar10."""
 
     def __post_init__(self) -> None:
         if self.checkpoint is None and (self.arch or self.num_classes or self.ema):
@@ -164,7 +151,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Task:
-    """An evaluation with nothing left open."""
+    """An evaluation whose settings are all known."""
 
     options: Options
     dataset: str
@@ -178,7 +165,7 @@ class _Task:
 
 
 def main(arguments: Sequence[str], ranks: Job) -> None:
-    """Evaluate as the command line says."""
+    """Evaluate the classifier that the command line names."""
     options = parse(Options, arguments, "awp evaluate", HELP)
     # What needs no images is checked before they are loaded, or even downloaded.
     task = _complete(options)
@@ -198,7 +185,7 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
 
 
 def _complete(options: Options) -> _Task:
-    """What is not given, from the settings in the checkpoint."""
+    """Fill in options that were not given from the settings in the checkpoint."""
     run = {} if options.checkpoint is None else settings_of(options.checkpoint)
     norm = options.norm or run.get("norm", "linf")
     eps = run.get("eps", 8 / 255) if options.eps is None else options.eps
@@ -218,17 +205,11 @@ def _complete(options: Options) -> _Task:
 
 
 def _refuse(out: Path) -> None:
-    """Raise ValueError if a folder holds results; remove a state file that holds none."""
-    state = out / "state.jsonl"
-    if not state.exists():
-        return
-    content = state.read_bytes()
-    only_settings = content.count(b"\n") <= 1 and content.startswith(b'{"evaluation":')
-    if content and not only_settings:
-        raise ValueError(
+    """Raise FileExistsError if a folder holds results."""
+    if (out / "state.jsonl").exists():
+        raise FileExistsError(
             f"{out} already holds an evaluation: continue it with --resume, or choose another --out"
         )
-    state.unlink()
 
 
 def _model(task: _Task, data: ImageData, given: nn.Module | None) -> nn.Module:
@@ -290,19 +271,19 @@ def _write(task: _Task, dataset: str, r: Evaluation, command: str, console: Cons
     out, name, norm = task.options.out, task.options.name, task.norm
     what = f"{name} on {dataset}: {r.n} test images, {norm}, eps {radius(task.eps)}"
     if r.skip_broken:
-        what += "; each attack on what those before left"
-    write(out / "results.json", as_json(r, _about(task, command)))
-    write(out / "results.csv", as_csv(r))
-    write(out / "results.md", as_report(r, what, name, norm))
-    write(out / "record.csv", per_example(r))
+        what += "; each attack on the images that earlier ones did not break"
+    write_text(out / "results.json", as_json(r, _about(task, command)))
+    write_text(out / "results.csv", as_csv(r))
+    write_text(out / "results.md", as_report(r, what, name, norm))
+    write_text(out / "record.csv", per_example(r))
     print_table(console, per_attack(r, norm), what, bold=title("worst_case"))
     if r.warnings:
-        console.print("Warnings, which make these figures doubtful:", style="bold")
+        console.print("Warnings: there are reasons to doubt these accuracies.", style="bold")
         console.out(findings(r))
 
 
 def _about(task: _Task, command: str) -> dict[str, Any]:
-    """What was measured, with what, for results.json."""
+    """What was measured and with which versions, for results.json."""
     checkpoint, checksum = task.options.checkpoint, None
     if checkpoint is not None:
         checksum = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
@@ -327,7 +308,7 @@ def _cheap(task: _Task) -> list[str]:
 
 
 def _draw_curves(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) -> None:
-    """Accuracy by radius."""
+    """Draw accuracy by radius."""
     options, names = task.options, _cheap(task)
     few = data.x_test[:CURVE_IMAGES].float() / 255, data.y_test[:CURVE_IMAGES]
     settings: dict[str, Any] = {
@@ -342,23 +323,22 @@ def _draw_curves(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) 
         at_eps = evaluate(model, few, attacks, checks=False, **settings)
         for name, accuracy in at_eps.robust.items():
             points[title(name, task.norm)][eps] = accuracy
-    with writing(options.out / "curves.png") as file:
-        accuracy_by_radius(
-            points,
-            file,
-            f"{options.name}: {min(CURVE_IMAGES, r.n)} images, {task.norm}",
-            chance=1 / data.num_classes,
-            marked=task.eps,
-        )
+    accuracy_by_radius(
+        points,
+        options.out / "curves.png",
+        f"{options.name}: {min(CURVE_IMAGES, r.n)} images, {task.norm}",
+        chance=1 / data.num_classes,
+        marked=task.eps,
+    )
 
 
 def _draw_images(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) -> None:
-    """Some images and their adversarial examples, one half of them broken."""
+    """Draw some images and their adversarial examples, half of them broken."""
     options, norm, name = task.options, task.norm, _cheap(task)[-1]
     broken = [i for i, by in enumerate(r.broken_by) if by not in ("", "natural")]
-    stood = [i for i, by in enumerate(r.broken_by) if by == ""]
-    half = max(GRID_IMAGES // 2, GRID_IMAGES - len(stood))
-    shown = (broken[:half] + stood)[:GRID_IMAGES]
+    robust_ones = [i for i, by in enumerate(r.broken_by) if by == ""]
+    half = max(GRID_IMAGES // 2, GRID_IMAGES - len(robust_ones))
+    shown = (broken[:half] + robust_ones)[:GRID_IMAGES]
     if not shown:
         return
     x = data.x_test[shown].to(options.device).float() / 255
@@ -370,11 +350,10 @@ def _draw_images(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) 
     labels = [
         tuple(data.classes[k] for k in image) for image in zip(y.tolist(), *predicted, strict=True)
     ]
-    with writing(options.out / "images.png") as file:
-        adversarial_images(
-            x.cpu().numpy(),
-            x_adv.cpu().numpy(),
-            labels,
-            file,
-            f"{title(name, norm)}, eps {radius(task.eps)}, {norm}: predictions, wrong ones orange",
-        )
+    adversarial_images(
+        x.cpu().numpy(),
+        x_adv.cpu().numpy(),
+        labels,
+        options.out / "images.png",
+        f"{title(name, norm)}, eps {radius(task.eps)}, {norm}: predictions, wrong ones orange",
+    )

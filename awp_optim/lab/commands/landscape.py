@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -11,27 +10,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
 
+from awp_optim._utils.io import write_text
 from awp_optim.lab.commands.options import (
     Device,
     Flag,
-    Number,
-    Positive,
     default_device,
     one_of,
     parse,
     print_table,
     terminal,
-    write,
-    writing,
 )
 from awp_optim.lab.job import Job
 from awp_optim.lab.reports.figures import FIGURES, Drawing
-from awp_optim.lab.reports.gallery import Picture, write_gallery
+from awp_optim.lab.reports.gallery import write_gallery
 from awp_optim.lab.reports.landscapes import Landscapes, Measuring
 from awp_optim.lab.reports.runs import NotEnough, Run, find_runs, grouped, select
 
@@ -50,14 +45,13 @@ Figures:
     f"    {name:12}{' '.join((figure.__doc__ or '').split())}" for name, figure in FIGURES.items()
 )
 
-GAMMAS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 0.6, 1.0)
 WHAT = tyro.conf.create_mutex_group(required=True, title="what to draw")
 Figure = Annotated[str, one_of(FIGURES, "NAME")]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``awp landscape`` is asked for."""
+    """The options of ``awp landscape``."""
 
     runs: Annotated[
         tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUNS [RUNS ...]")
@@ -68,57 +62,22 @@ class Options:
     gallery: Annotated[Flag, WHAT] = False
     """All figures that the runs allow, and index.html."""
     select: str | None = None
-    """Regular expression: of the settings found, draw those whose label matches."""
+    """Regular expression: draw only the settings whose label matches."""
     out: Path = Path("landscapes")
     """Folder of the figures."""
-    reach: Number = 1.0
-    """Alphas go from -REACH to REACH."""
-    points: Positive = 21
-    """Alphas on a curve, an odd number."""
-    grid: Positive = 11
-    """Alphas on a side of a surface, an odd number."""
-    directions: Positive = 3
-    """Random directions of a curve."""
-    at: Number | None = None
-    """Alpha at which curves are compared in numbers; else REACH / 2."""
-    gammas: tuple[float, ...] = GAMMAS
-    """Sizes of the perturbations of --figure perturbed."""
-    limit: Positive | None = None
-    """Use at most this many training images; their sampling error is shown."""
-    steps: Positive | None = None
-    """Steps of the attack; else as many as in training."""
-    recompute_bn: Flag = False
-    """Recompute BatchNorm's statistics at each point."""
-    batch_size: Positive = 128
-    """Images at a time."""
-    seed: int = 0
-    """Seed of directions and attacks."""
-    data_dir: Path = Path("data")
-    """Folder of the data sets."""
     device: Device = field(default_factory=default_device)
     """Device to measure on."""
+
+    measuring: tyro.conf.OmitArgPrefixes[Measuring] = field(default_factory=Measuring)
+    """How landscapes are measured."""
 
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("name one run folder or more")
-        for name in ("points", "grid"):
-            if getattr(self, name) < 3 or getattr(self, name) % 2 == 0:
-                raise ValueError(f"--{name} must be an odd number, 3 or more, so that 0 is one")
-        if not 0 < self.reach < math.inf:
-            raise ValueError(f"--reach must be above 0, not {self.reach:g}")
-        if not 0 < self.alpha <= self.reach:
-            raise ValueError(f"--at must be above 0 and within --reach, not {self.alpha:g}")
-        if not self.gammas or not all(0 < gamma < math.inf for gamma in self.gammas):
-            raise ValueError("--gammas must be above 0")
-
-    @property
-    def alpha(self) -> float:
-        """Where curves are compared."""
-        return self.reach / 2 if self.at is None else self.at
 
 
 def main(arguments: Sequence[str], ranks: Job) -> None:
-    """Draw what the command line says."""
+    """Draw the figures that the command line names."""
     options = parse(Options, arguments, "awp landscape", HELP)
     start = time.perf_counter()
     console = terminal()
@@ -143,14 +102,15 @@ def _draw(
     options: Options,
     ranks: Job,
     console: Console,
-) -> tuple[list[Picture], dict[str, str]]:
-    """The figures that the runs allow, each written as soon as it is measured; why not others."""
+) -> tuple[list[tuple[Drawing, Path]], dict[str, str]]:
+    """Draw the figures that the runs allow; returns them, and why others were left out."""
     landscapes = Landscapes(
-        _measuring(options, ranks),
+        options.measuring,
         options.out / "points",
+        ranks.device(options.device),
         lambda text: console.print(f"measuring {text}", style="dim"),
     )
-    pictures: list[Picture] = []
+    pictures: list[tuple[Drawing, Path]] = []
     left_out: dict[str, str] = {}
     for name in names:
         try:
@@ -159,54 +119,34 @@ def _draw(
             left_out[name] = str(error)
             continue
         if ranks.rank == 0:
-            pictures += [_write(drawing, options.out, console) for drawing in drawings]
+            pictures += [(d, _write(d, options.out, console)) for d in drawings]
     return pictures, left_out
 
 
-def _measuring(options: Options, ranks: Job) -> Measuring:
-    def axis(count: int) -> tuple[float, ...]:
-        return tuple(np.linspace(-options.reach, options.reach, count).round(12).tolist())
-
-    return Measuring(
-        alphas=axis(options.points),
-        grid=axis(options.grid),
-        gammas=tuple(sorted(options.gammas)),
-        directions=options.directions,
-        at=options.alpha,
-        limit=options.limit,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        recompute_bn=options.recompute_bn,
-        seed=options.seed,
-        device=ranks.device(options.device),
-        data_dir=options.data_dir,
-    )
-
-
-def _write(drawing: Drawing, out: Path, console: Console) -> Picture:
-    """The picture, and its numbers beside it; the tables also on the terminal."""
-    with writing(out / f"{drawing.name}.png") as file:
-        drawing.draw(file, drawing.title)
+def _write(drawing: Drawing, out: Path, console: Console) -> Path:
+    """Write the picture, its numbers beside it, and its tables on the terminal."""
+    file = out / f"{drawing.name}.png"
+    drawing.draw(file, drawing.title)
     content = {
         "title": drawing.title,
         "caption": drawing.caption,
         "tables": list(drawing.tables),
         "data": drawing.data,
     }
-    write(file.with_suffix(".json"), json.dumps(content, indent=1))
+    write_text(file.with_suffix(".json"), json.dumps(content, indent=1))
     for title, cells in drawing.tables:
         console.out(f"{drawing.title}. {title}.")
         print_table(console, cells)
     console.out(drawing.caption)
     console.out(f"{file}\n")
-    return Picture(drawing.title, drawing.caption, file, drawing.tables)
+    return file
 
 
 def _write_gallery(
     options: Options,
     groups: dict[str, list[Run]],
     command: str,
-    pictures: list[Picture],
+    pictures: list[tuple[Drawing, Path]],
     left_out: dict[str, str],
     console: Console,
 ) -> None:
@@ -215,8 +155,7 @@ def _write_gallery(
         f"{sum(map(len, groups.values()))} runs: {'; '.join(groups)}. torch {torch.__version__}, "
         f"{torch.device(options.device).type}."
     )
-    with writing(page):
-        write_gallery(page, "Weight loss landscapes", about, command, pictures, [*left_out.items()])
+    write_gallery(page, "Weight loss landscapes", about, command, pictures, left_out)
     for name, why in left_out.items():
         console.out(f"left out: {name}: {why}")
     console.out(f"The gallery is {page}.")

@@ -1,11 +1,10 @@
-"""What the commands have in common: types of options, parsing, the terminal, images."""
+"""What the commands share: types of options, parsing, the terminal, images, classifiers."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from awp_optim._utils.io import atomic_write
 from awp_optim.lab.data import DATASETS, ImageData, load
 
 __all__ = [
+    "CLASSIFIER",
+    "ClassifierOptions",
     "DataOptions",
     "Dataset",
     "Device",
@@ -36,8 +36,6 @@ __all__ = [
     "peek",
     "print_table",
     "terminal",
-    "write",
-    "writing",
 ]
 
 T = TypeVar("T")
@@ -114,7 +112,7 @@ def _fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | Non
 
 @_registry.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """An option that may be None is None if it is not given; None itself cannot be given."""
+    """An option that may be None is None unless it is given; the word None is not accepted."""
     kinds = [kind for kind in get_args(info.type) if kind is not type(None)]
     if info.type_origin not in (Union, UnionType) or len(kinds) != 1:
         return None
@@ -142,7 +140,7 @@ def parse(
     Args:
         options: a dataclass, whose fields are the options.
         arguments: the words of the command line.
-        prog: what stands before them.
+        prog: the program's name, for the help.
         help: what ``--help`` says above the options.
         default: the options that are not given; None for the defaults of the fields.
     """
@@ -154,7 +152,7 @@ def parse(
 
 
 def peek(function: Callable[..., T], arguments: Sequence[str], prog: str) -> T:
-    """Call a function with those options that it takes; others are left to be parsed later."""
+    """Call a function with the options that it takes, and ignore the others."""
     result: T
     result, _ = tyro.cli(
         function,
@@ -168,12 +166,12 @@ def peek(function: Callable[..., T], arguments: Sequence[str], prog: str) -> T:
 
 
 def default_device() -> str:
-    """A GPU, where there is one."""
+    """ "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def terminal() -> Console:
-    """The standard output. It prints strings unchanged: brackets in a path are no markup."""
+    """The standard output, without markup: a path may contain brackets."""
     width = None if sys.stdout.isatty() else 130
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
@@ -186,13 +184,13 @@ def print_table(
     Args:
         console: where to print it.
         cells: row by row; the first row is the head.
-        title: what stands above it.
+        title: printed above it.
         bold: the name of the row to emphasize.
     """
     head, *rows = cells
     table = Table(title=title)
     for i, column in enumerate(head):
-        # On a narrow terminal only the head is broken.
+        # On a narrow terminal only the head is wrapped.
         widest = max((len(row[i]) for row in rows), default=0)
         table.add_column(column, justify="right" if i else "left", min_width=widest)
     for row in rows:
@@ -201,36 +199,42 @@ def print_table(
 
 
 def check_writable(path: Path) -> None:
-    """Raise an OSError now for a file that cannot be written later."""
-    with writing(path):
+    """Raise an OSError for a file that could not be written; its folder is made if needed."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path.parent):
             pass
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Inside, an OSError names the file, which that of a full disk does not."""
-    try:
-        yield path
     except OSError as error:
-        raise OSError(f"{path} could not be written ({error.strerror or error})") from error
+        raise OSError(f"{path} cannot be written ({error.strerror})") from error
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    with writing(path), atomic_write(path) as file:
-        file.write(text.encode())
+CLASSIFIER = tyro.conf.create_mutex_group(required=True, title="classifier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions:
+    """Which classifier is used, and where."""
+
+    checkpoint: Annotated[Path | None, CLASSIFIER] = None
+    """A checkpoint of awp train, or a state dict."""
+    model: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
+    """A function to import and call, which returns a torch module of images in [0, 1]."""
+    arch: str | None = None
+    """The checkpoint's network, also as in papers (WideResNet-34-10); else the one it names."""
+    num_classes: Positive | None = None
+    """The checkpoint's classes; else as many as its head has."""
+    device: Device = field(default_factory=default_device)
+    """Device of the classifier."""
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which images are used."""
+    """The images to use."""
 
     dataset: Dataset | None = None
     """Name of the data set."""
     data_dir: Path = Path("data")
-    """Folder of the data sets; of folder and npz the images themselves."""
+    """Folder of the data sets; with --dataset folder or npz, the images themselves."""
     image_size: Positive | None = None
     """Side to which the images of a folder are resized."""
     limit: Positive | None = None

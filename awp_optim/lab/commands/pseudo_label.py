@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from awp_optim.lab.commands.options import (
-    Device,
+    ClassifierOptions,
     Number,
     Positive,
     check_writable,
-    default_device,
     parse,
     print_table,
     terminal,
@@ -37,36 +33,24 @@ __all__ = ["Options", "main"]
 HELP = """Label images with a classifier, for robust self-training (RST, Carmon et al., 2019).
 
 Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If the
-file holds labels as well (y), the share that agrees is printed. The classifier is a checkpoint of
+file also holds labels (y), the share that agrees is printed. The classifier is a checkpoint of
 awp train, a state dict with --arch, or what a function of your own returns (--model
 MODULE:FUNCTION: this runs that code).
 """
 
-CLASSIFIER = tyro.conf.create_mutex_group(required=True, title="classifier")
 
-
-@dataclass(frozen=True)
-class Options:
-    """What ``awp pseudo-label`` is asked for."""
+@dataclass(frozen=True, kw_only=True)
+class Options(ClassifierOptions):
+    """The options of ``awp pseudo-label``."""
 
     images: Path
     """The images, .npy or .npz."""
     out: Path
     """The .npz file to write: x and y."""
-    checkpoint: Annotated[Path | None, CLASSIFIER] = None
-    """The classifier's weights."""
-    model: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
-    """A function to import and call, which returns a torch module of images in [0, 1]."""
-    arch: str | None = None
-    """The checkpoint's network; else what it says itself."""
-    num_classes: Positive | None = None
-    """The checkpoint's classes; else as many as its head has."""
     min_confidence: Number = 0.0
-    """Drop images with a lower probability of their label."""
+    """Drop images whose label has a lower probability than this."""
     batch_size: Positive = 512
     """Images at a time."""
-    device: Device = field(default_factory=default_device)
-    """Device to classify on."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_confidence <= 1:
@@ -76,14 +60,16 @@ class Options:
 
 
 def main(arguments: Sequence[str], ranks: Job) -> None:
-    """Label images as the command line says."""
+    """Label the images that the command line names."""
     options = parse(Options, arguments, "awp pseudo-label", HELP)
     given = None if options.model is None else from_function(options.model)
     x, truth = load_images(options.images)
     model = _classifier(options, x.shape[1]) if given is None else given
     check_writable(options.out)
     console = terminal()
-    y, confidence = _classify(options, model.to(options.device), x, console)
+    with step_bars(console) as progress:
+        bar = StepBar(progress, options.images.name)
+        y, confidence = classify(model.to(options.device), x, options.batch_size, on_step=bar)
     kept = confident(confidence, options.min_confidence)
     labeled = PseudoLabeled(x[kept], y[kept])
     save_pseudo_labeled(labeled, options.out)
@@ -110,11 +96,3 @@ def _classifier(options: Options, channels: int) -> nn.Module:
         num_classes=options.num_classes,
         in_channels=channels,
     )
-
-
-def _classify(
-    options: Options, model: nn.Module, x: Tensor, console: Console
-) -> tuple[Tensor, Tensor]:
-    with step_bars(console) as progress:
-        bar = StepBar(progress, options.images.name)
-        return classify(model, x, options.batch_size, on_step=bar)

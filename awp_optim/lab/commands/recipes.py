@@ -1,4 +1,4 @@
-"""``awp recipes``: the paper's runs, and what it reports of them."""
+"""``awp recipes``: the paper's runs and results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELP = "List the recipes of awp train and awp compare, with the results that the
 
 @dataclass(frozen=True)
 class Options:
-    """There are none."""
+    """``awp recipes`` has no options."""
 
 
 def main(arguments: Sequence[str], ranks: Job) -> None:

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from awp_optim.attacks import PGD
-from awp_optim.lab.commands import recipes
 from awp_optim.lab.commands.options import (
     DataOptions,
     Dataset,
@@ -62,7 +61,7 @@ Threat = Annotated[str, one_of(sorted(THREATS))]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What ``awp train`` is asked for."""
+    """The options of ``awp train``."""
 
     out: Path
     """The run folder."""
@@ -75,21 +74,23 @@ class Options:
     unlabeled: Path | None = None
     """Images with pseudo-labels, an .npz file."""
     labeled: Positive | None = None
-    """Keep the labels of this many training images; a classifier labels the others."""
+    """Keep the labels of this many training images, and let a classifier label the others."""
     init: Path | None = None
     """Checkpoint to start from, with its normalization if it holds one."""
     max_minutes: Number = math.inf
-    """Stop after this time, to continue with --resume."""
+    """Stop after this many minutes; --resume continues the run."""
     device: Device = field(default_factory=default_device)
     """Device to train on."""
     data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
-    """Which images are used."""
+    """The images to use."""
     settings: tyro.conf.OmitArgPrefixes[Config]
     """The settings of the run, as config.json keeps them."""
 
     def __post_init__(self) -> None:
         config = self.settings
-        PGD(config.eps, config.step_size, norm=config.norm)  # checks them before images are loaded
+        PGD(
+            config.eps, config.step_size, norm=config.norm
+        )  # checks the threat before images are loaded
         if self.unlabeled is not None and self.labeled is not None:
             raise ValueError("--unlabeled and --labeled: give one of the two")
 
@@ -106,16 +107,13 @@ def starting_point(
         config = defaults(dataset, threat or "linf", method)
     else:
         dataset, config = dataset or RECIPES[recipe].dataset, RECIPES[recipe].config
-        config = config if threat is None else replace(config, **vars(THREATS[threat]))
+        config = config if threat is None else replace(config, **THREATS[threat])
     return dataset, replace(config, augment=dataset != "digits")
 
 
 def main(arguments: Sequence[str], ranks: Job) -> None:
-    """Train as the command line says."""
-    if "--list-recipes" in arguments:  # what `awp recipes` was called
-        recipes.main([], ranks)
-        return
-    # The options that decide the defaults of the others come first.
+    """Train the run that the command line describes."""
+    # These options decide the defaults of the others, so they are read first.
     dataset, config = peek(starting_point, arguments, "awp train")
     default = Options(out=tyro.MISSING, data=DataOptions(dataset), settings=config)
     options = parse(Options, arguments, "awp train", HELP, default=default)
@@ -128,7 +126,7 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
 
     Args:
         options: the run.
-        given: the options that were typed, such as "--train-eval".
+        given: the options on the command line, such as "--train-eval".
         ranks: the processes that share the run.
 
     Raises:
@@ -159,13 +157,13 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
 
 
 def fast_kernels() -> None:
-    """Matrix products and convolutions in TF32 on a GPU that has it, by the fastest algorithm."""
+    """Let a GPU use TF32, and the fastest algorithm for each convolution."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
 
 
 def _fit_to_data(options: Options, given: set[str], data: ImageData) -> Config:
-    """Settings that depend on the number of images, unless they were given."""
+    """Set what depends on the number of images, unless it was given."""
     config, images = options.settings, len(data.x_train)
     if "--train-eval" not in given:
         config = replace(config, train_eval=max(1, min(config.train_eval, images // 4)))
@@ -181,7 +179,7 @@ def _fit_to_data(options: Options, given: set[str], data: ImageData) -> Config:
 
 @dataclass
 class _Run:
-    """A run, and the training of a classifier before it, under one display."""
+    """A run, and with --labeled the training of its classifier, under one progress display."""
 
     options: Options
     config: Config
@@ -233,7 +231,7 @@ class _Run:
 
 
 def _signals(ranks: Job) -> AbstractContextManager[StopRequest]:
-    """Ctrl-C and SIGTERM; the first process reports them, and ignores torchrun's echo."""
+    """Catch Ctrl-C and SIGTERM; the first rank reports them. torchrun sends a Ctrl-C twice."""
     if ranks.world == 1:
         return graceful_stop()
     return graceful_stop(None if ranks.rank == 0 else lambda text: None, echo=5)
@@ -242,7 +240,7 @@ def _signals(ranks: Job) -> AbstractContextManager[StopRequest]:
 def _summarize(
     options: Options, config: Config, dataset: str, rows: list[Row], console: Console
 ) -> None:
-    """Draw the learning curves and print the result, as far as the run has come."""
+    """Draw the learning curves and print the result so far."""
     if not is_over(config, rows):
         console.out(f"Stopped after {len(rows)} of {config.epochs} epochs; continue with --resume.")
     evaluated = [row for row in rows if "test_robust_acc" in row]

@@ -14,15 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 from awp_optim.lab.data.arrays import load_npz
-from awp_optim.lab.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD, load_cifar10
+from awp_optim.lab.data.cifar10 import load_cifar10
 from awp_optim.lab.data.digits import load_digits
 from awp_optim.lab.data.folders import load_folder
 from awp_optim.lab.data.images import ImageData
 from awp_optim.lab.data.torchvision_sets import load_cifar100, load_svhn
 
 __all__ = [
-    "CIFAR10_MEAN",
-    "CIFAR10_STD",
     "DATASETS",
     "ImageData",
     "load",

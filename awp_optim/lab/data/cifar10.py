@@ -25,9 +25,9 @@ import torch
 from awp_optim._utils.io import atomic_write
 from awp_optim.lab.data.arrays import ArrayFile
 from awp_optim.lab.data.images import ImageData
-from awp_optim.lab.data.sources import data_folder, missing, one_line, read_torchvision
+from awp_optim.lab.data.sources import data_folder, one_line, read_torchvision
 
-__all__ = ["CIFAR10_MEAN", "CIFAR10_STD", "load_cifar10"]
+__all__ = ["load_cifar10"]
 
 Arrays: TypeAlias = dict[str, np.ndarray[Any, Any]]
 """``x_train``, ``x_test``: uint8 (N, 3, 32, 32). ``y_train``, ``y_test``: uint8 (N,)."""
@@ -138,10 +138,7 @@ def _read_torchvision(source: Path, *, download: bool = False) -> Arrays:
 
 def _read_tarball(file: Path) -> Arrays:
     """Read the npm package: PNG files with one 32x32 image a row, and labels as JSON lists."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise missing("pillow") from error
+    from PIL import Image
 
     with tarfile.open(file) as tar:
 

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from awp_optim.lab.data.images import ImageData
-from awp_optim.lab.data.sources import missing
 
 __all__ = ["load_digits"]
 
@@ -21,11 +20,9 @@ def load_digits() -> ImageData:
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits as sklearn_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise missing("scikit-learn") from error
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
     digits = sklearn_digits()
     x = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     split = train_test_split(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from awp_optim.lab.data.images import ImageData
-from awp_optim.lab.data.sources import missing, one_line
+from awp_optim.lab.data.sources import one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,28 +18,22 @@ if TYPE_CHECKING:
 
 __all__ = ["load_folder"]
 
+TEST_FRACTION = 0.2
 LAYOUT = "path/train/<class>/ and path/test/<class>/, or path/<class>/"
 
 
-def load_folder(
-    path: str | os.PathLike[str],
-    size: int | None = None,
-    test_fraction: float = 0.2,
-    seed: int = 0,
-) -> ImageData:
+def load_folder(path: str | os.PathLike[str], size: int | None = None) -> ImageData:
     """Images in a folder for each class: ``path/train/<class>/*`` and ``path/test/<class>/*``.
 
-    Or a single tree, ``path/<class>/*``, of which a random share of every class becomes the test
-    part. :class:`torchvision.datasets.ImageFolder` finds the files and the classes, both in
-    alphabetical order. The data have one channel if every image is gray, else three. ``mean`` and
-    ``std`` are measured on the training part. The images must fit into memory.
+    Or a single tree, ``path/<class>/*``, of which a random fifth of every class (the same in every
+    call) becomes the test part. :class:`torchvision.datasets.ImageFolder` finds the files and the
+    classes, both in alphabetical order. The data have one channel if every image is gray, else
+    three. ``mean`` and ``std`` are measured on the training part. The images must fit into memory.
 
     Args:
         path: The root of the tree; its name becomes the name of the data set.
         size: Height and width in pixels to which every image is resized (bilinear, antialiased,
             proportions are not kept). None leaves the sizes, which must then be equal.
-        test_fraction: Share of the test part of a single tree; unused if there are two trees.
-        seed: Seed of the draw of the test part.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -50,8 +44,6 @@ def load_folder(
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be 1 or more, not {size}")
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must be inside (0, 1), not {test_fraction}")
     root = Path(path).expanduser()
     if not root.is_dir():
         raise NotADirectoryError(f"not a folder of images: {root}")
@@ -62,9 +54,9 @@ def load_folder(
         in_test = torch.arange(sum(map(len, trees))) >= len(trees[0])
     else:
         trees = [_tree(root, size)]
-        in_test = _draw_test(torch.tensor(trees[0].targets), test_fraction, seed)
+        in_test = _draw_test(torch.tensor(trees[0].targets))
         if not in_test.any():
-            raise ValueError(f"{root} has too few images for a test part of {test_fraction:g}")
+            raise ValueError(f"{root} has too few images for a test part of {TEST_FRACTION:g}")
 
     x = _read(trees)
     y = torch.tensor([label for tree in trees for label in tree.targets])
@@ -80,11 +72,8 @@ def load_folder(
 
 def _tree(root: Path, size: int | None) -> ImageFolder:
     """The tree below ``root`` as a data set of uint8 tensors of shape (3, H, W)."""
-    try:
-        from torchvision.datasets import ImageFolder
-        from torchvision.transforms import v2
-    except ImportError as error:
-        raise missing("torchvision") from error
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
 
     resize = [] if size is None else [v2.Resize((size, size))]
     transform = v2.Compose([*resize, v2.PILToTensor()])
@@ -114,13 +103,13 @@ def _open(file: str) -> Image.Image:
         return rgb
 
 
-def _draw_test(y: Tensor, fraction: float, seed: int) -> Tensor:
+def _draw_test(y: Tensor) -> Tensor:
     """Which images become the test part, as booleans: the same share of every class."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros(len(y), dtype=torch.bool)
     for label in range(int(y.max()) + 1):
         own = (y == label).nonzero()[:, 0]
-        n = min(round(fraction * len(own)), len(own) - 1)  # at least one image stays to train on
+        n = min(round(TEST_FRACTION * len(own)), len(own) - 1)  # one image stays to train on
         drawn[own[torch.randperm(len(own), generator=generator)[:n]]] = True
     return drawn
 

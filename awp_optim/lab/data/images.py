@@ -108,7 +108,7 @@ class ImageData:
             ValueError: There are no training images.
         """
         if not self.x_train.numel():
-            raise ValueError("the training part holds no pixels to measure mean and std of")
+            raise ValueError("there are no training images to measure mean and std on")
         mean, std = [], []
         values = torch.arange(256, dtype=torch.float64) / 255
         for channel in self.x_train.unbind(1):

@@ -1,4 +1,4 @@
-"""What the loaders share: the data folder, torchvision's data sets, packages that are missing."""
+"""What the loaders share: the data folder, torchvision's data sets, errors on one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["channels_first", "data_folder", "missing", "one_line", "read_torchvision"]
+__all__ = ["channels_first", "data_folder", "one_line", "read_torchvision"]
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer after which a download is given up
 
@@ -35,15 +35,15 @@ def read_torchvision(name: str, folder: Path, *parts: dict[str, Any], download: 
         ImportError: torchvision, or a package that it needs for these files, is not installed.
         RuntimeError: The files are absent or damaged, or could not be downloaded.
     """
-    try:
-        from torchvision import datasets
+    from torchvision import datasets
 
+    try:
         with _download_timeout():
             return [
                 getattr(datasets, name)(str(folder), download=download, **part) for part in parts
             ]
-    except ImportError as error:
-        raise missing((error.name or "torchvision").partition(".")[0]) from error
+    except ImportError:
+        raise
     except Exception as error:  # torchvision raises whatever the network or the damage leads to
         raise RuntimeError(
             f"{name} could not be loaded from {folder}: {one_line(error)}"
@@ -53,11 +53,6 @@ def read_torchvision(name: str, folder: Path, *parts: dict[str, Any], download: 
 def channels_first(x: np.ndarray[Any, Any]) -> Tensor:
     """Images of shape (N, H, W, C) as a contiguous tensor of shape (N, C, H, W)."""
     return torch.from_numpy(np.require(x.transpose(0, 3, 1, 2), requirements=["C", "W"]))
-
-
-def missing(package: str) -> ImportError:
-    """The error to raise if an optional package is not installed."""
-    return ImportError(f"{package} is not installed: pip install 'awp_optim[examples]'")
 
 
 def one_line(error: BaseException, width: int = 300) -> str:

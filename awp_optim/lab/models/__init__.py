@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from awp_optim.lab.models.common import Activation, Normalize
-from awp_optim.lab.models.preact import PreActBlock, PreActBottleneck, PreActResNet
+from awp_optim.lab.models.preact import PreActBlock, PreActResNet
 from awp_optim.lab.models.vgg import VGG
 from awp_optim.lab.models.wide import WideResNet
 
@@ -23,7 +23,6 @@ __all__ = [
     "VGG",
     "Normalize",
     "PreActBlock",
-    "PreActBottleneck",
     "PreActResNet",
     "WideResNet",
     "build_model",
@@ -31,16 +30,10 @@ __all__ = [
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "preact_resnet18": partial(PreActResNet, (2, 2, 2, 2)),
-    "preact_resnet34": partial(PreActResNet, (3, 4, 6, 3)),
-    "preact_resnet50": partial(PreActResNet, (3, 4, 6, 3), block=PreActBottleneck),
     "preact_resnet_small": partial(PreActResNet, (1, 1, 1), width=16),  # for 8x8 digits, on a CPU
     "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
-    "wide_resnet28_10": partial(WideResNet, 28, 10),
-    "wide_resnet34_10": partial(WideResNet, 34, 10),
-    "wide_resnet34_20": partial(WideResNet, 34, 20),
-    "wide_resnet70_16": partial(WideResNet, 70, 16),
 }
-"""The networks that papers train, for :func:`build_model`."""
+"""The networks of :func:`build_model`, beside wide ResNets of any depth and width."""
 
 ACTIVATIONS: dict[str, Activation] = {
     f.__name__: f
@@ -58,13 +51,12 @@ def build_model(
     in_channels: int,
     mean: float | Sequence[float] = 0.0,
     std: float | Sequence[float] = 1.0,
-    activation: str | Activation = "relu",
-    **settings: Any,
+    activation: str = "relu",
 ) -> nn.Module:
     """Build a new network by name, for images in [0, 1].
 
     Args:
-        name: A name in :data:`MODELS`; ``"wide_resnet16_4"`` and so on, of depth 16 and width 4;
+        name: A name in :data:`MODELS`; ``"wide_resnet34_10"`` and so on, of depth 34 and width 10;
             or ``"torchvision/resnet18"`` and so on: any classifier of ``torchvision.models``,
             untrained, after :class:`Normalize`. Those are made for RGB images of about 224x224;
             not all of them accept small ones.
@@ -72,30 +64,27 @@ def build_model(
         in_channels: Channels of the images.
         mean: For :class:`Normalize`.
         std: For :class:`Normalize`.
-        activation: A name in :data:`ACTIVATIONS`, or any function of a tensor, in place of ReLU.
-            The networks of torchvision have their own.
-        settings: Other arguments of the network.
+        activation: A name in :data:`ACTIVATIONS`; the networks of torchvision have their own.
 
     Raises:
         ImportError: A network of torchvision was asked for, and torchvision is not installed.
         ValueError: There is no such name (the message lists the names), or a network of
             torchvision was asked for with other images than RGB, or another activation.
     """
-    settings |= {
+    settings: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "mean": mean, "std": std
     }  # fmt: skip
     if name.startswith(TORCHVISION):
-        if activation not in ("relu", F.relu):
+        if activation != "relu":
             raise ValueError(f"{name} has its own activation: {activation!r} cannot be set")
         return _torchvision_model(name.removeprefix(TORCHVISION), **settings)
-    if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
-        activation = ACTIVATIONS[activation]
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
+    settings["activation"] = ACTIVATIONS[activation]
     if name in MODELS:
-        return MODELS[name](activation=activation, **settings)
+        return MODELS[name](**settings)
     if sizes := re.fullmatch(r"wide_resnet(\d+)_(\d+)", name):
-        return WideResNet(int(sizes[1]), int(sizes[2]), activation=activation, **settings)
+        return WideResNet(int(sizes[1]), int(sizes[2]), **settings)
     raise ValueError(
         f"no model {name!r}; there are: {', '.join(sorted(MODELS))}; wide_resnetDEPTH_WIDTH; and "
         f"{TORCHVISION}NAME"
@@ -109,23 +98,18 @@ def _torchvision_model(
     in_channels: int,
     mean: float | Sequence[float],
     std: float | Sequence[float],
-    **settings: Any,
 ) -> nn.Module:
     """torchvision's classifier ``name``, untrained: its parameters have the prefix ``model.``."""
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise ImportError(
-            f"{TORCHVISION}{name} needs torchvision: pip install torchvision"
-        ) from error
+    from torchvision import models
 
     names = models.list_models(module=models)  # detection and the like are in modules below
     if name not in names:
         raise ValueError(f"torchvision has no classifier {name!r}; it has: {', '.join(names)}")
     if in_channels != 3:
         raise ValueError(f"the networks of torchvision need RGB images, not {in_channels} channels")
+    settings: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # Without the auxiliary heads, whose logits would be returned too in train mode.
-        settings = {"aux_logits": False, "init_weights": True, **settings}
+        settings = {"aux_logits": False, "init_weights": True}
     net = models.get_model(name, weights=None, num_classes=num_classes, **settings)
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std, in_channels), model=net))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ class Normalize(nn.Module):
 
     As a layer of the model, so that attacks work on images in [0, 1].
 
-    The statistics are saved with the model and come back with its checkpoint. A checkpoint without
-    them (the network was normalized outside) loads too, and leaves them as they were built.
+    The statistics are saved with the model and come back with its checkpoint.
+    :func:`~awp_optim.lab.weights.initialize` also takes a checkpoint without them.
 
     Args:
         mean: One number for each channel, in the units of the images; or one for all channels.
@@ -60,14 +59,6 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self._check_channels(x.shape[-3])
         return (x - self.mean) / self.std
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # load_state_dict hands every module its own copy, so the caller's dict is not changed.
-        for name in ("mean", "std"):
-            state_dict.setdefault(prefix + name, getattr(self, name))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"

@@ -106,7 +106,7 @@ def methods(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """Landscapes of the methods, beside their generalization gaps."""
     compared = {label: runs for label, runs in groups.items() if not runs[0].is_random}
     if len(compared) < 2:
-        raise NotEnough("there is one setting alone, and nothing to compare it with")
+        raise NotEnough("there is only one setting, and nothing to compare it with")
     yield _comparison("methods", "Landscapes of the methods", "1", compared, landscapes)
 
 
@@ -127,7 +127,7 @@ def epochs(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
             f"{landscapes.describe(run)}; the run in {run.path.name}, whose best epoch is"
             f" {int(best(list(rows))['epoch']) + 1} (Figures 1, 7 to 10).",
             partial(plots.landscapes_by_epoch, rows, curves),
-            [sharpness_table(named, landscapes.how.at)],
+            [sharpness_table(named, landscapes.how.distance)],
             named,
         )
 
@@ -148,7 +148,7 @@ def gamma(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
             f"{first.config.method.upper()}; {landscapes.describe(first)}; gamma 0 is without AWP"
             " (Figure 2 (c), (d)).",
             partial(plots.landscapes_by_gamma, curves, runs),
-            [sharpness_table(named, landscapes.how.at)],
+            [sharpness_table(named, landscapes.how.distance)],
             named,
         )
 
@@ -232,7 +232,7 @@ def histogram(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
 def directions(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     """How much a landscape depends on the direction."""
     subjects = _side_by_side(groups, plots.MAX_PAIRS)
-    count, at = max(DIRECTIONS, landscapes.how.directions), landscapes.how.at
+    count, at = max(DIRECTIONS, landscapes.how.directions), landscapes.how.distance
     curves = {
         label: landscapes.curve(run, file, directions=count)
         for label, (run, file) in subjects.items()
@@ -287,7 +287,7 @@ def on_the_fly(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
         f"{landscapes.describe(run)}; pre-generated: once, for the unperturbed model; the run in"
         f" {run.path.name} (Section 3).",
         partial(plots.on_the_fly, curves),
-        [sharpness_table({how: [curve] for how, curve in curves.items()}, landscapes.how.at)],
+        [sharpness_table({how: [curve] for how, curve in curves.items()}, landscapes.how.distance)],
         curves,
     )
 
@@ -363,7 +363,7 @@ def _comparison(
         )
     curves = {label: [landscapes.curve(run) for run in runs] for label, runs in groups.items()}
     runs = {label: comparable(of_label) for label, of_label in groups.items()}
-    count, at = landscapes.how.directions, landscapes.how.at
+    count, at = landscapes.how.directions, landscapes.how.distance
     along = "1 direction" if count == 1 else f"{count} directions"
     first = next(iter(groups.values()))[0]
     return Drawing(

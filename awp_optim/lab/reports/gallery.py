@@ -1,18 +1,17 @@
-"""A web page of pictures and their numbers, in one HTML file that needs no other."""
+"""A web page of pictures and their numbers, in a single HTML file."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from awp_optim._utils.io import atomic_write
-from awp_optim.lab.reports.summary import Cells
+from awp_optim._utils.io import write_text
+from awp_optim.lab.reports.figures import Drawing
 
-__all__ = ["Picture", "write_gallery"]
+__all__ = ["write_gallery"]
 
 TEMPLATES = Environment(
     loader=PackageLoader("awp_optim.lab.reports", "templates"),
@@ -21,49 +20,33 @@ TEMPLATES = Environment(
 )
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture on the page.
-
-    Attributes:
-        title, caption: above and below it.
-        file: a PNG, whose content goes into the page.
-        tables: its numbers: titles and cells.
-    """
-
-    title: str
-    caption: str
-    file: Path
-    tables: Sequence[tuple[str, Cells]] = ()
-
-    def source(self) -> str:
-        """The PNG as a URL."""
-        return "data:image/png;base64," + base64.b64encode(self.file.read_bytes()).decode()
-
-
 def write_gallery(
     path: Path,
     title: str,
     about: str,
     command: str,
-    pictures: Sequence[Picture],
-    left_out: Sequence[tuple[str, str]] = (),
+    pictures: Sequence[tuple[Drawing, Path]],
+    left_out: Mapping[str, str],
 ) -> None:
     """Write the page, which fits a phone and follows the reader's dark mode.
 
     Args:
         path: the page; one that exists is replaced in one piece.
         title: its heading.
-        about: what all pictures are about.
+        about: the runs that the pictures show.
         command: what makes them.
-        pictures: in order.
-        left_out: names of what could not be drawn, and why.
+        pictures: what was drawn, and the PNG of each, whose content goes into the page.
+        left_out: by name, why a figure could not be drawn.
 
     Raises:
-        OSError: a picture cannot be read, or the page not be written.
+        OSError: a picture cannot be read, or the page cannot be written.
     """
+    url = "data:image/png;base64,{}".format
     page = TEMPLATES.get_template("gallery.html").render(
-        title=title, about=about, command=command, pictures=pictures, left_out=left_out
+        title=title,
+        about=about,
+        command=command,
+        pictures=[(d, url(base64.b64encode(f.read_bytes()).decode())) for d, f in pictures],
+        left_out=left_out,
     )
-    with atomic_write(path) as file:
-        file.write(page.encode())
+    write_text(path, page)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,37 +35,62 @@ __all__ = ["Landscapes", "Measuring", "file_name"]
 Direction = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measuring:
-    """How landscapes are measured.
+    """How landscapes are measured; also options of ``awp landscape``.
 
-    Attributes:
-        alphas: distances along a direction.
-        grid: distances along each of the two directions of a surface.
-        gammas: sizes of perturbations along AWP's and RWP's directions, above 0.
-        directions: random directions of a curve.
-        at: the distance at which curves are compared in numbers.
-        limit: the most training images to use; None for all that the run had.
-        steps: of the attack; None for as many as in the run's training.
-        batch_size: images at a time.
-        recompute_bn: as for :func:`~awp_optim.landscape.loss_curve`.
-        seed: of directions and attacks.
-        device: where the models are.
-        data_dir: of the images, as for :func:`~awp_optim.lab.data.load`.
+    Raises:
+        ValueError: a setting is out of its range.
     """
 
-    alphas: tuple[float, ...]
-    grid: tuple[float, ...]
-    gammas: tuple[float, ...]
-    directions: int
-    at: float
+    reach: float = 1.0
+    """Alphas go from -REACH to REACH."""
+    points: int = 21
+    """Alphas on a curve, an odd number."""
+    grid: int = 11
+    """Alphas on a side of a surface, an odd number."""
+    directions: int = 3
+    """Random directions of a curve."""
+    at: float | None = None
+    """Alpha at which curves are compared in numbers; else REACH / 2."""
+    gammas: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.3, 0.6, 1.0)
+    """Sizes of the perturbations of --figure perturbed."""
     limit: int | None = None
+    """Use at most this many training images; their sampling error is shown."""
     steps: int | None = None
-    batch_size: int = 128
+    """Steps of the attack; else as many as in training."""
     recompute_bn: bool = False
+    """Recompute BatchNorm's statistics at each point."""
+    batch_size: int = 128
+    """Images at a time."""
     seed: int = 0
-    device: str = "cpu"
-    data_dir: Path | None = None
+    """Seed of directions and attacks."""
+    data_dir: Path = Path("data")
+    """Folder of the data sets."""
+
+    def __post_init__(self) -> None:
+        for name in ("directions", "batch_size", "limit", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("points", "grid"):
+            if getattr(self, name) < 3 or getattr(self, name) % 2 == 0:
+                raise ValueError(f"{name} must be an odd number, 3 or more, so that 0 is one")
+        if not 0 < self.reach < math.inf:
+            raise ValueError(f"reach must be above 0, got {self.reach:g}")
+        if not 0 < self.distance <= self.reach:
+            raise ValueError(f"at must be above 0 and within reach, got {self.distance:g}")
+        if not self.gammas or not all(0 < gamma < math.inf for gamma in self.gammas):
+            raise ValueError("gammas must be above 0")
+
+    @property
+    def distance(self) -> float:
+        """The alpha at which curves are compared."""
+        return self.reach / 2 if self.at is None else self.at
+
+    def alphas(self, count: int) -> tuple[float, ...]:
+        """So many alphas from -reach to reach."""
+        return tuple(np.linspace(-self.reach, self.reach, count).round(12).tolist())
 
 
 class Landscapes:
@@ -72,17 +99,21 @@ class Landscapes:
     Args:
         how: the settings.
         states: a folder for the points, a file for each checkpoint and way of measuring.
+        device: where the models are.
         announce: called with a line about each measurement before it begins.
     """
 
     def __init__(
-        self, how: Measuring, states: Path, announce: Callable[[str], None] = lambda text: None
+        self,
+        how: Measuring,
+        states: Path,
+        device: str = "cpu",
+        announce: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.how = how
+        self.how, self.device = how, device
         self._states = states
         self._announce = announce
         self._images: dict[str, ImageData] = {}
-        self._digests: dict[Path, str] = {}
         states.mkdir(parents=True, exist_ok=True)
 
     def curve(
@@ -104,17 +135,18 @@ class Landscapes:
         file = checkpoint or run.last_checkpoint()
         model = self.model(run, file)
         random = self._random_directions(model, directions or self.how.directions)
-        self._announce(f"{run.path.name}, {file.name}: {len(random)} x {len(self.how.alphas)}")
+        alphas = self.how.alphas(self.how.points)
+        self._announce(f"{run.path.name}, {file.name}: {len(random)} x {len(alphas)}")
         settings = self._settings(run, file, "pregenerated" if pregenerated else "")
         data, attack = self.images(run), self.attack(run)
         return loss_curve(
-            model, data, attack, self.how.alphas, random, pregenerated=pregenerated, **settings
+            model, data, attack, alphas, random, pregenerated=pregenerated, **settings
         )
 
     def surface(self, run: Run, checkpoint: Path | None = None) -> LossSurface:
         """The landscape on a plane of two such directions."""
         file = checkpoint or run.last_checkpoint()
-        model, grid = self.model(run, file), self.how.grid
+        model, grid = self.model(run, file), self.how.alphas(self.how.grid)
         plane = self._random_directions(model, 2)
         self._announce(f"{run.path.name}, {file.name}: surface, {len(grid)} x {len(grid)}")
         settings = self._settings(run, file)
@@ -141,14 +173,14 @@ class Landscapes:
     def model(self, run: Run, checkpoint: Path) -> nn.Module:
         """The network of a checkpoint, in eval mode on the device."""
         channels = self._all_images(run).in_channels
-        return from_checkpoint(checkpoint, in_channels=channels).to(self.how.device)
+        return from_checkpoint(checkpoint, in_channels=channels).to(self.device)
 
     def images(self, run: Run) -> tuple[Tensor, Tensor]:
         """The run's training images, at most ``limit`` of them, in [0, 1], and their labels."""
-        data, how = self._all_images(run), self.how
-        if how.limit is not None and how.limit < len(data.x_train):
-            data = data.limit(how.limit)
-        return data.x_train.to(how.device).float() / 255, data.y_train.to(how.device)
+        data, limit = self._all_images(run), self.how.limit
+        if limit is not None and limit < len(data.x_train):
+            data = data.limit(limit)
+        return data.x_train.to(self.device).float() / 255, data.y_train.to(self.device)
 
     def attack(self, run: Run) -> PGD:
         """PGD on the cross-entropy under the run's threat, whatever the method, as in Section 3."""
@@ -186,12 +218,11 @@ class Landscapes:
     def _settings(self, run: Run, checkpoint: Path, kind: str = "") -> dict[str, Any]:
         """The options of a measurement, among them the file for its points."""
         how = self.how
-        if checkpoint not in self._digests:
-            self._digests[checkpoint] = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
         options = {"batch_size": how.batch_size, "recompute_bn": how.recompute_bn, "seed": how.seed}
-        # The file is named for what is measured: of a checkpoint, its content.
-        what = [self._digests[checkpoint], kind, attack_id(self.attack(run)), how.limit]
-        device = torch.device(how.device).type
+        # Named after all that is measured: a checkpoint that has changed gets another file.
+        what = [digest, kind, attack_id(self.attack(run)), how.limit]
+        device = torch.device(self.device).type
         key = hashlib.sha256(repr([*what, options, device]).encode()).hexdigest()[:12]
         name = f"{file_name(run.path.name)}-{checkpoint.stem}-{key}.jsonl"
         return {**options, "state": self._states / name}

@@ -127,7 +127,7 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but the seed, by a label that tells them from the others.
+    """Runs that differ only in the seed, by a label that tells them from the others.
 
     The label is the method, with AWP or RWP, and the settings in which groups of that method
     differ. Methods come in the paper's order, each first without AWP, then by gamma.
@@ -144,7 +144,7 @@ def select(groups: Groups, pattern: str) -> dict[str, list[Run]]:
     """The groups whose label matches a regular expression.
 
     Raises:
-        ValueError: it is none, or matches no label.
+        ValueError: it is not a regular expression, or matches no label.
     """
     try:
         found = {label: runs for label, runs in groups.items() if re.search(pattern, label)}
@@ -177,7 +177,7 @@ def comparable(runs: Sequence[Run]) -> Runs:
     """The rows of runs, with the evaluations that all of them have, up to the last of these.
 
     Raises:
-        NotEnough: there is none.
+        NotEnough: there are no such evaluations.
     """
     evaluated = [{row["epoch"] for row in run.rows if "test_robust_acc" in row} for run in runs]
     common = set.intersection(*evaluated)
@@ -207,9 +207,9 @@ def _read(path: Path) -> Run:
         _ = config.training_attack, config.test_attack  # they check the threat
         rows = read_metrics(path)
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no run folder, or damaged ({error})") from error
+        raise ValueError(f"{path} is not a run folder, or damaged ({error})") from error
     if not rows:
-        raise ValueError(f"{path} is a run without an epoch: continue it with --resume")
+        raise ValueError(f"the run in {path} has no finished epoch: continue it with --resume")
     return Run(path, config, {k: v for k, v in about.items() if k not in known}, rows)
 
 

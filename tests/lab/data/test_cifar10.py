@@ -254,17 +254,6 @@ def test_data_dir_is_a_file(tmp_path):
         load_cifar10(tmp_path / "file")
 
 
-@pytest.mark.parametrize(("module", "package"), [("torchvision", "torchvision"), ("PIL", "pillow")])
-def test_without_the_optional_packages(arrays, folder, monkeypatch, module, package):
-    if package == "torchvision":
-        put_torchvision(folder, arrays, monkeypatch)
-    else:
-        put_tarball(folder, arrays)
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=f"{package} is not installed: pip install"):
-        load_cifar10(folder, download=False)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif("AWP_DATA" not in os.environ, reason="AWP_DATA names no data folder")
 def test_the_real_one():

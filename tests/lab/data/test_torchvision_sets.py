@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import pickle
 import socket
-import sys
 
 import numpy as np
 import pytest
@@ -129,13 +128,3 @@ def test_data_dir_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="data_dir"):
         load_cifar100(tmp_path / "file")
-
-
-@pytest.mark.parametrize(
-    ("name", "module", "package"),
-    [("CIFAR100", "torchvision", "torchvision"), ("SVHN", "scipy.io", "scipy")],
-)
-def test_without_the_package(name, module, package, svhn, folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=f"{package} is not installed"):
-        LOADERS[name](folder)

@@ -29,8 +29,7 @@ CONFIG = Config(
     batch_size=32, augment=False, train_eval=32, eval_every=2, save_every=2,
 )  # fmt: skip
 HOW = Measuring(
-    alphas=(-0.5, 0.0, 0.5), grid=(-0.5, 0.0, 0.5), gammas=(0.01, 0.1), directions=2, at=0.25,
-    limit=16,
+    reach=0.5, points=3, grid=3, gammas=(0.01, 0.1), directions=2, at=0.25, limit=16
 )  # fmt: skip
 RUNS = {
     "at-0": CONFIG,
@@ -85,7 +84,7 @@ def test_a_curve_is_that_of_the_checkpoint_and_of_the_runs_images(runs, landscap
         filter_normalized_direction(model, torch.Generator().manual_seed(seed)) for seed in (0, 1)
     ]
     images = data.x_train.float() / 255, data.y_train
-    theirs = loss_curve(model, images, PGD(0.2, 0.1, 1), HOW.alphas, directions)
+    theirs = loss_curve(model, images, PGD(0.2, 0.1, 1), (-0.5, 0.0, 0.5), directions)
     assert np.array_equal(ours.adv_losses, theirs.adv_losses)
     assert ours.n == 16
 

@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from awp_optim.lab.reports.gallery import Picture, write_gallery
+from awp_optim.lab.reports.figures import Drawing
+from awp_optim.lab.reports.gallery import write_gallery
 from awp_optim.lab.reports.plots import accuracy_by_radius
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -25,14 +26,18 @@ TABLE = [
 ]
 
 
+def drawing(title, caption, tables):
+    return Drawing("a", title, caption, lambda file, title: None, tables)
+
+
 @pytest.fixture
 def page(tmp_path) -> Path:
     accuracy_by_radius({"PGD-20": {0.0: 0.9, 0.1: 0.5, 0.2: 0.0}}, tmp_path / "a.png")
     pictures = [
-        Picture(f"Title {i} <b>&", "a caption", tmp_path / "a.png", [("its numbers", TABLE)])
+        (drawing(f"Title {i} <b>&", "a caption", [("its numbers", TABLE)]), tmp_path / "a.png")
         for i in range(2)
     ]
-    path, left_out = tmp_path / "index.html", [("gamma", "three <gammas>")]
+    path, left_out = tmp_path / "index.html", {"gamma": "three <gammas>"}
     write_gallery(path, "Landscapes", "of 2 runs", "python x.py --all", pictures, left_out)
     return path
 
@@ -53,7 +58,7 @@ def test_the_page_needs_no_other_file(page):
 def test_a_missing_picture_leaves_the_previous_page(page, tmp_path):
     before = page.read_bytes()
     with pytest.raises(FileNotFoundError):
-        write_gallery(page, "t", "a", "c", [Picture("t", "c", tmp_path / "none.png")])
+        write_gallery(page, "t", "a", "c", [(drawing("t", "c", []), tmp_path / "none.png")], {})
     assert page.read_bytes() == before
 
 

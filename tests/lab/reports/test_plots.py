@@ -90,12 +90,6 @@ def test_curve_panels(tmp_path, drawn, lines_of, count, shape):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
 
 
-def test_curve_panels_have_one_legend(tmp_path):
-    panels = {"a": {"AT": [run(2, 1)]}, "b": {"TRADES": [run(2, 1)]}}
-    with pytest.raises(ValueError, match="every panel"):
-        curve_panels(panels, tmp_path / "curves.png")
-
-
 AT = [ended(0.52, 0.50, 0.80), ended(0.54, 0.50, 0.82)]
 SIZES = {
     "AWP": {

@@ -129,14 +129,14 @@ def test_a_folder_without_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         find_runs([tmp_path])
     (folder(tmp_path / "run") / "metrics.csv").write_text("epoch,lr\n")
-    with pytest.raises(ValueError, match="without an epoch"):
+    with pytest.raises(ValueError, match="no finished epoch"):
         find_runs([tmp_path])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"eps": "x"}', '{"norm": "l7"}', '{"gamma": []}'])
 def test_a_damaged_config_is_named(content, tmp_path):
     (folder(tmp_path / "run") / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"run is no run folder, or damaged"):
+    with pytest.raises(ValueError, match=r"run is not a run folder, or damaged"):
         find_runs([tmp_path])
 
 

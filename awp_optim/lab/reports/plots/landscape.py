@@ -130,16 +130,12 @@ def perturbed_weights(curves: Mapping[str, LossCurve], path: Path | str, title: 
     """Adversarial loss of one model by the size of a weight perturbation (Figure 3 (a)).
 
     The curves, by the kind of perturbation ("AWP", "RWP"), are along directions as long as each
-    layer's weights: their alphas are gammas, of which those above 0 are drawn.
+    layer's weights: their alphas are gammas, above 0.
     """
     with picture(path, title, 7, 4.4) as figure:
         axes = figure.subplots()
         for i, (color, label, curve) in enumerate(with_colors(curves)):
-            gammas, losses = _losses([curve])
-            if not (gammas > 0).any():
-                raise ValueError(f"{label} has no gamma above 0")
-            above = gammas > 0
-            band(axes, gammas[above], losses[:, above], color, label, marker=MARKERS[i])
+            band(axes, *_losses([curve]), color, label, marker=MARKERS[i])
         unperturbed = next(iter(curves.values())).adv_center
         axes.axhline(unperturbed, color="0.4", linestyle=":", label=r"unperturbed ($\gamma$ = 0)")
         axes.set_xscale("log")
@@ -154,9 +150,6 @@ def weight_histograms(
 ) -> None:
     """The distribution of a layer's weights, pooled over the runs of a label (Figure 4)."""
     pooled = {k: np.concatenate([np.ravel(a) for a in arrays]) for k, arrays in weights.items()}
-    pooled = {k: values[np.isfinite(values)].astype(float) for k, values in pooled.items()}
-    if not all(values.size for values in pooled.values()):
-        raise ValueError("there is no finite weight to count")
     # The outer bins hold what is beyond: a few large weights would make the rest a single bar.
     reach = max(float(np.quantile(np.abs(values), 0.999)) for values in pooled.values()) or 1.0
     edges = np.linspace(-reach, reach, 81)
@@ -238,9 +231,8 @@ def _spans_a_decade(curves: Any, unperturbed: float) -> bool:
 
 def _grid(surface: LossSurface) -> tuple[Array, Array, Array]:
     """x, y and the height above the origin as matplotlib has them, rows being betas."""
-    across, along = np.argsort(surface.alphas), np.argsort(surface.betas)
-    x, y = np.meshgrid(surface.alphas[across], surface.betas[along])
-    return x, y, _finite(surface.relative)[np.ix_(across, along)].T
+    x, y = np.meshgrid(surface.alphas, surface.betas)
+    return x, y, _finite(surface.relative).T
 
 
 # --- Panels -----------------------------------------------------------------------------------

@@ -50,11 +50,9 @@ def picture(path: Path | str, title: str, width: float, height: float) -> Iterat
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'awp_optim[examples]'") from error
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     path = Path(path)
     with style.context(STYLE_SHEET):
         figure = Figure(figsize=(width, height), layout="constrained")
