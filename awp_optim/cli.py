@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "train a classifier adversarially, with or without AWP",
     "evaluate": "measure its robust accuracy, from FGSM to AutoAttack",
     "landscape": "draw weight loss landscapes of training runs",
-    "compare": "train many settings with several seeds: the paper's comparisons",
+    "compare": "repeat the paper's comparisons: many settings, several seeds",
     "recipes": "list the settings of the paper's runs",
     "pseudo-label": "label images with a classifier, for robust self-training",
 }
@@ -29,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        arguments: its name and options; None for those of the program.
+        arguments: its name and options; None for those of the process.
 
     Raises:
-        SystemExit: it has failed, or was stopped.
+        SystemExit: the command failed or was stopped.
     """
     name, *options = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
@@ -42,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif name in COMMANDS:
         _run(name, options)
     else:
-        print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: no command {name!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
 
 def _run(name: str, options: Sequence[str]) -> None:
-    # Here, not above: this takes seconds.
+    # Imported here because it takes seconds.
     from awp_optim.lab.commands.ending import run
 
     def command(ranks: object) -> None:

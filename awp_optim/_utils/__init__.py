@@ -1,1 +1,1 @@
-"""Helpers that several parts of the package share."""
+"""Helpers shared by several parts of the package."""

@@ -1,4 +1,4 @@
-"""How evaluations and landscapes call an attack: any function ``(model, x, y) -> x_adv``."""
+"""Checks and calls of attacks: any function ``(model, x, y) -> x_adv``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["check_attack", "perturb"]
 
 
 def check_attack(name: str, attack: object) -> None:
-    """Raise TypeError for something that cannot be called as an attack."""
+    """Raise TypeError if this cannot be called as an attack."""
     if isinstance(attack, type):
         raise TypeError(
-            f"{name} is the class {attack.__name__}: give an instance, {attack.__name__}(...)"
+            f"{name} is the class {attack.__name__}: pass an instance, {attack.__name__}(...)"
         )
     if not callable(attack):
         raise TypeError(f"{name} must be callable, got {describe(attack)}")
@@ -29,10 +29,10 @@ def perturb(
     x: Tensor,
     y: Tensor,
 ) -> Tensor:
-    """The attack's adversarial examples. It gets copies of x and y, which it may write to.
+    """The attack's adversarial examples. It gets copies of x and y, which it may modify.
 
     Raises:
-        TypeError: it returns something else than a tensor shaped as x.
+        TypeError: it does not return a tensor with the shape of x.
     """
     x_adv: Any = attack(model, x.clone(), y.clone())
     if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:

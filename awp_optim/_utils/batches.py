@@ -1,4 +1,4 @@
-"""Data as users hold it, turned into checked batches; their device, and a seed for each of them."""
+"""Checked batches from users' data, with their device and a seed for each batch."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ __all__ = [
 ]
 
 Data = Iterable[tuple[Any, Any]] | tuple[Any, Any] | Dataset[Any]
-"""Batches (x, y), as a DataLoader gives them; one pair (x, y); or a torch Dataset of examples. The
-arrays are tensors, or numpy's."""
-NO_DATA = "there is no data: not one batch with an example in it"
+"""Batches (x, y), as from a DataLoader; one pair (x, y); or a torch Dataset of examples. x and y
+are tensors or numpy arrays."""
+NO_DATA = "there is no data: pass at least one batch with an example"
 DEFAULT_BATCH_SIZE = 128
 
 
 def batches(data: Data, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Checked batches of tensors (x, y), none of them empty.
+    """Checked, nonempty batches of tensors (x, y).
 
     Args:
         data: see :data:`Data`.
-        batch_size: the size of all batches but the last; None leaves batches as they are, and cuts
-            a pair or a Dataset into batches of 128.
+        batch_size: the size of all batches but the last; None keeps given batches, and cuts a pair
+            or a Dataset into batches of 128.
 
     Raises:
-        TypeError: x does not hold floating-point numbers, or y integers.
-        ValueError: y does not hold one label for each example, or a negative one.
+        TypeError: x is not floating-point, or y does not hold integers.
+        ValueError: y does not hold one label for each example, or a label is negative.
     """
     if batch_size is not None:
         check_int("batch_size", batch_size, least=1)
     if isinstance(data, Dataset):
         size = batch_size or DEFAULT_BATCH_SIZE
-        data = DataLoader(data, size, generator=torch.Generator())  # leaves torch's own alone
+        data = DataLoader(data, size, generator=torch.Generator())  # not torch's default one
     elif _is_pair(data):
         data, batch_size = [data], batch_size or DEFAULT_BATCH_SIZE  # type: ignore[list-item]
     checked = (_checked(batch) for batch in data)
@@ -59,7 +59,7 @@ def batches(data: Data, batch_size: int | None) -> Iterator[tuple[Tensor, Tensor
 def _resized(
     batches: Iterable[tuple[Tensor, Tensor]], size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same examples in batches of ``size``; at most one batch more than that is in memory."""
+    """The same examples in batches of ``size``, with at most one more batch in memory."""
     waiting: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         waiting.append(batch)
@@ -86,17 +86,17 @@ def _is_pair(data: object) -> bool:
 
 
 def _as_tensor(values: Any) -> Any:
-    """A numpy array as a tensor that shares its memory; anything else as it is."""
+    """A numpy array as a tensor that shares its memory; anything else unchanged."""
     return torch.as_tensor(values) if type(values).__module__ == "numpy" else values
 
 
 def _checked(batch: object) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise TypeError(f"data must give batches (x, y), got {describe(batch)}")
+        raise TypeError(f"data must yield batches (x, y), got {describe(batch)}")
     x, y = _as_tensor(batch[0]), _as_tensor(batch[1])
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         raise TypeError(
-            f"x must be a tensor of floating point, got {describe(x)}; convert images with "
+            f"x must be a floating-point tensor, got {describe(x)}; convert images with "
             "x.float() / 255"
         )
     if not isinstance(y, Tensor) or not is_integer(y):
@@ -108,31 +108,31 @@ def _checked(batch: object) -> tuple[Tensor, Tensor]:
 def _check_labels_of(x: Tensor, y: Tensor) -> None:
     if x.ndim == 0 or y.shape != (len(x),):
         raise ValueError(
-            f"y must hold one class index for each example: x is of shape {tuple(x.shape)}, y of "
+            f"y must hold one class index for each example, but x has shape {tuple(x.shape)} and y "
             f"{tuple(y.shape)}"
         )
     lowest = int(y.min()) if len(y) else 0
     if lowest < 0:
-        raise ValueError(f"labels must be class indices from 0, got {lowest}: drop such examples")
+        raise ValueError(f"labels must be class indices from 0, got {lowest}: remove such examples")
 
 
 def check_labels(y: Tensor, classes: int) -> None:
     """Raise ValueError for a label that is not among the model's classes.
 
-    On an accelerator such a label would otherwise abort the process in the middle of a loss.
+    On an accelerator, such a label would abort the process when a loss is computed.
     """
     if (largest := int(y.max())) >= classes:
-        raise ValueError(f"label {largest} is not among the model's {classes} classes, from 0")
+        raise ValueError(f"label {largest} is not among the model's {classes} classes (from 0)")
 
 
 def to_device(x: Tensor, y: Tensor, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    """A batch on a device, or where it is if that is None, its labels as int64."""
+    """A batch moved to a device (None keeps its device), with labels as int64."""
     device = device or x.device
     return x.to(device, non_blocking=True), y.to(device, torch.int64, non_blocking=True)
 
 
 def count_batches(data: Data, batch_size: int | None) -> int | None:
-    """How many batches there will be, as far as that is known."""
+    """The number of batches, or None if it is unknown."""
     size = batch_size or DEFAULT_BATCH_SIZE
     try:
         if _is_pair(data):
@@ -149,7 +149,7 @@ def count_batches(data: Data, batch_size: int | None) -> int | None:
 def device_of(
     model: Callable[[Tensor], Tensor], device: torch.device | str | None
 ) -> torch.device | None:
-    """The device to compute on: ``device``, or the model's; None leaves data where they are.
+    """The device to compute on: ``device``, or the model's; None keeps data on their device.
 
     Raises:
         ValueError: the model is on a device of another type.
@@ -160,7 +160,7 @@ def device_of(
     device = torch.device(device)
     if parameter is not None and parameter.device.type != device.type:
         raise ValueError(
-            f"device is {device}, but the model is on {parameter.device}: move it, "
+            f"device is {device}, but the model is on {parameter.device}: move it with "
             f"model.to({device})"
         )
     return device
@@ -168,7 +168,7 @@ def device_of(
 
 @contextmanager
 def seeded(device: torch.device, seed: int | None, batch: int, name: str) -> Iterator[None]:
-    """Seed torch's generators for this batch and name, and restore them; None leaves them alone."""
+    """Seed torch's generators for a batch and a name, then restore them; None does not seed."""
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Checks of settings and arguments, and how an error message describes a value."""
+"""Checks of settings and arguments, and descriptions of values for error messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_choice(name: str, value: object, options: Iterable[str]) -> None:
-    """Check a setting that is one of a few words."""
+    """Check a setting that is one of several strings."""
     options = tuple(options)
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
@@ -55,7 +55,7 @@ def check_positive(name: str, value: object) -> float:
 
 
 def check_int(name: str, value: object, least: int) -> int:
-    """Check a setting that is an integer of at least ``least``, and return it as an int."""
+    """Check a setting that is an integer >= ``least``, and return it as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {describe(value)}")
     if value < least:

@@ -1,4 +1,4 @@
-"""The processes of torch.distributed, as torchrun starts them; one where it is not used."""
+"""The processes of torch.distributed, such as those that torchrun starts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ __all__ = ["Ranks"]
 
 
 class Ranks:
-    """The processes of torch.distributed's default group; one if that is not initialized.
+    """The processes of torch.distributed's default group; one if it is not initialized.
 
     Attributes:
-        rank: the number of this process.
-        world: how many processes there are.
+        rank: the rank of this process.
+        world: the number of processes.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Ranks:
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks in their order, on every rank."""
+        """The values of all ranks, ordered by rank, on every rank."""
         if self.world == 1:
             return [value]
         values = [None] * self.world

@@ -1,4 +1,4 @@
-"""What a state file belongs to: models and attacks, told apart from one process to the next."""
+"""Identities of models and attacks for state files, stable across processes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["identify"]
 
 
 def identify(what: str, value: object, key: str | None) -> str | None:
-    """A text that is the same in every process for the same model or attack, and for no other.
+    """A text that identifies a model or an attack, and is the same in every process.
 
-    A module is identified by its weights, and by the classes of its submodules with the settings
-    that their reprs and plain attributes show, unless a class is local to a function: another class
-    may have the same name; a dataclass of plain settings, such as an attack of this package, by its
-    class and settings. Only the caller's ``key`` can identify anything else, such as a function.
+    A module is identified by its weights, and by the classes of its submodules with the settings in
+    their reprs and plain attributes, unless a class was made in a function: another may have its
+    name; a dataclass of plain settings, such as an attack of this package, by its class and
+    settings. Only the caller's ``key`` can identify anything else, such as a function.
 
     Returns:
-        The text; None for what ``key`` has to identify.
+        The text, or None if only ``key`` identifies the value.
 
     Raises:
-        ValueError: there is no key, and it takes one.
+        ValueError: a key is needed but missing.
     """
     if isinstance(value, nn.Module) and (key is not None or not _has_local_class(value)):
         return _module_id(value)
@@ -35,8 +35,8 @@ def identify(what: str, value: object, key: str | None) -> str | None:
             return f"{_class_name(value)} {settings}"
     if key is None:
         raise ValueError(
-            f"a state file cannot identify {what}, {_class_name(value)}: another one would look "
-            "the same. Name it with key='...', and choose another key whenever it changes"
+            f"a state file cannot identify {what}, {_class_name(value)}. Name it with key='...', "
+            "and choose another key whenever it changes"
         )
     return None
 

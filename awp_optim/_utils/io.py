@@ -1,4 +1,4 @@
-"""Atomic files: a reader finds the previous content or the new content, never a part of it."""
+"""Atomic writes: a reader finds either the previous or the new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["atomic_write", "naming", "write_text"]
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file for writing, and move it to ``path`` once its content is on the disk.
+    """Open a temporary file for writing, and move it to ``path`` once its content is on disk.
 
-    The temporary file is a hidden one beside ``path``, ``.NAME.HOST.PID.part``, so that processes
-    do not share one. It is removed after an exception.
+    The temporary file is hidden and in the same folder, ``.NAME.HOST.PID.part``, so that each
+    process has its own. It is removed after an exception.
 
     Raises:
-        OSError: the file cannot be written or moved, which leaves ``path`` as it was. The error
-            names ``path``, not the temporary file.
+        OSError: the file cannot be written or moved; ``path`` is unchanged. The error names
+            ``path``, not the temporary file.
     """
     part = path.parent / f".{path.name}.{socket.gethostname()}.{os.getpid()}.part"
     try:
@@ -43,7 +43,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def naming(path: Path, instead_of: Path | None = None) -> Iterator[None]:
-    """Let an OSError that names no file, or ``instead_of``, name ``path``."""
+    """Make OSErrors that name no file, or ``instead_of``, name ``path``."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Resumable journals: files that keep the finished steps of a measurement."""
+"""Resumable journals: files that save the finished steps of a measurement."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ __all__ = ["Journal", "checksum"]
 
 
 class Journal:
-    """A file of JSON lines: a header with the settings of a measurement, then an entry a step.
+    """A file of JSON lines: a header with the settings of a measurement, then one entry per step.
 
-    Entries are only ever appended, so a killed process loses the last one at most. As a context
-    manager it starts the file, or resumes it without a line that was cut off. If an exception ends
-    the measurement before its first entry, no file remains.
+    Entries are only appended, so a killed process loses at most the last one. As a context manager,
+    it creates the file, or resumes it without an incomplete last line. If an exception ends the
+    measurement before its first entry, no file remains.
 
     Args:
-        path: the file; None keeps nothing.
+        path: the file; None saves nothing.
         kind: what is measured, such as "an evaluation". Its last word is the header's key.
-        settings: what decides the results, of JSON's types.
+        settings: everything that determines the results, in JSON types.
 
     Attributes:
         entries: the entries that the file already held.
 
     Raises:
-        ValueError: the file is damaged, of another kind or of other settings. It is not changed.
+        ValueError: the file is damaged, or has another kind or other settings. It is not changed.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Journal:
             self._read(self.path)
 
     def _read(self, path: Path) -> None:
-        lines = path.read_bytes().split(b"\n")[:-1]  # a line without its end was cut off
+        lines = path.read_bytes().split(b"\n")[:-1]  # drops an incomplete last line
         try:
             header, *self.entries = [json.loads(line) for line in lines]
             recorded = dict(header[self._key])
@@ -64,14 +64,14 @@ class Journal:
         differing = [k for k, v in self._settings.items() if recorded.get(k, unset) != v]
         if differing:
             raise ValueError(
-                f"{path} is the state of {self._kind} with other {', '.join(differing)}: resume "
-                "with the same, or delete it to start again"
+                f"{path} belongs to {self._kind} with other {', '.join(differing)}: resume with "
+                "the same settings, or delete it to start again"
             )
 
     def damaged(self, error: Exception) -> ValueError:
         """The error to raise for a file that cannot be resumed."""
         return ValueError(
-            f"{self.path} is not the state of {self._kind}, or damaged ({error}): delete it, or "
+            f"{self.path} is damaged or not the state of {self._kind} ({error}): delete it, or "
             "choose another file"
         )
 
@@ -92,11 +92,11 @@ class Journal:
                 self.path.unlink(missing_ok=True)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append an entry; it is on the disk when this returns.
+        """Append an entry, and write it to disk.
 
         Raises:
-            OSError: it could not be written, such as on a full disk. Running the measurement again
-                resumes after the last entry that was.
+            OSError: it could not be written, for example on a full disk. Running the measurement
+                again resumes after the last saved entry.
         """
         if self._file is not None and self.path is not None:
             with naming(self.path):
@@ -107,7 +107,7 @@ class Journal:
 
 
 def checksum(tensors: Iterable[Tensor], start: int = 0) -> int:
-    """The CRC-32 of the tensors' bytes, one after the other, continuing from ``start``."""
+    """The CRC-32 of the tensors' bytes, concatenated, continuing from ``start``."""
     crc = start
     for t in tensors:
         flat = t.detach().cpu().contiguous().reshape(-1)

@@ -1,4 +1,4 @@
-"""Packages that only parts of awp_optim need."""
+"""Optional dependencies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["require_numpy"]
 
 
 def require_numpy(what: str) -> None:
-    """Raise an ImportError that says how to install numpy, where it is missing."""
+    """Raise an ImportError with advice if numpy is missing."""
     try:
         import numpy  # noqa: F401
     except ImportError as error:

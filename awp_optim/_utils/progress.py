@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, where rich is installed."""
+"""A progress bar on a terminal, if rich is installed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which weights AWP perturbs, from when on, and AWP in training frameworks.
+"""AWP for chosen weights, with a delayed start, and in training frameworks.
 
-Nothing in the core imports this package, and importing it needs torch alone.
+The core does not import this package, and importing it needs only torch.
 """
 
 from awp_optim.integrations.groups import perturb_only

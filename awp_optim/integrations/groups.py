@@ -23,14 +23,14 @@ def perturb_only(
     """Parameter groups in which only the chosen weights are perturbed; the others have gamma 0.
 
     Args:
-        model: gives the parameters their names; those that require no gradient are left out.
-        names: one regular expression or several. A parameter is chosen if one of them is found in
-            its name (``re.search``), such as "bert.embeddings.word_embeddings.weight".
+        model: has the named parameters; those that require no gradient are left out.
+        names: one regular expression or several. A parameter is chosen if one of them matches a
+            part of its name (``re.search``), such as "bert.embeddings.word_embeddings.weight".
         gamma: as for AWP.
-        min_ndim: as for AWP; with 1 also biases and the scales of norm layers.
-        groups: groups with settings of their own (weight decay, learning rates), for example an
-            optimizer's ``param_groups``. Each one that has both kinds of weights is split in two.
-        **settings: more settings of the perturbed groups, such as ``norm="l1"``.
+        min_ndim: as for AWP; 1 includes biases and the scales of norm layers.
+        groups: existing groups with their own settings (weight decay, learning rates), for example
+            an optimizer's ``param_groups``. A group with both kinds of weights is split in two.
+        **settings: other settings of the perturbed groups, such as ``norm="l1"``.
 
     Returns:
         Groups for AWP or any torch optimizer, in the order of ``groups``, perturbed ones first.
@@ -58,7 +58,7 @@ def perturb_only(
 
 
 def compile_names(names: str | Sequence[str]) -> list[re.Pattern[str]]:
-    """The names as patterns.
+    """Compile the names as regular expressions.
 
     Raises:
         ValueError: a name is not a regular expression.

@@ -1,4 +1,4 @@
-"""A condition for when the weights begin to be perturbed."""
+"""A condition for when AWP starts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _AWAITED = "awaited_gamma"  # in a parameter group: its gamma before the start, 
 class StartWhen:
     """Keeps gamma at 0 until all given conditions hold at the same time, then sets it for good.
 
-    Until then AWP is its base optimizer, at its cost. Whether it has started is kept in the
-    parameter groups, and so in the optimizer's checkpoints: a resumed run neither waits again nor
-    starts early.
+    Until then, AWP only runs its base optimizer, at no extra cost. Whether it has started is stored
+    in the parameter groups, and so in the optimizer's checkpoints: a resumed run neither waits
+    again nor starts early.
 
     Args:
         epoch: the first epoch with perturbation, counted as in the calls.
@@ -53,20 +53,20 @@ class StartWhen:
             optimizer: an AWP whose weights are not perturbed.
             epoch: the current epoch.
             step: the current step.
-            loss: a training or validation loss; None if there is none yet. NaN is not below.
+            loss: a training or validation loss; None if there is none yet. NaN does not count.
 
         Returns:
             Whether the weights are perturbed from now on.
 
         Raises:
             TypeError: ``optimizer`` is not an AWP.
-            ValueError: a condition waits for an epoch or a step that is not given.
+            ValueError: a condition needs an epoch or a step that is not given.
             RuntimeError: the weights are perturbed.
         """
         if not isinstance(optimizer, AWP):
             raise TypeError(f"StartWhen takes an AWP, got {type(optimizer).__name__}")
         if optimizer.is_perturbed:
-            raise RuntimeError("StartWhen while the weights are perturbed: call it before a step")
+            raise RuntimeError("StartWhen needs unperturbed weights: call it before first_step()")
         conditions = [
             _reached("epoch", self.epoch, epoch),
             _reached("step", self.step, step),
@@ -84,5 +84,5 @@ def _reached(name: str, wanted: float | None, now: float | None) -> bool:
     if wanted is None:
         return True
     if now is None:
-        raise ValueError(f"the start waits for {name} {wanted}: pass {name}=")
+        raise ValueError(f"StartWhen waits for {name} {wanted}: pass {name}=")
     return now >= wanted

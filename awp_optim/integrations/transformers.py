@@ -1,12 +1,12 @@
 """Hugging Face's Trainer with AWP.
 
-    class AWPTrainer(AWPTrainerMixin, Trainer):  # or Seq2SeqTrainer, or a Trainer of your own
+    class AWPTrainer(AWPTrainerMixin, Trainer):  # or Seq2SeqTrainer, or your own Trainer
         pass
 
     AWPTrainer(model, args, train_dataset=data, awp=AWPArguments(gamma=5e-3, perturb=["embed"]))
 
-The batches that Trainer accumulates for one update are one batch to AWP: the ascent follows the
-gradient of all of them at w, then each is passed again at w + v.
+AWP treats all batches that Trainer accumulates for one update as a single batch: the ascent follows
+their total gradient at w, then each batch is passed again at w + v.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from awp_optim.optimizer import AWP
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
-    _Trainer = object  # the user puts the mixin before a Trainer, which need not be installed here
+    _Trainer = object  # the user adds Trainer as a base; transformers need not be installed here
 
 __all__ = ["AWPArguments", "AWPTrainerMixin"]
 
 
 @dataclass
 class AWPArguments:
-    """Settings of AWP beside TrainingArguments; HfArgumentParser reads them, too.
+    """Settings of AWP, used along with TrainingArguments; HfArgumentParser can parse them.
 
     Raises:
         ValueError: ``perturb`` holds something that is not a regular expression.
@@ -45,15 +45,16 @@ class AWPArguments:
     )
     norm: str = field(default="l2", metadata={"help": "l2 or l1."})
     ascent_steps: int = field(
-        default=1, metadata={"help": "Ascents per update; each costs a pass over its batches."}
+        default=1,
+        metadata={"help": "Ascents per update; each is a pass over its batches."},
     )
     min_ndim: int = field(
         default=2,
-        metadata={"help": "Perturb no weights with fewer dimensions; 1 includes biases and norms."},
+        metadata={"help": "Perturb only tensors with at least this many dimensions."},
     )
     perturb: list[str] | None = field(
         default=None,
-        metadata={"help": "Regular expressions: perturb only parameters whose name matches one."},
+        metadata={"help": "Regular expressions: perturb only parameters whose names match."},
     )
     start_epoch: float | None = field(
         default=None, metadata={"help": "Perturb after this many epochs."}
@@ -62,7 +63,7 @@ class AWPArguments:
         default=None, metadata={"help": "Perturb after this many updates."}
     )
     start_loss_below: float | None = field(
-        default=None, metadata={"help": "Perturb once the training loss of an update is below."}
+        default=None, metadata={"help": "Perturb once an update's training loss is below this."}
     )
 
     def __post_init__(self) -> None:
@@ -70,21 +71,21 @@ class AWPArguments:
 
 
 class AWPTrainerMixin(_Trainer):
-    """Trains with AWP around Trainer's own optimizer; put it before Trainer among the bases.
+    """Trains with AWP around Trainer's own optimizer; list it before Trainer among the bases.
 
     The logged training loss is the loss at w (at w + v with a direction other than "gradient",
     which needs no pass at w). Trainer clips the gradients of the update; those of the ascent need
-    no clipping, because their length cancels. Checkpoints, evaluation and prediction see w.
+    no clipping, because their length cancels. Checkpoints, evaluation and prediction use w.
 
     Args:
-        awp: the settings. Leave it out if ``optimizers=(awp, None)`` gives an AWP of your own,
-            which is then used unchanged.
+        awp: the settings. Omit it if you pass your own AWP as ``optimizers=(awp, None)``, which is
+            used unchanged.
 
     Raises:
-        ValueError: from ``train()`` or ``create_optimizer()``: with DeepSpeed, FSDP 1 and
-            optimizers that step during the backward pass, which do not keep complete gradients at
-            complete weights; with a ``perturb`` that matches nothing; with groups that a scheduler
-            given in ``optimizers`` does not know.
+        ValueError: from ``train()`` or ``create_optimizer()``, for DeepSpeed, FSDP 1 and optimizers
+            that step during the backward pass, which do not provide complete weights and gradients;
+            if ``perturb`` matches nothing; if it splits groups on which a scheduler given in
+            ``optimizers`` was built.
     """
 
     def __init__(self, *args: Any, awp: AWPArguments | None = None, **kwargs: Any) -> None:
@@ -110,7 +111,7 @@ class AWPTrainerMixin(_Trainer):
         if self.awp is not None:
             if self.awp_args is not None and not self._has_wrapped:
                 raise ValueError(
-                    "the optimizer is an AWP already: leave out awp=, or give its base optimizer"
+                    "the optimizer is an AWP already: omit awp=, or pass its base optimizer"
                 )
             return self.optimizer
         base = super().create_optimizer(*args, **kwargs)
@@ -148,7 +149,7 @@ class AWPTrainerMixin(_Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any
     ) -> tuple[list[Any], Any]:
-        """The batches of one update; the ascent needs all of them before the first pass."""
+        """The batches of one update, which the ascent needs before the first pass."""
         batches, num_items = super().get_batch_samples(epoch_iterator, *args, **kwargs)
         self._update_batches = batches
         self._losses_at_w.clear()
@@ -156,7 +157,7 @@ class AWPTrainerMixin(_Trainer):
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """A pass at w + v; the first one of an update is preceded by the ascent."""
+        """A pass at w + v; the first one of an update is preceded by the ascents."""
         awp = self.awp
         assert awp is not None
         try:
@@ -176,11 +177,11 @@ class AWPTrainerMixin(_Trainer):
         """All ascents of an update, each after a pass over all its batches."""
         known = any(batch is inputs for batch in self._update_batches)
         batches = self._update_batches if known else [inputs]
-        model.zero_grad()  # gradients of an update that was interrupted
+        model.zero_grad()  # an interrupted update may have left gradients
         for ascent in range(awp.ascent_steps):
             for batch in batches if "gradient" in awp.directions else ():
-                # Trainer synchronizes processes with the last batch of an update alone, and this is
-                # not it; the ascent has to do so with its own last batch.
+                # Trainer synchronizes processes only in an update's last batch; the ascent must do
+                # so in its own last batch.
                 is_last = len(batches) > 1 and batch is batches[-1]
                 synchronize = self.accelerator.trigger_sync_in_backward if is_last else nullcontext
                 with frozen_batch_norm(model), synchronize(model):
@@ -191,12 +192,12 @@ class AWPTrainerMixin(_Trainer):
             model.zero_grad()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's ``train``; the weights are restored however it ends."""
+        """Trainer's ``train``; the weights are always restored at the end."""
         is_fsdp2 = getattr(self.accelerator, "is_fsdp2", False)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not is_fsdp2):
             raise ValueError(
-                "AWP needs complete weights and gradients: train with DistributedDataParallel "
-                "(torchrun), not with DeepSpeed or FSDP 1"
+                "DeepSpeed and FSDP 1 do not provide the complete weights and gradients that AWP "
+                "needs: train with DistributedDataParallel (torchrun)"
             )
         try:
             return super().train(*args, **kwargs)
@@ -206,7 +207,7 @@ class AWPTrainerMixin(_Trainer):
     # ------------------------------------------------------------------ between updates
 
     def _set_gamma(self) -> None:
-        """Apply the start condition, before a checkpoint of the last update is saved."""
+        """Apply the start condition before a checkpoint of the last update is saved."""
         awp = self.awp
         if awp is None or self._start == StartWhen():
             return
@@ -226,7 +227,7 @@ class AWPTrainerMixin(_Trainer):
 
 
 def _between_updates(set_gamma: Callable[[], None], restore: Callable[[], None]) -> Any:
-    """A TrainerCallback that calls these where no update is under way."""
+    """A TrainerCallback that calls these functions between updates."""
     from transformers import TrainerCallback
 
     class BetweenUpdates(TrainerCallback):

@@ -70,14 +70,3 @@ def test_a_bad_option_is_a_sentence_and_exit_code_2(name, arguments, run, capsys
         run(name, *arguments)
     assert exit.value.code == 2
     assert arguments[0] in capsys.readouterr().err
-
-
-def test_ctrl_c_is_a_sentence_and_exit_code_2(run, monkeypatch, capsys):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("awp_optim.evaluation.evaluate", interrupt)
-    with pytest.raises(SystemExit) as exit:
-        run("tabular", "--epochs", 1)
-    assert exit.value.code == 2
-    assert "interrupted" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which weights are perturbed and from when on."""
+"""Which weights are perturbed, and when."""
 
 from __future__ import annotations
 
@@ -143,6 +143,6 @@ def test_misuse_is_an_error():
     assert opt.param_groups[0]["gamma"] == 5e-3
     model(torch.arange(3)[None]).sum().backward()
     opt.first_step()
-    with pytest.raises(RuntimeError, match="while the weights are perturbed"):
+    with pytest.raises(RuntimeError, match="unperturbed"):
         StartWhen(epoch=1)(opt, epoch=1)
     opt.restore()
