@@ -88,8 +88,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.accumulate < 1 or BATCH % args.accumulate:
         parser.error(f"--accumulate must divide {BATCH}")
-    if args.epochs < 1 or not args.gamma >= 0:
-        parser.error("--epochs must be at least 1, --gamma at least 0")
+    if args.epochs < 1 or not 0 <= args.gamma < float("inf"):
+        parser.error("--epochs must be at least 1, --gamma at least 0 and finite")
     accelerator = Accelerator(mixed_precision=args.precision)
     accelerator.print(
         f"1,000 digits, {args.epochs} epochs, updates of {BATCH} in {args.accumulate} batches, "

@@ -80,8 +80,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.epochs, args.seeds, 1 if args.limit is None else args.limit) < 1:
         parser.error("--epochs, --seeds and --limit must be at least 1")
-    if not args.gamma >= 0:
-        parser.error("--gamma must be at least 0")
+    if not 0 <= args.gamma < float("inf"):
+        parser.error("--gamma must be at least 0 and finite")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*num_workers|.*log_every_n_steps|.*LeafSpec")
 

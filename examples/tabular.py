@@ -90,8 +90,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.seeds < 1 or args.epochs < 1:
         parser.error("--seeds and --epochs must be at least 1")
-    if not (args.gamma >= 0 and args.eps > 0):
-        parser.error("--gamma must be at least 0, --eps greater than 0")
+    if not (0 <= args.gamma < float("inf") and 0 < args.eps < float("inf")):
+        parser.error("--gamma must be at least 0, --eps greater than 0, and both finite")
     return args
 
 

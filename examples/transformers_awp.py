@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--gamma", type=float, default=5e-3, help="(%(default)s)")
     args = parser.parse_args()
-    if args.pieces < 1 or args.epochs < 1 or not args.gamma >= 0:
-        parser.error("--pieces and --epochs must be at least 1, --gamma at least 0")
+    if args.pieces < 1 or args.epochs < 1 or not 0 <= args.gamma < float("inf"):
+        parser.error("--pieces and --epochs must be at least 1, --gamma at least 0 and finite")
     logging.set_verbosity_error()
     train, test = lines(0, args.pieces), lines(50, 500)
     half = args.epochs // 2

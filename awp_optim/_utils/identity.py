@@ -17,7 +17,8 @@ def identify(what: str, value: object, key: str | None) -> str | None:
     """A text that identifies a model or an attack, and is the same in every process.
 
     A module is identified by its weights, and by the classes of its submodules with the settings in
-    their reprs; a dataclass of plain settings, such as an attack of this package, by its class and
+    their reprs and plain attributes, unless a class was made in a function: another may have its
+    name; a dataclass of plain settings, such as an attack of this package, by its class and
     settings. Only the caller's ``key`` can identify anything else, such as a function.
 
     Returns:
@@ -26,7 +27,7 @@ def identify(what: str, value: object, key: str | None) -> str | None:
     Raises:
         ValueError: a key is needed but missing.
     """
-    if isinstance(value, nn.Module):
+    if isinstance(value, nn.Module) and (key is not None or not _has_local_class(value)):
         return _module_id(value)
     if is_dataclass(value) and not isinstance(value, type):
         settings = {f.name: getattr(value, f.name) for f in fields(value)}
@@ -40,13 +41,25 @@ def identify(what: str, value: object, key: str | None) -> str | None:
     return None
 
 
+def _has_local_class(model: nn.Module) -> bool:
+    return any("<locals>" in _class_name(module) for module in model.modules())
+
+
 def _module_id(model: nn.Module) -> str:
     structure = "\n".join(
-        f"{name} {_class_name(module)} {module.extra_repr()}"
+        f"{name} {_class_name(module)} {module.extra_repr()} {_plain_attributes(module)}"
         for name, module in model.named_modules()
     )
     start = zlib.crc32(structure.encode())
     return f"{checksum([*model.parameters(), *model.buffers()], start):08x}"
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if _is_plain(value) and name != "training" and not name.startswith("_")
+    }
 
 
 def _class_name(value: object) -> str:

@@ -324,7 +324,7 @@ def test_brackets_in_a_path_are_no_markup(awp):
         assert f"All in runs/{name}." in ended.out
 
 
-def test_a_full_disk_names_the_file(awp, files, monkeypatch):
+def test_a_full_disk_names_the_file_and_how_to_resume(awp, files, monkeypatch):
     monkeypatch.chdir(files)
 
     def full(descriptor):
@@ -340,6 +340,7 @@ def test_a_full_disk_names_the_file(awp, files, monkeypatch):
         assert ended.status == 2
         assert "full/" in ended.err
         assert "No space left" in ended.err
+        assert "the same command" in ended.err
 
 
 def test_recipes(awp):

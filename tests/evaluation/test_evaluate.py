@@ -70,6 +70,30 @@ def two_classes(z: Tensor) -> Tensor:
     return torch.stack([z, -z], 1)
 
 
+class Scaled(nn.Sequential):
+    """A network whose logits are multiplied by an attribute."""
+
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * super().forward(x)
+
+
+def scaled(factor: float) -> Scaled:
+    model = Scaled(*network())
+    model.factor = factor
+    return model
+
+
+def local_class() -> nn.Module:
+    """Its class has the name of any other that this function may make."""
+
+    class Local(Scaled):
+        pass
+
+    return Local(*network()[:-1], nn.Linear(16, 2))
+
+
 def run(model, data, attacks=ATTACKS, **settings):
     return evaluate(model, data, attacks, **{"checks": False, "progress": False, **settings})
 
@@ -565,10 +589,18 @@ class TestResume:
             run(**settings | changed)
         assert state.read_bytes() == kept
 
+    def test_a_models_plain_attributes_identify_it(self, tmp_path):
+        state = tmp_path / "state"
+        run(scaled(1.0), images(), state=state)
+        run(scaled(1.0), images(), state=state)
+        with pytest.raises(ValueError, match="other model"):
+            run(scaled(-1.0), images(), state=state)
+
     @pytest.mark.parametrize(
         ("changed", "what"),
         [
             ({"model": two_classes}, "the model"),
+            ({"model": local_class()}, "the model"),
             ({"attacks": {"own": lambda m, x, y: x}}, "attack 'own'"),
             ({"attacks": {"own": PGD(loss=lambda z, y: z.sum(1))}}, "attack 'own'"),
             ({"logits": lambda out: out}, "logits"),

@@ -57,9 +57,12 @@ def test_an_example_runs_and_leaves_no_files(name, arguments, parts, run, tmp_pa
     ("name", "arguments"),
     [
         ("tabular", ("--eps", -1)),
+        ("tabular", ("--gamma", "inf")),
         ("lightning_awp", ("--epochs", 0)),
+        ("lightning_awp", ("--gamma", "inf")),
         ("accelerate_awp", ("--accumulate", -1)),
-        ("transformers_awp", ("--gamma", -1)),
+        ("accelerate_awp", ("--gamma", "inf")),
+        ("transformers_awp", ("--gamma", "inf")),
     ],
 )
 def test_a_bad_option_is_a_sentence_and_exit_code_2(name, arguments, run, capsys):

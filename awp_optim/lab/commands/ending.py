@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ __all__ = ["run", "sentences"]
 
 ERRORS = (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 """What bad input, a full disk or a lost process raise. Anything else is a bug: a traceback."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of these, the user can make room and resume."""
 LAB = ("jinja2", "matplotlib", "numpy", "PIL", "rich", "scipy", "sklearn", "torchvision", "tyro")
 
 
@@ -23,7 +26,7 @@ def run(command: Callable[[Job], None], resume: str = "") -> None:
 
     Args:
         command: the program; gets the processes that it runs on.
-        resume: after Ctrl-C, how to resume it.
+        resume: after Ctrl-C or on a full disk, how to resume it.
 
     Raises:
         SystemExit: it has failed, or was stopped.
@@ -50,4 +53,6 @@ def sentences(resume: str = "") -> Iterator[None]:
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ModuleNotFoundError) and error.name in LAB:
             text += ": pip install 'awp_optim[lab]'"
+        elif isinstance(error, OSError) and error.errno in FULL and resume:
+            text += f"; {resume}"
         sys.exit(f"error: {text}")

@@ -263,6 +263,7 @@ def _evaluate(task: _Task, model: nn.Module, data: ImageData) -> Evaluation:
             skip_broken=options.skip_broken,
             seed=options.seed,
             state=options.out / "state.jsonl",
+            key=options.model or options.robustbench,
         )
 
 
