@@ -17,6 +17,7 @@ from awp_optim.lab.models import (
     MODELS,
     VGG,
     Normalize,
+    PreActBottleneck,
     PreActResNet,
     WideResNet,
     build_model,
@@ -24,6 +25,7 @@ from awp_optim.lab.models import (
 
 TINY = {
     "preact": lambda **kw: PreActResNet((1, 2), 4, **kw),
+    "bottleneck": lambda **kw: PreActResNet((1, 2), 4, block=PreActBottleneck, **kw),
     "wide": lambda **kw: WideResNet(10, 1, **kw),
     "vgg": lambda **kw: VGG((1, 2), 4, **kw),
 }
@@ -111,6 +113,20 @@ def basic_count(widths, blocks, in_channels=3, num_classes=10, stem_width=None):
     return total + 2 * before + before * num_classes + num_classes  # last BN, linear
 
 
+def bottleneck_count(width, blocks):
+    """Figure 5 of "Deep Residual Learning", with BN before each convolution."""
+    total, before = 9 * 3 * width, width
+    for i, n in enumerate(blocks):
+        planes = width * 2**i
+        total += before * 4 * planes  # the projection, one in the first block of each stage
+        for _ in range(n):
+            total += 2 * before + before * planes  # BN, 1x1
+            total += 2 * planes + 9 * planes * planes  # BN, 3x3
+            total += 2 * planes + planes * 4 * planes  # BN, 1x1
+            before = 4 * planes
+    return total + 2 * before + before * 10 + 10
+
+
 def wide_count(depth, k, num_classes=10):
     """Table 1 of "Wide Residual Networks", without dropout."""
     blocks = [(depth - 4) // 6] * 3
@@ -130,6 +146,8 @@ def vgg19_count():
     ("name", "published", "counted"),
     [
         ("preact_resnet18", 11_172_170, basic_count((64, 128, 256, 512), (2, 2, 2, 2))),
+        ("preact_resnet34", 21_280_330, basic_count((64, 128, 256, 512), (3, 4, 6, 3))),
+        ("preact_resnet50", 23_513_162, bottleneck_count(64, (3, 4, 6, 3))),
         ("vgg19", 20_040_522, vgg19_count()),
         ("wide_resnet28_10", 36_479_194, wide_count(28, 10)),
         ("wide_resnet34_10", 46_160_474, wide_count(34, 10)),
@@ -172,6 +190,36 @@ class TestPreActResNet:
         x = F.avg_pool2d(x, 4).flatten(1) @ s["linear.weight"].T + s["linear.bias"]
         torch.testing.assert_close(model(batch), x)
 
+    @two_activations
+    def test_bottleneck_equals_the_layout_written_out(self, act):
+        torch.manual_seed(0)
+        model = PreActResNet(
+            (2, 1), 3, block=PreActBottleneck, num_classes=5, mean=0.4, std=0.3,
+            activation=ACTIVATIONS[act],
+        )  # fmt: skip
+        s = unsettled(model).state_dict()
+
+        def pre(x, name):
+            return FORMULAS[act](batch_norm(x, s, name))
+
+        def block(x, name, stride):
+            a = pre(x, f"{name}.bn1")
+            out = F.conv2d(a, s[f"{name}.conv1.weight"])
+            out = pre(out, f"{name}.bn2")
+            out = F.conv2d(out, s[f"{name}.conv2.weight"], stride=stride, padding=1)
+            out = F.conv2d(pre(out, f"{name}.bn3"), s[f"{name}.conv3.weight"])
+            projection = s.get(f"{name}.shortcut.0.weight")
+            return out + (x if projection is None else F.conv2d(a, projection, stride=stride))
+
+        x = batch = images(3, 3, 8, 8)
+        # The first block keeps the size and still projects: 3 to 12 channels.
+        assert s["layer1.0.shortcut.0.weight"].shape == (12, 3, 1, 1)
+        x = block(block(stem(x, s), "layer1.0", 1), "layer1.1", 1)
+        x = pre(block(x, "layer2.0", 2), "bn")
+        assert x.shape == (3, 24, 4, 4)
+        x = x.mean((2, 3)) @ s["linear.weight"].T + s["linear.bias"]
+        torch.testing.assert_close(model(batch), x)
+
     def test_names_and_sizes_of_resnet18(self):
         model = MODELS["preact_resnet18"]()
         names = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
@@ -184,6 +232,20 @@ class TestPreActResNet:
         assert names == expected
         sizes = sizes_on_the_way(model, ["conv1", "layer1", "layer2", "layer3", "layer4"])
         assert sizes == [(64, 32, 32), (64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+
+    def test_resnet50_beside_torchvisions(self):
+        """The same convolutions; the stem and the places of the BNs differ."""
+        models = pytest.importorskip("torchvision.models")
+        with torch.device("meta"):
+            ours, theirs = MODELS["preact_resnet50"](), models.resnet50(num_classes=10)
+
+        def convs(model):
+            shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Conv2d)]
+            return sorted(tuple(shape) for shape in shapes[1:])
+
+        assert convs(ours) == convs(theirs)
+        sizes = sizes_on_the_way(ours, ["layer1", "layer2", "layer3", "layer4"])
+        assert sizes == [(256, 32, 32), (512, 16, 16), (1024, 8, 8), (2048, 4, 4)]
 
 
 class TestWideResNet:
@@ -379,14 +441,18 @@ class TestNormalize:
 
 # --- By name ------------------------------------------------------------------------------------
 
+LARGE = {"wide_resnet34_20", "wide_resnet70_16"}  # hundreds of millions: shapes alone
+
 
 class TestRegistry:
-    @pytest.mark.parametrize("name", [*MODELS, "wide_resnet28_10"])
+    @pytest.mark.parametrize("name", sorted(MODELS))
     def test_every_model(self, name):
-        model = build_model(
-            name, num_classes=4, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4), activation="tanh"
-        )
-        assert model.eval()(torch.rand(2, 2, 8, 8)).shape == (2, 4)
+        with torch.device("meta" if name in LARGE else "cpu"):
+            model = build_model(
+                name, num_classes=4, in_channels=2, mean=(0.1, 0.2), std=(0.3, 0.4),
+                activation="tanh",
+            )  # fmt: skip
+            assert model.eval()(torch.rand(2, 2, 8, 8)).shape == (2, 4)
         assert len(model.normalize.mean) == 2
         used = [m.activation for m in model.modules() if hasattr(m, "activation")]
         assert used

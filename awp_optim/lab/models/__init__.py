@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from awp_optim.lab.models.common import Activation, Normalize
-from awp_optim.lab.models.preact import PreActBlock, PreActResNet
+from awp_optim.lab.models.preact import PreActBlock, PreActBottleneck, PreActResNet
 from awp_optim.lab.models.vgg import VGG
 from awp_optim.lab.models.wide import WideResNet
 
@@ -23,6 +23,7 @@ __all__ = [
     "VGG",
     "Normalize",
     "PreActBlock",
+    "PreActBottleneck",
     "PreActResNet",
     "WideResNet",
     "build_model",
@@ -30,10 +31,16 @@ __all__ = [
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "preact_resnet18": partial(PreActResNet, (2, 2, 2, 2)),
+    "preact_resnet34": partial(PreActResNet, (3, 4, 6, 3)),
+    "preact_resnet50": partial(PreActResNet, (3, 4, 6, 3), block=PreActBottleneck),
     "preact_resnet_small": partial(PreActResNet, (1, 1, 1), width=16),  # for 8x8 digits, on a CPU
     "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "wide_resnet28_10": partial(WideResNet, 28, 10),
+    "wide_resnet34_10": partial(WideResNet, 34, 10),
+    "wide_resnet34_20": partial(WideResNet, 34, 20),
+    "wide_resnet70_16": partial(WideResNet, 70, 16),
 }
-"""The networks of :func:`build_model`, beside wide ResNets of any depth and width."""
+"""The networks that papers train, for :func:`build_model`."""
 
 ACTIVATIONS: dict[str, Activation] = {
     f.__name__: f
@@ -56,7 +63,7 @@ def build_model(
     """Build a new network by name, for images in [0, 1].
 
     Args:
-        name: A name in :data:`MODELS`; ``"wide_resnet34_10"`` and so on, of depth 34 and width 10;
+        name: A name in :data:`MODELS`; ``"wide_resnet16_4"`` and so on, of depth 16 and width 4;
             or ``"torchvision/resnet18"`` and so on: any classifier of ``torchvision.models``,
             untrained, after :class:`Normalize`. Those are made for RGB images of about 224x224;
             not all of them accept small ones.

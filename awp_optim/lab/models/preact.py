@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from awp_optim.lab.models.common import Activation, Normalize, check_sizes
 
-__all__ = ["PreActBlock", "PreActResNet"]
+__all__ = ["PreActBlock", "PreActBottleneck", "PreActResNet"]
 
 
 class PreActBlock(nn.Module):
@@ -23,6 +23,8 @@ class PreActBlock(nn.Module):
 
     (N, in_planes, H, W) -> (N, planes, H / stride, W / stride).
     """
+
+    expansion = 1
 
     def __init__(
         self, in_planes: int, planes: int, stride: int = 1, activation: Activation = F.relu
@@ -44,6 +46,36 @@ class PreActBlock(nn.Module):
         return out + shortcut
 
 
+class PreActBottleneck(nn.Module):
+    """The bottleneck: 1x1, 3x3 with the stride, and 1x1 to four times the channels.
+
+    (N, in_planes, H, W) -> (N, 4 * planes, H / stride, W / stride).
+    """
+
+    expansion = 4
+
+    def __init__(
+        self, in_planes: int, planes: int, stride: int = 1, activation: Activation = F.relu
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, self.expansion * planes, 1, bias=False)
+        self.shortcut = _projection(in_planes, self.expansion * planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.activation(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        out = self.conv2(self.activation(self.bn2(out)))
+        out = self.conv3(self.activation(self.bn3(out)))
+        return out + shortcut
+
+
 def _projection(in_planes: int, out_planes: int, stride: int) -> nn.Sequential | None:
     """The 1x1 convolution of a shortcut; None where the identity will do."""
     if stride == 1 and in_planes == out_planes:
@@ -58,9 +90,10 @@ class PreActResNet(nn.Module):
     (N, in_channels, H, W) -> (N, num_classes), for any H and W: the pooling is global.
 
     Args:
-        blocks: Number of blocks of each stage. Stage i has ``width * 2**i`` channels, and every
-            stage but the first halves height and width.
-        width: Channels of the stem and of the first stage.
+        blocks: Number of blocks of each stage. Stage i has ``width * 2**i`` channels, times the
+            ``expansion`` of the block, and every stage but the first halves height and width.
+        width: Channels of the stem and, times ``expansion``, of the first stage.
+        block: :class:`PreActBlock` or :class:`PreActBottleneck`.
         num_classes, in_channels, mean, std, activation: As in
             :func:`~awp_optim.lab.models.build_model`.
     """
@@ -70,6 +103,7 @@ class PreActResNet(nn.Module):
         blocks: Sequence[int] = (2, 2, 2, 2),
         width: int = 64,
         *,
+        block: type[PreActBlock | PreActBottleneck] = PreActBlock,
         num_classes: int = 10,
         in_channels: int = 3,
         mean: float | Sequence[float] = 0.0,
@@ -87,8 +121,8 @@ class PreActResNet(nn.Module):
             layers = []
             for j in range(n):
                 stride = 2 if i > 0 and j == 0 else 1
-                layers.append(PreActBlock(planes, width * 2**i, stride, activation))
-                planes = width * 2**i
+                layers.append(block(planes, width * 2**i, stride, activation))
+                planes = block.expansion * width * 2**i
             self.add_module(stage, nn.Sequential(*layers))
         self.bn = nn.BatchNorm2d(planes)
         self.linear = nn.Linear(planes, num_classes)
