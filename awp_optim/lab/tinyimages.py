@@ -10,6 +10,7 @@ can run code when it is read; here it cannot.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import pickle
 import re
@@ -27,7 +28,10 @@ __all__ = ["convert_tinyimages"]
 
 
 def convert_tinyimages(
-    pickle_path: str | os.PathLike[str], npz_path: str | os.PathLike[str]
+    pickle_path: str | os.PathLike[str],
+    npz_path: str | os.PathLike[str],
+    *,
+    sha256: str | None = None,
 ) -> PseudoLabeled:
     """Write the images and labels of the pickle to an ``.npz`` file.
 
@@ -38,16 +42,24 @@ def convert_tinyimages(
     Args:
         pickle_path: The published file, ``ti_500K_pseudo_labeled.pickle``.
         npz_path: The file to write, for :func:`~awp_optim.lab.pseudo.load_pseudo_labeled`.
+        sha256: The expected SHA-256 of the pickle, in hexadecimal, if it is known.
 
     Returns:
         The images and labels that were written.
 
     Raises:
         OSError: A file cannot be read or written.
-        ValueError: The pickle is damaged or refused, or has other content.
+        ValueError: The pickle has another digest, is damaged or refused, or has other content.
     """
     path = Path(pickle_path).expanduser()
     with open(path, "rb") as stream:
+        if sha256 is not None:
+            digest = hashlib.sha256()
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+            if digest.hexdigest() != sha256.lower():
+                raise ValueError(f"{path} has the SHA-256 {digest.hexdigest()}, not {sha256}")
+            stream.seek(0)
         try:
             content = _ArrayUnpickler(stream).load()
             x, y = (content[name].value for name in ("data", "extrapolated_targets"))
@@ -116,9 +128,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("pickle", type=Path, help="ti_500K_pseudo_labeled.pickle")
     parser.add_argument("npz", type=Path, help="the file to write")
+    parser.add_argument("--sha256", help="the expected digest of the pickle")
     args = parser.parse_args()
     try:
-        labeled = convert_tinyimages(args.pickle, args.npz)
+        labeled = convert_tinyimages(args.pickle, args.npz, sha256=args.sha256)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"{args.npz}: {len(labeled)} images, labels {labeled.y.bincount().tolist()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import pickle
@@ -89,6 +90,19 @@ def test_other_layouts_and_types(convert, data, dtype):
     first = expected if data.shape[1] < data.shape[3] else expected.permute(0, 3, 1, 2)
     assert torch.equal(labeled.x, first)
     assert labeled.y.tolist() == targets.tolist()
+
+
+def test_the_digest_is_checked(convert):
+    written = pickle.dumps(published(), 4)
+    digest = hashlib.sha256(written).hexdigest()
+    assert len(convert(written, sha256=digest.upper())) == 12
+    with pytest.raises(FileNotFoundError):
+        convert_tinyimages("none.pickle", "out.npz", sha256=digest)
+
+
+def test_another_digest_is_refused(convert):
+    with pytest.raises(ValueError, match=r"in\.pickle has the SHA-256"):
+        convert(published(), sha256="0" * 64)
 
 
 @pytest.mark.parametrize(
