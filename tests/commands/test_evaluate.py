@@ -123,6 +123,9 @@ def test_a_function_of_ones_own_is_called_before_images_are_loaded(run, tmp_path
     ended = run(*options, "--out", "b", checkpoint=("--model", "own_model:fails"))
     assert ended.err == "error: no weights\n"
     assert run(*options, "--out", "b", checkpoint=("--model", "nowhere:f")).status == 2
+    monkeypatch.setitem(module.sys.modules, "robustbench", None)
+    ended = run(*options, "--out", "b", checkpoint=("--robustbench", "Some2020Model"))
+    assert "robustbench" in ended.err
 
 
 def test_warnings_are_printed_with_what_to_do(run, tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     task = _complete(options)
     if not options.resume:
         _refuse(options.out)
-    given = None if options.model is None else from_function(options.model)
+    given = _given(task)
     data = replace(options.data, dataset=task.dataset).load()
     model = _model(task, data, given).to(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -212,24 +212,31 @@ def _refuse(out: Path) -> None:
         )
 
 
+def _given(task: _Task) -> nn.Module | None:
+    """The model of --model or --robustbench; None for a checkpoint, whose network needs images."""
+    options = task.options
+    if options.model is not None:
+        return from_function(options.model)
+    if options.robustbench is not None:
+        folder = options.data.data_dir / "robustbench"
+        return from_robustbench(options.robustbench, task.dataset, task.norm, folder)
+    return None
+
+
 def _model(task: _Task, data: ImageData, given: nn.Module | None) -> nn.Module:
     options = task.options
-    if options.checkpoint is not None:
-        return from_checkpoint(
-            options.checkpoint,
-            arch=options.arch,
-            num_classes=options.num_classes,
-            in_channels=data.in_channels,
-            ema=options.ema,
-            mean=options.mean,
-            std=options.std,
-        )
     if given is not None:
         return normalized(given, options.mean, options.std)
-    folder = options.data.data_dir / "robustbench"
-    assert options.robustbench is not None
-    model: nn.Module = from_robustbench(options.robustbench, task.dataset, task.norm, folder)
-    return model
+    assert options.checkpoint is not None
+    return from_checkpoint(
+        options.checkpoint,
+        arch=options.arch,
+        num_classes=options.num_classes,
+        in_channels=data.in_channels,
+        ema=options.ema,
+        mean=options.mean,
+        std=options.std,
+    )
 
 
 class _Batches:
