@@ -64,16 +64,15 @@ class WeightBackup:
             RuntimeError: another optimizer has perturbed one of them.
         """
         self._refuse_shared(params)
-        new = [i for i, p in enumerate(params) if p not in self.weights]
-        saved = _Saved(
-            [parts[i] for i in new], [self._buffer(params[i], parts[i]) for i in new], foreach
-        )
+        new = [(p, part) for p, part in zip(params, parts, strict=True) if p not in self.weights]
         if not new:
             return
+        buffers = [self._buffer(p, part) for p, part in new]
+        saved = _Saved([part for _, part in new], buffers, foreach)
         _copy_(saved.weights, saved.params, foreach=foreach)
         _in_use.add(self)
         self._saved.append(saved)
-        self.weights.update(zip((params[i] for i in new), saved.weights, strict=True))
+        self.weights.update(zip((p for p, _ in new), buffers, strict=True))
 
     @torch.no_grad()
     def restore(self) -> None:

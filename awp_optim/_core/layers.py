@@ -17,6 +17,7 @@ from awp_optim._core.dtensors import (
     local_part,
     sharding_of,
 )
+from awp_optim._core.perturbation import arithmetic_dtype
 from awp_optim._core.settings import is_active
 
 __all__ = ["Layers", "collect_layers", "perturbed_parameters"]
@@ -60,7 +61,7 @@ class Layers:
             yield self
             return
         for p, part in zip(self.params, self.parts, strict=True):
-            draw = torch.empty_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+            draw = torch.empty_like(part, dtype=arithmetic_dtype(part.dtype))
             if self.sharding is None:
                 draw.normal_()
             else:
