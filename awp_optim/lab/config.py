@@ -42,7 +42,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta gamma lr weight_decay l1 l2 mixup": ("finite and >= 0", lambda v: 0 <= v < math.inf),
     "momentum ema label_smoothing": ("in [0, 1)", lambda v: 0 <= v < 1),
     "unlabeled_share": ("in (0, 1)", lambda v: 0 < v < 1),
-    "awp_start epoch_images cutout save_every patience": ("at least 0", lambda v: v >= 0),
+    "awp_start epoch_images test_eval cutout save_every patience": ("at least 0", lambda v: v >= 0),
     "ascent_steps alternations epochs batch_size": ("at least 1", lambda v: v >= 1),
     "train_eval eval_every val_images": ("at least 1", lambda v: v >= 1),
     "seed": ("between -2**63 and 2**63", lambda v: -(2**63) < v < 2**63),
@@ -128,6 +128,8 @@ class Config:
     """Share of each batch drawn from pseudo-labeled images, if there are any."""
     train_eval: int = 1000
     """Training images on which the train_* metrics are measured."""
+    test_eval: int = 0
+    """Test images, drawn at random, on which the test_* metrics are measured; 0 for all."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 0

@@ -134,7 +134,7 @@ class RunFolder:
 
     def check_settings(self, before: Mapping[str, Any]) -> None:
         """Raise ValueError unless a run with the settings ``before`` can be resumed with these."""
-        newer = {"unlabeled_images": 0, "data": self._settings.get("data")}
+        newer = {"unlabeled_images": 0, "balanced": False, "data": self._settings.get("data")}
         before = Config.complete({**newer, **before})
         changes = [
             f"{name} was {before.get(name)}, is {now}"

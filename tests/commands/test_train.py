@@ -108,6 +108,7 @@ def test_every_setting_is_an_option(awp, tmp_path):
         ("--threat l2", "cifar10", "at-awp/cifar10-l2-preact18", {}),
         ("--dataset svhn", "svhn", "at-awp/svhn-linf-preact18", {}),
         ("--dataset digits", "digits", "at-awp/cifar10-linf-preact18", {"augment": False}),
+        ("--recipe at/cifar10-small", "cifar10", "at/cifar10-small", {}),
         ("--recipe mart/cifar10-linf-wrn34-10", "cifar10", "mart/cifar10-linf-wrn34-10", {}),
         (
             "--out --eps --recipe at/svhn-linf-preact18 --threat l2 --method mart",
@@ -118,16 +119,22 @@ def test_every_setting_is_an_option(awp, tmp_path):
     ],
 )
 def test_what_decides_the_defaults(words, dataset, expected, changes):
-    name, config = peek(starting_point, words.split(), "awp train")
-    assert name == dataset
-    recipe = RECIPES[expected].config
-    assert config == Config(**{**vars(recipe), **changes})
+    options = peek(starting_point, words.split(), "awp train")
+    assert options.data.dataset == dataset
+    recipe = RECIPES[expected]
+    assert options.settings == Config(**{**vars(recipe.config), **changes})
+    assert options.train_images == recipe.train_images
 
 
 def test_the_method_decides_the_defaults():
-    _, config = peek(starting_point, ["--method", "trades"], "awp train")
+    config = peek(starting_point, ["--method", "trades"], "awp train").settings
     assert config == defaults("cifar10", "linf", "trades")
     assert config.awp_start == 10
+
+
+def test_a_balanced_part_of_the_training_images(awp, tmp_path):
+    ended = awp(*[w for w in SMALL if w != "--limit"][:0], "train", "--help")
+    assert "--train-images" in ended.out
 
 
 def test_a_recipe_with_changes(awp, tmp_path):

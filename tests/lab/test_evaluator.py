@@ -52,6 +52,16 @@ def test_the_best_is_picked_on_held_out_images(config, data, tmp_path):
         fit(replace(config, val_images=60), data)
 
 
+def test_a_part_of_the_test_images_is_measured(config, data):
+    model, rows = fit(replace(config, eps=0.0, test_eval=7), data)
+    part = data.limit(None, 7)
+    figures = measure(model, part.x_test, part.y_test, replace(config, eps=0.0).test_attack)
+    assert rows[-1]["test_natural_acc"] == figures["natural_acc"]
+    assert rows[-1]["test_natural_loss"] == pytest.approx(figures["natural_loss"])
+    _, all_of_them = fit(replace(config, test_eval=len(data.x_test) + 1), data)
+    assert all_of_them[-1].keys() == rows[-1].keys()
+
+
 def test_the_last_epoch_is_always_evaluated(config, data):
     _, rows = fit(replace(config, eval_every=2), data)
     assert ["test_robust_acc" in row for row in rows] == [False, True, True]
