@@ -173,8 +173,8 @@ def cifar10_small(base: Config, *, digits: bool) -> Study:
         curve_panels(pairs, file, title)
 
     note = (
-        f"gamma {AT_GAMMA:g} with AT, as in the published runs, and {GAMMA:g} with TRADES and MART; "
-        f"RWP: a random direction, gamma {RWP_GAMMA:g}."
+        f"gamma {AT_GAMMA:g} with AT, as in the published runs, and {GAMMA:g} with TRADES and "
+        f"MART; RWP: a random direction, gamma {RWP_GAMMA:g}."
     )
     return Study("A part of CIFAR-10", configs, compared_with, draw, note)
 
