@@ -297,8 +297,8 @@ def _check_ascent_from_attack(step: AdversarialStep, ascents: int) -> None:
     takes_gradients = isinstance(attack, GradientAscentAttack) and attack.gradient_passes > 0
     if not takes_gradients or getattr(attack, "eps", 0) == 0:
         raise ValueError(
-            "ascent='attack' needs FGSM, PGD or CW with a positive eps and at least one step, got "
-            f"{attack!r:.80}"
+            "ascent='attack' needs FGSM, N-FGSM, PGD or CW with a positive eps and at least one "
+            f"step, got {attack!r:.80}"
         )
     if ascents != step.alternations:
         raise ValueError(

@@ -57,4 +57,5 @@ class FGSM(GradientAscentAttack):
 
     def _search(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         target, project = self._target(oracle, x, y), self._projection(x)
-        return self._ascend(oracle, x, target, project, step_size=self.eps, steps=1)
+        start = self._start(x, project)
+        return self._ascend(oracle, start, target, project, step_size=self.eps, steps=1)

@@ -77,6 +77,10 @@ class GradientAscentAttack(BallAttack):
         assert y is not None  # checked: only "kl" needs no labels
         return y
 
+    def _start(self, x: Tensor, project: Projection) -> Tensor:
+        """Where the ascent starts."""
+        return project(x)
+
     def _ascend(
         self,
         oracle: ModelOracle,

@@ -127,7 +127,7 @@ class PGD(GradientAscentAttack):
     def _start(self, x: Tensor, project: Projection) -> Tensor:
         """Line 6 of Algorithm 2: x + eps * delta, projected."""
         if not self.random_start:
-            return project(x)
+            return super()._start(x, project)
         if self.start_std is not None:
             return project(torch.randn_like(x).mul_(self.start_std).add_(x))
         return project(x + self._ball.random(x, self.eps))

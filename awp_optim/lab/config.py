@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from awp_optim._utils.checks import check_choice
-from awp_optim.attacks import PGD
+from awp_optim.attacks import NFGSM, PGD
 from awp_optim.lab.schedules import Schedule
 from awp_optim.objectives import AT, MART, TRADES, Objective
 
@@ -93,6 +93,8 @@ class Config:
     """PGD steps of the training attack."""
     test_steps: int = 20
     """PGD steps of the test attack."""
+    train_attack: Literal["pgd", "n-fgsm"] = "pgd"
+    """Training attack; n-fgsm is one step of length eps, and does not use step_size."""
     attack_mode: Literal["eval", "train"] | None = None
     """Mode of the model in the training attack; None: train with at and pretrain, else eval."""
     epochs: int = 200
@@ -153,6 +155,8 @@ class Config:
                     raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
         if self.mixup and self.batch_size < 2:
             raise ValueError("mixup needs pairs: a batch_size of 2 or more")
+        if self.train_attack == "n-fgsm" and self.norm != "linf":
+            raise ValueError("train_attack n-fgsm is for norm linf; with l2, leave it at pgd")
 
     @staticmethod
     def complete(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,14 +196,17 @@ class Config:
         return self.attack_mode or ("train" if isinstance(self.objective, AT) else "eval")
 
     @property
-    def training_attack(self) -> PGD:
-        """The method's attack. That of TRADES and MART starts from a little Gaussian noise."""
+    def training_attack(self) -> PGD | NFGSM:
+        """The method's attack. PGD of TRADES and MART starts from a little Gaussian noise."""
+        loss = "kl" if isinstance(self.objective, TRADES) else "ce"
+        if self.train_attack == "n-fgsm":
+            return NFGSM(self.eps, loss=loss, model_mode=self.training_mode)
         return PGD(
             self.eps,
             self.step_size,
             self.train_steps,
             norm=self.norm,
-            loss="kl" if isinstance(self.objective, TRADES) else "ce",
+            loss=loss,
             model_mode=self.training_mode,
             start_std=None if isinstance(self.objective, AT) else 0.001,
         )

@@ -201,7 +201,7 @@ def passes(config: Config) -> int:
     A forward pass, a backward pass to the inputs and one to the weights count 1 each; an objective
     of natural and adversarial images makes two of each.
     """
-    attack = 2 * config.train_steps + (config.training_attack.loss == "kl")
+    attack = 2 * config.training_attack.gradient_passes + (config.training_attack.loss == "kl")
     update = 6 if config.objective.needs_natural else 3
     if not config.gamma:
         return attack + update

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from awp_optim.attacks import PGD
+from awp_optim.attacks import NFGSM, PGD
 from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.models import ACTIVATIONS
 from awp_optim.lab.schedules import SCHEDULES
@@ -56,6 +56,16 @@ def test_each_method_has_its_published_attack_and_objective():
     assert attacks["mart"] == PGD(start_std=0.001)
     assert {c.test_attack for c in of.values()} == {PGD(steps=20)}
     assert Config(attack_mode="eval").training_attack == PGD()
+
+
+def test_single_step_training():
+    config = Config(train_attack="n-fgsm", eps=0.1, step_size=0.3)
+    assert config.training_attack == NFGSM(0.1, model_mode="train")
+    assert config.test_attack == PGD(0.1, 0.3, 20)
+    trades = replace(config, method="trades")
+    assert trades.training_attack == NFGSM(0.1, loss="kl")
+    with pytest.raises(ValueError, match="n-fgsm is for norm linf"):
+        Config(train_attack="n-fgsm", norm="l2")
 
 
 def test_every_activation_can_be_chosen():

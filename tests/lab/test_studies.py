@@ -36,6 +36,9 @@ def changes(config, base=BASE):
         ({"train_steps": 1}, 5),
         ({"method": "trades", "gamma": 0.01}, 33),
         ({"method": "mart"}, 26),
+        ({"train_attack": "n-fgsm"}, 5),
+        ({"train_attack": "n-fgsm", "gamma": 0.01}, 8),
+        ({"train_attack": "n-fgsm", "method": "trades"}, 9),
     ],
 )
 def test_passes(settings, cost):
@@ -63,6 +66,7 @@ class Counting(TorchDispatchMode):
         {"gamma": 0.01},
         {"gamma": 0.01, "direction": "random"},
         {"gamma": 0.01, "ascent_steps": 2, "alternations": 3},
+        {"gamma": 0.01, "train_attack": "n-fgsm"},
     ],
 )
 def test_passes_are_those_that_a_step_makes(method, settings):
