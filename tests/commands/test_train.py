@@ -80,13 +80,15 @@ def test_every_setting_is_an_option(awp, tmp_path):
         "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
         "step_size": 0.25, "train_steps": 2, "test_steps": 3, "attack_mode": "train", "epochs": 1,
         "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3,
-        "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "label_smoothing": 0.1, "precision": "bfloat16",
+        "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "ema_start": 1, "ema_warmup": True,
+        "label_smoothing": 0.1, "precision": "bfloat16",
         "schedule": "cosine", "augment": True, "cutout": 2, "mixup": 1.0, "unlabeled_share": 0.25,
         "train_eval": 8, "test_eval": 8, "eval_every": 2,
         "save_every": 1, "select_on": "val", "val_images": 8,
         "patience": 3, "seed": 7,
     }  # fmt: skip
-    assert given.keys() == {f.name for f in fields(Config)} - {"ascent"}  # not with ascent_steps
+    # ascent does not go with ascent_steps, nor n-fgsm with l2
+    assert given.keys() == {f.name for f in fields(Config)} - {"ascent", "train_attack"}
     assert all(
         value != getattr(Config(), name) for name, value in given.items() if name != "augment"
     )

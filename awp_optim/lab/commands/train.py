@@ -37,7 +37,7 @@ from awp_optim.lab.progress import StepBar, step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.reports.plots import learning_curves
-from awp_optim.lab.run_folder import Row, best, refuse_run
+from awp_optim.lab.run_folder import Row, best, refuse_run, reported
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.trainer import fit, is_over
 from awp_optim.lab.weights import load_weights
@@ -237,7 +237,8 @@ class _Run:
             f"robust {row['step_robust_acc']:.1%}"
         )
         if "test_robust_acc" in row:
-            natural, robust = row["test_natural_acc"], row["test_robust_acc"]
+            tested = reported(row)
+            natural, robust = tested["test_natural_acc"], tested["test_robust_acc"]
             text += f"  test: natural {natural:.1%}, robust {robust:.1%}"
         self.console.out(text)
 
@@ -262,7 +263,7 @@ def _summarize(
     if config.gamma:
         label += f"-{'RWP' if config.direction == 'random' else 'AWP'}, gamma {config.gamma:g}"
     learning_curves({label: [rows]}, options.out / "curves.png", f"{dataset}, {config.arch}")
-    top, last = best(rows), evaluated[-1]
+    top, last = reported(best(rows)), reported(evaluated[-1])
     console.out(
         f"Robust test accuracy (PGD-{config.test_steps}): best {top['test_robust_acc']:.2%} after "
         f"epoch {top['epoch'] + 1:.0f}, last {last['test_robust_acc']:.2%}; natural "
