@@ -42,7 +42,8 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta gamma lr weight_decay l1 l2 mixup": ("finite and >= 0", lambda v: 0 <= v < math.inf),
     "momentum ema label_smoothing": ("in [0, 1)", lambda v: 0 <= v < 1),
     "unlabeled_share": ("in (0, 1)", lambda v: 0 < v < 1),
-    "awp_start epoch_images cutout save_every patience": ("at least 0", lambda v: v >= 0),
+    "awp_start ema_start epoch_images": ("at least 0", lambda v: v >= 0),
+    "test_eval cutout save_every patience": ("at least 0", lambda v: v >= 0),
     "ascent_steps alternations epochs batch_size": ("at least 1", lambda v: v >= 1),
     "train_eval eval_every val_images": ("at least 1", lambda v: v >= 1),
     "seed": ("between -2**63 and 2**63", lambda v: -(2**63) < v < 2**63),
@@ -79,7 +80,8 @@ class Config:
     ascent: Literal["exact", "attack"] = "exact"
     """Gradient for the weight ascent: a pass of its own, or the attack's last iteration."""
     arch: str = "preact_resnet18"
-    """Name in awp_optim.lab.models.MODELS, wide_resnetDEPTH_WIDTH or torchvision/NAME."""
+    """Name in awp_optim.lab.models.MODELS, preact_resnetDEPTH_WIDTH, wide_resnetDEPTH_WIDTH or
+    torchvision/NAME."""
     activation: Activation = "relu"
     """Activation function of the network."""
     norm: Literal["linf", "l2"] = "linf"
@@ -113,7 +115,12 @@ class Config:
     l2: float = 0.0
     """Weight decay of the weights alone, none for biases and norm layers; the paper's is 5e-3."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the model, such as 0.995; 0 for none."""
+    """Decay of an exponential moving average of the model, such as 0.995; 0 for none.
+    With it, the best epoch and the reported accuracies are those of the averaged weights."""
+    ema_start: int = 0
+    """Epochs before the averaging begins, in which the average is a copy of the model."""
+    ema_warmup: bool = False
+    """Let the decay of the average grow: min(ema, (1 + k) / (10 + k)) in step k."""
     label_smoothing: float = 0.0
     """Label smoothing applied to the objective's cross-entropy, not to the attack's."""
     precision: Precision = "float32"
@@ -130,6 +137,8 @@ class Config:
     """Share of each batch drawn from pseudo-labeled images, if there are any."""
     train_eval: int = 1000
     """Training images on which the train_* metrics are measured."""
+    test_eval: int = 0
+    """Test images, drawn at random, on which the test_* metrics are measured; 0 for all."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     save_every: int = 0

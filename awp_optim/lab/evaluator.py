@@ -36,8 +36,12 @@ class Evaluator:
     def __init__(
         self, config: Config, data: ImageData, held_out: Images | None, ranks: TrainingRanks
     ) -> None:
-        shown = data.limit(min(config.train_eval, len(data.x_train)))
-        self._train = shown.x_train, shown.y_train
+        n_test = len(data.x_test)
+        data = data.limit(
+            min(config.train_eval, len(data.x_train)),
+            config.test_eval if 0 < config.test_eval < n_test else None,
+        )
+        self._train = data.x_train, data.y_train
         self._tested = {"test_": (data.x_test, data.y_test)}
         if held_out:
             self._tested["val_"] = held_out
@@ -68,7 +72,7 @@ class Evaluator:
         parts = [("train_", model, self._train)]
         parts += [(name, model, images) for name, images in self._tested.items()]
         if average:
-            parts += [(f"ema_{name}", average, images) for name, images in self._tested.items()]
+            parts += [(f"ema_{name}", average, images) for name, _, images in parts]
         row: Row = {}
         try:
             for name, net, (x, y) in parts:

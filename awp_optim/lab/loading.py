@@ -92,13 +92,15 @@ def from_checkpoint(
 def _our_name(arch: str) -> str:
     """Our name of a network for the spelling in papers; other names are returned unchanged.
 
-    >>> _our_name("WideResNet-34-10"), _our_name("WRN-28-10"), _our_name("PreActResNet18")
-    ('wide_resnet34_10', 'wide_resnet28_10', 'preact_resnet18')
+    >>> _our_name("WideResNet-34-10"), _our_name("WRN-28-10")
+    ('wide_resnet34_10', 'wide_resnet28_10')
+    >>> _our_name("PreActResNet18"), _our_name("PreActResNet-10-32")
+    ('preact_resnet18', 'preact_resnet10_32')
     """
     if wide := re.fullmatch(r"(?:WideResNet|WRN)-?(\d+)[-_](\d+)", arch, re.IGNORECASE):
         return f"wide_resnet{wide[1]}_{wide[2]}"
-    if preact := re.fullmatch(r"PreAct-?ResNet-?(\d+)", arch, re.IGNORECASE):
-        return f"preact_resnet{preact[1]}"
+    if preact := re.fullmatch(r"PreAct-?ResNet-?(\d+)(?:[-_](\d+))?", arch, re.IGNORECASE):
+        return "_".join(filter(None, (f"preact_resnet{preact[1]}", preact[2])))
     return arch
 
 

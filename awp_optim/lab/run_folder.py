@@ -22,7 +22,7 @@ from awp_optim.lab.config import Config
 from awp_optim.lab.lock import FolderLock
 from awp_optim.lab.tensorboard import TensorBoardLog
 
-__all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run"]
+__all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run", "reported"]
 
 Row = dict[str, float]
 """The metrics of an epoch, a line of ``metrics.csv``.
@@ -31,8 +31,8 @@ Row = dict[str, float]
 alike: with the test attack in eval mode at the weights that are saved, so that the difference
 between the first two is the generalization gap. ``step_*`` are averages over the training steps of
 the epoch, at the weights that gave the updates (w + v with AWP), which the published logs call
-training accuracy. ``step_robust_loss`` is the method's objective. ``ema_test_*`` and ``ema_val_*``
-belong to the averaged weights, if the run has any.
+training accuracy. ``step_robust_loss`` is the method's objective. ``ema_train_*`` and so on belong
+to the averaged weights, if the run has any.
 """
 
 RESULTS = ("last.pt", "best.pt", "metrics.csv")
@@ -45,7 +45,7 @@ COLUMNS = (
     "step_robust_acc",
     *(
         f"{part}_{kind}_{what}"
-        for part in ("train", "test", "val", "ema_test", "ema_val")
+        for part in ("train", "test", "val", "ema_train", "ema_test", "ema_val")
         for kind in ("natural", "robust")
         for what in ("loss", "acc")
     ),
@@ -55,10 +55,17 @@ COLUMNS = (
 def best(rows: list[Row]) -> Row:
     """The epoch with the highest robust accuracy, the first one if several have it.
 
-    It is measured on held-out images if the run has some, else on the test set as in the paper.
+    It is that of the averaged weights if the run has some, and measured on held-out images if the
+    run has some, else on the test set as in the paper.
     """
     name = "val_robust_acc" if any("val_robust_acc" in row for row in rows) else "test_robust_acc"
-    return max((row for row in rows if name in row), key=lambda row: row[name])
+    return max((row for row in rows if name in row), key=lambda row: reported(row)[name])
+
+
+def reported(row: Row) -> Row:
+    """The row with the metrics of the averaged weights in place of the model's, if it has them."""
+    average = {k.removeprefix("ema_"): v for k, v in row.items() if k.startswith("ema_")}
+    return {**row, **average}
 
 
 def read_metrics(folder: Path | str) -> list[Row]:
@@ -134,7 +141,7 @@ class RunFolder:
 
     def check_settings(self, before: Mapping[str, Any]) -> None:
         """Raise ValueError unless a run with the settings ``before`` can be resumed with these."""
-        newer = {"unlabeled_images": 0, "data": self._settings.get("data")}
+        newer = {"unlabeled_images": 0, "balanced": False, "data": self._settings.get("data")}
         before = Config.complete({**newer, **before})
         changes = [
             f"{name} was {before.get(name)}, is {now}"

@@ -1,7 +1,8 @@
-"""The paper's comparisons as data: settings, what each is a change of, and how to draw them.
+"""Comparisons as data: settings, what each is a change of, and how to draw them.
 
-Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization" (NeurIPS 2020):
-the methods of Table 2, Figure 2 (a), (b) and (d), Figure 3 (c) and (d) with Tables 4 and 5.
+Those of Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization" (NeurIPS
+2020): the methods of Table 2, Figure 2 (a), (b) and (d), Figure 3 (c) and (d) with Tables 4 and 5;
+and one on a part of CIFAR-10 that a CPU can train on.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from awp_optim.lab.recipes import RECIPES
 from awp_optim.lab.reports.plots import ablations, curve_panels, perturbation_sizes
 from awp_optim.lab.reports.summary import Runs
 
-__all__ = ["STUDIES", "Study", "passes"]
+__all__ = ["RECIPE_OF", "STUDIES", "Study", "passes"]
 
 # With AT the published runs' gamma, else the paper's; no value was chosen by its result.
 AT_GAMMA, GAMMA = 1e-2, 5e-3
 GAMMAS = (1e-4, 1e-3, 5e-3, 1e-2, 2e-2)
+RWP_GAMMA = 0.3  # the largest that does not lower robust accuracy in Figure 3 (c)
 RWP_GAMMAS = (1e-3, 1e-2, 0.1, 0.3, 0.6, 1.0, 2.0)
 FINE_TUNING: dict[str, Any] = {"lr": 0.03, "schedule": "cosine"}
 """Settings of fine-tuning on the digits, from pre-trained weights.
@@ -113,7 +115,7 @@ def regularizers(base: Config, *, digits: bool) -> Study:
     """AWP, other regularization of weights, and data augmentation."""
     changes: dict[str, dict[str, Any]] = {
         "AT-AWP": {"gamma": AT_GAMMA},
-        "RWP": {"gamma": 0.3, "direction": "random"},
+        "RWP": {"gamma": RWP_GAMMA, "direction": "random"},
         "L1": {"l1": 5e-6},
         "L2": {"l2": 5e-3},
         "Cutout": {"cutout": 4 if digits else 14},  # of 8 and of 32 pixels
@@ -150,11 +152,41 @@ def rwp(base: Config, *, digits: bool) -> Study:
     return Study("Adversarial and random weight perturbation", configs, compared_with, draw, note)
 
 
+def cifar10_small(base: Config, *, digits: bool) -> Study:
+    """AT, TRADES and MART with and without AWP, and AT with random perturbation."""
+    plain = {
+        "AT": base,
+        "TRADES": replace(base, method="trades"),
+        "MART": replace(base, method="mart"),
+    }
+    configs = {
+        "AT": base,
+        "AT-AWP": replace(base, gamma=AT_GAMMA),
+        "AT-RWP": replace(base, gamma=RWP_GAMMA, direction="random"),
+    }
+    for name in ("TRADES", "MART"):
+        configs |= {name: plain[name], f"{name}-AWP": replace(plain[name], gamma=GAMMA)}
+    compared_with = {label: label.split("-")[0] for label in configs if "-" in label}
+
+    def draw(runs: Mapping[str, Runs], file: Path, title: str) -> None:
+        pairs = {label: {of: runs[of], label: runs[label]} for label, of in compared_with.items()}
+        curve_panels(pairs, file, title)
+
+    note = (
+        f"gamma {AT_GAMMA:g} with AT, as in the published runs, and {GAMMA:g} with TRADES and "
+        f"MART; RWP: a random direction, gamma {RWP_GAMMA:g}."
+    )
+    return Study("A part of CIFAR-10", configs, compared_with, draw, note)
+
+
 STUDIES: dict[str, Callable[..., Study]] = {
-    study.__name__: study for study in (methods, figure2, regularizers, rwp)
+    study.__name__.replace("_", "-"): study
+    for study in (methods, figure2, regularizers, rwp, cifar10_small)
 }
 """By name: a function of the settings of plain adversarial training, and of whether these are the
 quickstart's (``digits``)."""
+RECIPE_OF = {"cifar10-small": "at/cifar10-small"}
+"""The recipe of a study that is not for the quickstart's task, where no other is given."""
 
 
 def _by_gamma(

@@ -254,7 +254,7 @@ class _Run:
             scheduler,
             self.training_set.generators,
             self.device,
-            MovingAverage(self.model, config.ema) if config.ema else None,
+            self._average(),
             rows=[],
         )
         self.adversarial_step = AdversarialStep(
@@ -267,6 +267,13 @@ class _Run:
             autocast=PRECISIONS[config.precision],
         )
         self.evaluate = Evaluator(config, data, held_out, ranks)
+
+    def _average(self) -> MovingAverage | None:
+        config = self.config
+        if not config.ema:
+            return None
+        start = config.ema_start * self.training_set.steps
+        return MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
 
     def begin_epoch(self) -> EpochProgress:
         """Draw an epoch's order, or continue an epoch that was interrupted."""

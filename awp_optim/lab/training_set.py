@@ -183,6 +183,7 @@ def describe_inputs(
     return {
         "dataset": data.name,
         "train_images": len(data.x_train),
+        "balanced": data.is_balanced_subset,
         "test_images": len(data.x_test),
         "unlabeled_images": len(unlabeled) if unlabeled else 0,
         "init": None if init is None else _fingerprint(init),

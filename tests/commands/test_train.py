@@ -80,12 +80,15 @@ def test_every_setting_is_an_option(awp, tmp_path):
         "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
         "step_size": 0.25, "train_steps": 2, "test_steps": 3, "attack_mode": "train", "epochs": 1,
         "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3,
-        "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "label_smoothing": 0.1, "precision": "bfloat16",
+        "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "ema_start": 1, "ema_warmup": True,
+        "label_smoothing": 0.1, "precision": "bfloat16",
         "schedule": "cosine", "augment": True, "cutout": 2, "mixup": 1.0, "unlabeled_share": 0.25,
-        "train_eval": 8, "eval_every": 2, "save_every": 1, "select_on": "val", "val_images": 8,
+        "train_eval": 8, "test_eval": 8, "eval_every": 2,
+        "save_every": 1, "select_on": "val", "val_images": 8,
         "patience": 3, "seed": 7,
     }  # fmt: skip
-    assert given.keys() == {f.name for f in fields(Config)} - {"ascent"}  # not with ascent_steps
+    # ascent does not go with ascent_steps, nor n-fgsm with l2
+    assert given.keys() == {f.name for f in fields(Config)} - {"ascent", "train_attack"}
     assert all(
         value != getattr(Config(), name) for name, value in given.items() if name != "augment"
     )
@@ -108,6 +111,7 @@ def test_every_setting_is_an_option(awp, tmp_path):
         ("--threat l2", "cifar10", "at-awp/cifar10-l2-preact18", {}),
         ("--dataset svhn", "svhn", "at-awp/svhn-linf-preact18", {}),
         ("--dataset digits", "digits", "at-awp/cifar10-linf-preact18", {"augment": False}),
+        ("--recipe at/cifar10-small", "cifar10", "at/cifar10-small", {}),
         ("--recipe mart/cifar10-linf-wrn34-10", "cifar10", "mart/cifar10-linf-wrn34-10", {}),
         (
             "--out --eps --recipe at/svhn-linf-preact18 --threat l2 --method mart",
@@ -118,16 +122,26 @@ def test_every_setting_is_an_option(awp, tmp_path):
     ],
 )
 def test_what_decides_the_defaults(words, dataset, expected, changes):
-    name, config = peek(starting_point, words.split(), "awp train")
-    assert name == dataset
-    recipe = RECIPES[expected].config
-    assert config == Config(**{**vars(recipe), **changes})
+    options = peek(starting_point, words.split(), "awp train")
+    assert options.data.dataset == dataset
+    recipe = RECIPES[expected]
+    assert options.settings == Config(**{**vars(recipe.config), **changes})
+    assert options.train_images == recipe.train_images
 
 
 def test_the_method_decides_the_defaults():
-    _, config = peek(starting_point, ["--method", "trades"], "awp train")
+    config = peek(starting_point, ["--method", "trades"], "awp train").settings
     assert config == defaults("cifar10", "linf", "trades")
     assert config.awp_start == 10
+
+
+def test_a_balanced_part_of_the_training_images(awp, tmp_path):
+    arguments = ("train", "--dataset", "digits", "--arch", "preact_resnet_small", "--epochs", 1)
+    arguments += ("--train-steps", 1, "--test-steps", 1, "--train-images", 30, "--out", "run")
+    assert awp(*arguments).status == 0
+    config = config_of(tmp_path / "run")
+    assert (config["train_images"], config["balanced"], config["test_images"]) == (30, True, 899)
+    assert "one of the two" in awp(*arguments, "--limit", 20).err
 
 
 def test_a_recipe_with_changes(awp, tmp_path):

@@ -465,10 +465,26 @@ class TestRegistry:
         with pytest.raises(ValueError, match=r"depth must be 6n \+ 4 .* got 17"):
             build_model("wide_resnet17_4", num_classes=10, in_channels=3)
 
+    def test_preact_resnets_by_depth_and_width(self):
+        def built(name):
+            with torch.device("meta"):
+                return count(build_model(name, num_classes=10, in_channels=3))
+
+        narrow = basic_count((32, 64, 128, 256), (1, 1, 1, 1))
+        assert built("preact_resnet10_32") == narrow == 1_228_074
+        assert built("preact_resnet18_16") == basic_count((16, 32, 64, 128), (2, 2, 2, 2))
+        assert built("preact_resnet50_8") == bottleneck_count(8, (3, 4, 6, 3))
+        assert built("preact_resnet34_64") == built("preact_resnet34")
+        with pytest.raises(ValueError, match=r"depth must be one of .*10, 18, .* got 17"):
+            built("preact_resnet17_32")
+        with pytest.raises(ValueError, match="width must be at least 1"):
+            built("preact_resnet18_0")
+
     @pytest.mark.parametrize(
         "name",
-        ["vgg", "resnet18", "wide_resnet34", "wide_resnet34_10_2", "wide_resnet34_1.5",
-         "Wide_ResNet34_10", "xwide_resnet34_10", "wide_resnet34_10\n", ""],
+        ["vgg", "resnet18", "preact_resnet12", "preact_resnet18_32_2", "preact_resnet18_",
+         "wide_resnet34", "wide_resnet34_10_2", "wide_resnet34_1.5", "Wide_ResNet34_10",
+         "xwide_resnet34_10", "wide_resnet34_10\n", ""],
     )  # fmt: skip
     def test_bad_names(self, name):
         with pytest.raises(ValueError, match=r"no model .*preact_resnet18, .*wide_resnetDEPTH_WID"):

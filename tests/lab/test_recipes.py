@@ -7,7 +7,7 @@ import pytest
 from awp_optim.attacks import PGD
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import DATASETS
-from awp_optim.lab.recipes import RECIPES, defaults
+from awp_optim.lab.recipes import PAPER, RECIPES, defaults
 from awp_optim.objectives import AT, MART, TRADES
 
 ARCHES = {
@@ -16,12 +16,13 @@ ARCHES = {
     "wrn28-10": "wide_resnet28_10",
 }
 REGULARIZERS = {"l1": 5e-6, "l2": 5e-3, "cutout": 14, "mixup": 1.4}
-TABLES = {"preact18": (1, 4, 5), "wrn34-10": (2,), "wrn28-10": (2,)}
+TABLES = {"preact18": ("Table 1", "Table 4", "Table 5"), "wrn34-10": ("Table 2",)}
+TABLES["wrn28-10"] = TABLES["wrn34-10"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_what_its_name_says(name):
-    recipe = RECIPES[name]
+@pytest.mark.parametrize("name", PAPER)
+def test_a_run_of_the_paper_is_what_its_name_says(name):
+    recipe = PAPER[name]
     method, run = name.split("/")
     dataset, norm, arch = run.split("-", 2)
     config = recipe.config
@@ -32,14 +33,14 @@ def test_a_recipe_is_what_its_name_says(name):
         assert getattr(config, field) == (value if extra == field else 0)
     assert (recipe.dataset, config.norm, config.arch) == (dataset, norm, ARCHES[arch])
     assert dataset in DATASETS
-    assert recipe.table in TABLES[arch]
+    assert recipe.source in TABLES[arch]
     assert config.eps == {"linf": 8 / 255, "l2": 128 / 255}[norm]
     schedule = (50, "cosine") if base == "pretrain" else (200, "piecewise")
     assert (config.epochs, config.schedule) == schedule
     assert config.batch_size == (256 if base == "rst" else 128)
     assert (config.momentum, config.weight_decay) == (0.9, 5e-4)
     assert bool(recipe.needs) == (base in ("rst", "pretrain"))
-    assert all(0 < value < 100 for value in recipe.paper.values())
+    assert all(0 < value < 100 for value in recipe.reported.values())
 
 
 def test_the_case_study_of_section_4_4():
@@ -48,7 +49,7 @@ def test_the_case_study_of_section_4_4():
     assert recipe.config.training_attack == PGD(8 / 255, 2 / 255, 10, model_mode="train")
     assert recipe.config.test_attack == PGD(8 / 255, 2 / 255, 20)
     assert recipe.config.objective == AT()
-    assert recipe.paper == {"best": 55.39, "last": 54.73}
+    assert recipe.reported == {"best": 55.39, "last": 54.73}
     l2 = RECIPES["at/cifar100-l2-preact18"]
     assert l2.config.training_attack == PGD(128 / 255, 15 / 255, 10, norm="l2", model_mode="train")
     svhn = RECIPES["at-awp/svhn-linf-preact18"].config
@@ -68,7 +69,7 @@ def test_table_2(name, objective, start, autoattack):
     recipe = RECIPES[name]
     assert recipe.config.objective == objective
     assert (recipe.config.gamma, recipe.config.awp_start) == (5e-3, start)
-    assert recipe.paper["AutoAttack"] == autoattack
+    assert recipe.reported["AutoAttack"] == autoattack
 
 
 def test_defaults_are_those_of_the_data_set():

@@ -166,17 +166,22 @@ def test_weight_regularization_is_on_weights_alone(config, data, monkeypatch, ki
         torch.testing.assert_close(q - p, -0.01 * gradient, rtol=1e-3, atol=1e-7)
 
 
-def test_the_average_follows_every_step(config, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("start", "warmup"), [(0, False), (1, False), (2, True)])
+def test_the_average_follows_every_step(config, data, tmp_path, monkeypatch, start, warmup):
     averaged = {}
+    steps = iter(range(9))
 
     def following(self, x, y):
         out = STEP(self, x, y)
+        k = next(steps) - 3 * start  # three steps in an epoch
+        decay = 0.0 if k < 0 else (1 + k) / (10 + k) if warmup else 0.5
         for name, value in self.model.state_dict().items():
-            averaged[name] = 0.5 * averaged.get(name, value) + 0.5 * value.detach().double()
+            value = value.detach().double()
+            averaged[name] = decay * averaged.get(name, value) + (1 - decay) * value
         return out
 
     monkeypatch.setattr(trainer.AdversarialStep, "__call__", following)
-    fit(replace(config, ema=0.5), data, tmp_path)
+    fit(replace(config, ema=0.5, ema_start=start, ema_warmup=warmup), data, tmp_path)
     last = torch.load(tmp_path / "last.pt", weights_only=True)["ema"]
     for name, value in averaged.items():
         if value.is_floating_point() and "num_batches" not in name:

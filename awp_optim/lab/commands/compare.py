@@ -30,7 +30,7 @@ from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES, RECIPES
 from awp_optim.lab.reports.summary import Runs, accuracies, differences, markdown
 from awp_optim.lab.run_folder import Row
 from awp_optim.lab.self_training import pseudo_label_rest
-from awp_optim.lab.studies import STUDIES, Study
+from awp_optim.lab.studies import RECIPE_OF, STUDIES, Study
 from awp_optim.lab.sweep import sweep
 from awp_optim.lab.trainer import fit
 
@@ -42,8 +42,10 @@ HELP = """The paper's comparisons: many settings, several seeds of each, tables 
     figure2        steps, size and norm of the perturbation: Figure 2
     regularizers   other regularization: Figure 3 (d), Tables 4 and 5
     rwp            random perturbation: Figure 3 (c)
+    cifar10-small  AT, TRADES and MART with and without AWP on a part of CIFAR-10, on a CPU
 
-Without a recipe the task is the quickstart's: 450 of scikit-learn's digits, a small network, a CPU.
+Without a recipe the task is the quickstart's, 450 of scikit-learn's digits, a small network, a CPU;
+that of cifar10-small is the recipe at/cifar10-small.
 --out gets STUDY.json, STUDY.md and STUDY.png. A run is in STUDY.json as soon as it has finished:
 the same command continues where it was interrupted, with a recipe also within a run.
 """
@@ -58,7 +60,7 @@ class Options:
     seeds: Positive = 3
     """Runs of each setting."""
     epochs: Positive | None = None
-    """Epochs of each run; else 40, or the recipe's."""
+    """Epochs of each run; else those of the task."""
     recipe: (
         Annotated[str, one_of([k for k, recipe in RECIPES.items() if not recipe.needs], "NAME")]
         | None
@@ -75,6 +77,11 @@ class Options:
     out: Path = Path("runs/compare")
     """Folder of the results."""
 
+    @property
+    def task(self) -> str | None:
+        """The recipe that the study starts from; None for the quickstart's task."""
+        return self.recipe or RECIPE_OF.get(self.study)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -89,8 +96,11 @@ class Task:
 
     def load(self) -> tuple[ImageData, int]:
         """All images, and how many of the training images have labels."""
-        data = load(RECIPES[self.recipe].dataset if self.recipe else "digits", self.data_dir)
-        labeled = len(data.x_train) if self.recipe else QUICKSTART_IMAGES
+        recipe = RECIPES[self.recipe] if self.recipe else None
+        data = load(recipe.dataset if recipe else "digits", self.data_dir)
+        if recipe and recipe.train_images:
+            data = data.balanced(recipe.train_images)
+        labeled = len(data.x_train) if recipe else QUICKSTART_IMAGES
         if self.limit:
             data = data.limit(None, min(self.limit, len(data.x_test)))
         return data.to(self.device), min(self.limit or labeled, labeled)
@@ -159,10 +169,10 @@ def compare(options: Options, *, executor: Executor | None = None, command: str 
         command: how to repeat it, for the file of tables.
     """
     task, data, labeled = _task(options)
-    study = STUDIES[options.study](task.base, digits=options.recipe is None)
+    study = STUDIES[options.study](task.base, digits=options.task is None)
     seeds = range(options.seeds)
     rows = sweep(
-        {f"{k}, seed {s}": replace(c, seed=s) for s in seeds for k, c in study.configs.items()},
+        {f"{k}, seed {s}": replace(c, seed=s) for k, c in study.configs.items() for s in seeds},
         partial(train, task),
         file=options.out / f"{options.study}.json",
         about={"dataset": data.name, "images": labeled, "test_images": len(data.x_test)},
@@ -178,11 +188,11 @@ def compare(options: Options, *, executor: Executor | None = None, command: str 
 
 def _task(options: Options) -> tuple[Task, ImageData, int]:
     """What the runs share, their images, and how many of these have labels."""
-    base = RECIPES[options.recipe].config if options.recipe else QUICKSTART
+    base = RECIPES[options.task].config if options.task else QUICKSTART
     base = replace(base, method="at", gamma=0.0, epochs=options.epochs or base.epochs)
-    task = Task(options.recipe, base, options.data_dir, options.limit, options.device, options.out)
+    task = Task(options.task, base, options.data_dir, options.limit, options.device, options.out)
     data, labeled = task.load()
-    if not options.recipe:  # RST trains on more images, but in as many steps
+    if not options.task:  # RST trains on more images, but in as many steps
         task = replace(task, base=replace(base, epoch_images=labeled))
     return task, data, labeled
 

@@ -1,4 +1,4 @@
-"""``awp recipes``: the paper's runs and results."""
+"""``awp recipes``: named runs and their reported results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from awp_optim.lab.recipes import RECIPES
 
 __all__ = ["main"]
 
-HELP = "List the recipes of awp train and awp compare, with the results that the paper reports."
+HELP = "List the recipes of awp train and awp compare, with the results reported for them."
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Options:
 def main(arguments: Sequence[str], ranks: Job) -> None:
     """Print the table of recipes."""
     parse(Options, arguments, "awp recipes", HELP)
-    table = Table(title="Runs of the paper: accuracy on the test set in %")
+    table = Table(title="Recipes, with the accuracies reported for the test set in %")
     table.add_column("--recipe", no_wrap=True)
-    for column in ("table", "the paper's results", "needs"):
+    for column in ("source", "reported", "needs"):
         table.add_column(column)
     for name, recipe in RECIPES.items():
-        results = ", ".join(f"{k} {v:.2f}" for k, v in recipe.paper.items())
-        table.add_row(name, str(recipe.table), results, recipe.needs)
+        results = ", ".join(f"{k} {v:.2f}" for k, v in recipe.reported.items())
+        table.add_row(name, recipe.source, results, recipe.needs)
     terminal().print(table)

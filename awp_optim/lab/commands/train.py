@@ -37,7 +37,7 @@ from awp_optim.lab.progress import StepBar, step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.reports.plots import learning_curves
-from awp_optim.lab.run_folder import Row, best, refuse_run
+from awp_optim.lab.run_folder import Row, best, refuse_run, reported
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.trainer import fit, is_over
 from awp_optim.lab.weights import load_weights
@@ -68,11 +68,13 @@ class Options:
     resume: Flag = False
     """Continue the run in --out."""
     recipe: Recipe | None = None
-    """A run of the paper; awp recipes lists them."""
+    """A named run, such as one of the paper; awp recipes lists them."""
     threat: Threat | None = None
     """Norm, eps and step size of the paper's threat model."""
     unlabeled: Path | None = None
     """Images with pseudo-labels, an .npz file."""
+    train_images: Positive | None = None
+    """Train on this many images, as many of each class and always the same ones."""
     labeled: Positive | None = None
     """Keep the labels of this many training images, and let a classifier label the others."""
     init: Path | None = None
@@ -93,6 +95,13 @@ class Options:
         )  # checks the threat before images are loaded
         if self.unlabeled is not None and self.labeled is not None:
             raise ValueError("--unlabeled and --labeled: give one of the two")
+        if self.train_images is not None and self.data.limit is not None:
+            raise ValueError("--train-images and --limit: give one of the two")
+
+    def load_data(self) -> ImageData:
+        """The images to train and test on."""
+        data = self.data.load()
+        return data if self.train_images is None else data.balanced(self.train_images)
 
 
 def starting_point(
@@ -100,22 +109,25 @@ def starting_point(
     dataset: Dataset | None = None,
     threat: Threat | None = None,
     method: Method = "at",
-) -> tuple[str, Config]:
-    """The data set, and the settings before any option changes them."""
+) -> Options:
+    """The options before any other changes them."""
+    images = None
     if recipe is None:
         dataset = dataset or "cifar10"
         config = defaults(dataset, threat or "linf", method)
     else:
-        dataset, config = dataset or RECIPES[recipe].dataset, RECIPES[recipe].config
+        images, config = RECIPES[recipe].train_images, RECIPES[recipe].config
+        dataset = dataset or RECIPES[recipe].dataset
         config = config if threat is None else replace(config, **THREATS[threat])
-    return dataset, replace(config, augment=dataset != "digits")
+    config = replace(config, augment=dataset != "digits")
+    data = DataOptions(dataset)
+    return Options(out=tyro.MISSING, train_images=images, data=data, settings=config)
 
 
 def main(arguments: Sequence[str], ranks: Job) -> None:
     """Train the run that the command line describes."""
     # These options decide the defaults of the others, so they are read first.
-    dataset, config = peek(starting_point, arguments, "awp train")
-    default = Options(out=tyro.MISSING, data=DataOptions(dataset), settings=config)
+    default = peek(starting_point, arguments, "awp train")
     options = parse(Options, arguments, "awp train", HELP, default=default)
     given = {word.partition("=")[0].replace("_", "-") for word in arguments}
     train(options, given, ranks)
@@ -139,7 +151,7 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
     device = ranks.device(options.device)
     init = None if options.init is None else load_weights(options.init)
     unlabeled = None if options.unlabeled is None else load_pseudo_labeled(options.unlabeled)
-    data = ranks.in_turns(lambda: options.data.load()).to(device)
+    data = ranks.in_turns(options.load_data).to(device)
     config = _fit_to_data(options, given, data)
     console = terminal()
     with step_bars(console) as progress, _signals(ranks) as request:
@@ -225,7 +237,8 @@ class _Run:
             f"robust {row['step_robust_acc']:.1%}"
         )
         if "test_robust_acc" in row:
-            natural, robust = row["test_natural_acc"], row["test_robust_acc"]
+            tested = reported(row)
+            natural, robust = tested["test_natural_acc"], tested["test_robust_acc"]
             text += f"  test: natural {natural:.1%}, robust {robust:.1%}"
         self.console.out(text)
 
@@ -250,7 +263,7 @@ def _summarize(
     if config.gamma:
         label += f"-{'RWP' if config.direction == 'random' else 'AWP'}, gamma {config.gamma:g}"
     learning_curves({label: [rows]}, options.out / "curves.png", f"{dataset}, {config.arch}")
-    top, last = best(rows), evaluated[-1]
+    top, last = reported(best(rows)), reported(evaluated[-1])
     console.out(
         f"Robust test accuracy (PGD-{config.test_steps}): best {top['test_robust_acc']:.2%} after "
         f"epoch {top['epoch'] + 1:.0f}, last {last['test_robust_acc']:.2%}; natural "

@@ -24,6 +24,7 @@ class ImageData:
         mean: Mean of each channel over the full training part, for images in [0, 1]; a single
             number holds for all channels. Meant for :class:`awp_optim.lab.models.Normalize`.
         std: Standard deviation of each channel, as ``mean``.
+        is_balanced_subset: Whether the training part was made by :meth:`balanced`.
 
     Raises:
         ValueError: The dtype or shape of a tensor, or a label, is not as above.
@@ -37,6 +38,7 @@ class ImageData:
     name: str
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    is_balanced_subset: bool = False
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
@@ -79,7 +81,39 @@ class ImageData:
                 x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
                 index = _draw(f"n_{part}", n, x, len(x), seed)[0]
                 kept |= {f"x_{part}": x[index], f"y_{part}": y[index]}
-        return replace(self, **kept)  # type: ignore[arg-type]
+        balanced = self.is_balanced_subset and n_train is None
+        return replace(self, is_balanced_subset=balanced, **kept)  # type: ignore[arg-type]
+
+    def balanced(self, n: int, seed: int = 0) -> ImageData:
+        """A subset of n training images with as many of each class, in their original order.
+
+        If n is not a multiple of the number of classes, the first classes have one more. With one
+        seed, a smaller subset is part of a larger one, on any device. The test part, ``mean`` and
+        ``std`` are kept.
+
+        Args:
+            n: Number of training images to keep.
+            seed: Seed of the permutation of each class.
+
+        Raises:
+            ValueError: n is below the number of classes, or a class has too few images.
+        """
+        if n < self.num_classes:
+            raise ValueError(f"n must be at least {self.num_classes}, one for each class, not {n}")
+        generator = torch.Generator().manual_seed(seed)
+        y = self.y_train.cpu()
+        kept = []
+        for label, name in enumerate(self.classes):
+            images = (y == label).nonzero().squeeze(1)
+            wanted = n // self.num_classes + (label < n % self.num_classes)
+            if wanted > len(images):
+                raise ValueError(
+                    f"{n} balanced images need {wanted} of class {name}, which has {len(images)}"
+                )
+            kept.append(images[torch.randperm(len(images), generator=generator)[:wanted]])
+        index = torch.cat(kept).sort().values.to(self.x_train.device)
+        x_train, y_train = self.x_train[index], self.y_train[index]
+        return replace(self, x_train=x_train, y_train=y_train, is_balanced_subset=True)
 
     def split(self, n: int, seed: int = 0) -> tuple[ImageData, tuple[Tensor, Tensor]]:
         """Hold out n random training images, to select a model without using the test part.

@@ -29,10 +29,16 @@ __all__ = [
     "build_model",
 ]
 
+PREACT_RESNETS: dict[int, Callable[..., nn.Module]] = {
+    10: partial(PreActResNet, (1, 1, 1, 1)),
+    18: partial(PreActResNet, (2, 2, 2, 2)),
+    34: partial(PreActResNet, (3, 4, 6, 3)),
+    50: partial(PreActResNet, (3, 4, 6, 3), block=PreActBottleneck),
+}
+"""The pre-activation ResNets of four stages, by depth."""
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "preact_resnet18": partial(PreActResNet, (2, 2, 2, 2)),
-    "preact_resnet34": partial(PreActResNet, (3, 4, 6, 3)),
-    "preact_resnet50": partial(PreActResNet, (3, 4, 6, 3), block=PreActBottleneck),
+    **{f"preact_resnet{depth}": build for depth, build in PREACT_RESNETS.items()},
     "preact_resnet_small": partial(PreActResNet, (1, 1, 1), width=16),  # for 8x8 digits, on a CPU
     "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
     "wide_resnet28_10": partial(WideResNet, 28, 10),
@@ -64,7 +70,8 @@ def build_model(
 
     Args:
         name: A name in :data:`MODELS`; ``"wide_resnet16_4"`` and so on, of depth 16 and width 4;
-            or ``"torchvision/resnet18"`` and so on: any classifier of ``torchvision.models``,
+            ``"preact_resnet10_32"`` and so on, with 32 channels in the stem instead of 64; or
+            ``"torchvision/resnet18"`` and so on: any classifier of ``torchvision.models``,
             untrained, after :class:`Normalize`. Those are made for RGB images of about 224x224;
             not all of them accept small ones.
         num_classes: Number of logits.
@@ -92,9 +99,14 @@ def build_model(
         return MODELS[name](**settings)
     if sizes := re.fullmatch(r"wide_resnet(\d+)_(\d+)", name):
         return WideResNet(int(sizes[1]), int(sizes[2]), **settings)
+    if sizes := re.fullmatch(r"preact_resnet(\d+)_(\d+)", name):
+        depth, width = int(sizes[1]), int(sizes[2])
+        if depth not in PREACT_RESNETS:
+            raise ValueError(f"depth must be one of {[*PREACT_RESNETS]}, got {depth}")
+        return PREACT_RESNETS[depth](width=width, **settings)
     raise ValueError(
-        f"no model {name!r}; there are: {', '.join(sorted(MODELS))}; wide_resnetDEPTH_WIDTH; and "
-        f"{TORCHVISION}NAME"
+        f"no model {name!r}; there are: {', '.join(sorted(MODELS))}; preact_resnetDEPTH_WIDTH; "
+        f"wide_resnetDEPTH_WIDTH; and {TORCHVISION}NAME"
     )
 
 

@@ -94,10 +94,12 @@ class Run:
         data = load(name, data_dir)
         n_train = self._count("train_images", len(data.x_train))
         n_test = self._count("test_images", len(data.x_test))
+        if self.about.get("balanced") and n_train is not None:
+            return data.balanced(n_train).limit(None, n_test)
         return data.limit(n_train, n_test)
 
     def _count(self, key: str, total: int) -> int | None:
-        """How many images ``--limit`` took at random; None for all of them, in their order."""
+        """How many images the run had of a part; None for all of them, in their order."""
         count = self.about.get(key)
         if type(count) is not int or not 1 <= count <= total:
             file = self.path / "config.json"

@@ -86,6 +86,28 @@ class TestImageData:
         with pytest.raises(ValueError, match=f"{what} must be between 1 and"):
             tiny().limit(*n)
 
+    def test_balanced(self):
+        full = tiny(40, y_train=torch.arange(40).remainder(4).flip(0))
+        data = full.balanced(14)
+        index = values(data.x_train)
+        assert index.tolist() == sorted(set(index.tolist()))  # none twice, in the original order
+        assert torch.equal(data.y_train, full.y_train[index])
+        assert data.y_train.bincount().tolist() == [4, 4, 3, 3]
+        assert data.is_balanced_subset
+        assert data.x_test is full.x_test
+        # The same images every time, with those of smaller subsets; other ones by another seed.
+        assert set(values(full.balanced(9).x_train).tolist()) < set(index.tolist())
+        assert torch.equal(full.balanced(14).x_train, data.x_train)
+        assert not torch.equal(full.balanced(14, seed=1).x_train, data.x_train)
+        # It is not the head of each class.
+        assert (data.y_train == 0).nonzero().flatten().tolist() != [0, 1, 2, 3]
+        assert not data.limit(5).is_balanced_subset
+
+    @pytest.mark.parametrize(("n", "what"), [(3, "at least 4"), (41, "class a, which has 10")])
+    def test_balanced_out_of_range(self, n, what):
+        with pytest.raises(ValueError, match=what):
+            tiny(40, y_train=torch.arange(40) % 4).balanced(n)
+
     def test_split(self):
         full = tiny()
         data, (x_val, y_val) = full.split(6)

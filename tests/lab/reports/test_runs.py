@@ -50,6 +50,14 @@ def test_a_run_is_read_as_it_was(tmp_path):
         assert torch.equal(getattr(again, part), getattr(data, part))
 
 
+def test_a_balanced_subset_is_found_again(tmp_path):
+    data = load_digits().balanced(32).limit(None, 16)
+    fit(replace(CONFIG, epochs=1), data, tmp_path / "run")
+    (run,) = find_runs([tmp_path])
+    assert torch.equal(run.images().x_train, data.x_train)
+    assert torch.equal(run.images().x_test, data.x_test)
+
+
 def test_a_full_data_set_keeps_its_order(tmp_path):
     data = load_digits()
     counts = {"train_images": len(data.x_train), "test_images": len(data.x_test)}

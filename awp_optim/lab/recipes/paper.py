@@ -1,4 +1,4 @@
-"""Named settings of runs: the quickstart's, and the paper's with the results it reports for each.
+"""The runs of the paper, with the results that it reports for each.
 
 Wu, Xia & Wang, "Adversarial Weight Perturbation Helps Robust Generalization" (NeurIPS 2020). What
 the paper leaves open is set as in the authors' scripts and published logs: the training attack runs
@@ -10,83 +10,43 @@ al., 2019); pre-trained weights are fine-tuned with a cosine schedule (Hendrycks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from awp_optim.lab.config import THREATS, Config
+from awp_optim.lab.recipes.recipe import Recipe
 
-__all__ = ["QUICKSTART", "QUICKSTART_IMAGES", "RECIPES", "Recipe", "defaults"]
-
-QUICKSTART = Config(
-    arch="preact_resnet_small",
-    eps=0.2,
-    step_size=0.05,
-    attack_mode="eval",
-    epochs=40,
-    batch_size=32,
-    augment=False,  # a mirrored digit is another sign, and 8x8 pixels leave nothing to crop
-    train_eval=450,
-    eval_every=5,
-)
-"""Scikit-learn's digits on a CPU, without AWP; the paper's gamma for AT-AWP is 1e-2.
-
-450 training images, batches of 32 and 40 epochs were chosen for plain adversarial training alone,
-with another seed than those reported, as a setting in which it overfits.
-"""
-QUICKSTART_IMAGES = 450
-"""How many training images :data:`QUICKSTART` is for."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A run of the paper.
-
-    Attributes:
-        config: its settings.
-        dataset: the name of its data set.
-        table: the paper's table that has it.
-        paper: the results there, accuracies on the test set in %: "best" and "last" robust accuracy
-            under PGD-20 (means of five runs), or by attack at the best checkpoint.
-        needs: the option that the run requires, if any, and what to give there.
-    """
-
-    config: Config
-    dataset: str
-    table: int
-    paper: Mapping[str, float]
-    needs: str = ""
-
+__all__ = ["PAPER", "WITH_DATA"]
 
 _LINF = Config()
 _L2 = replace(_LINF, **THREATS["l2"])
 _SVHN = replace(_LINF, lr=0.01, step_size=1 / 255)
 _SVHN_L2 = replace(_L2, lr=0.01)
-_WITH_DATA: dict[str, dict[str, Any]] = {
+WITH_DATA: dict[str, dict[str, Any]] = {
     "rst": {"method": "rst", "batch_size": 256, "unlabeled_share": 0.5},
     "pretrain": {"method": "pretrain", "epochs": 50, "lr": 0.001, "schedule": "cosine"},
 }
 """Settings of runs with additional data, apart from the network."""
 _WRN34 = replace(_LINF, arch="wide_resnet34_10")
 _WRN28 = replace(_LINF, arch="wide_resnet28_10")
-_RST = replace(_WRN28, **_WITH_DATA["rst"])
-_PRETRAIN = replace(_WRN28, **_WITH_DATA["pretrain"])
+_RST = replace(_WRN28, **WITH_DATA["rst"])
+_PRETRAIN = replace(_WRN28, **WITH_DATA["pretrain"])
 _NEEDS_UNLABELED = "--unlabeled FILE: 500K TinyImages (python -m awp_optim.lab.tinyimages)"
 _NEEDS_INIT = "--init FILE: weights trained against PGD on ImageNet at 32x32"
 
 
 def _table1(config: Config, dataset: str, *results: float) -> Recipe:
-    return Recipe(config, dataset, 1, dict(zip(("best", "last"), results, strict=True)))
+    return Recipe(config, dataset, "Table 1", dict(zip(("best", "last"), results, strict=True)))
 
 
 def _table2(config: Config, *results: float, needs: str = "") -> Recipe:
     attacks = ("natural", "FGSM", "PGD-20", "PGD-100", "CW", "SPSA", "AutoAttack")
-    return Recipe(config, "cifar10", 2, dict(zip(attacks, results, strict=True)), needs)
+    return Recipe(config, "cifar10", "Table 2", dict(zip(attacks, results, strict=True)), needs)
 
 
 def _table45(config: Config, *results: float) -> Recipe:
     names = ("best", "last", "natural, best", "natural, last")
-    table = 4 if config.norm == "linf" else 5
+    table = "Table 4" if config.norm == "linf" else "Table 5"
     return Recipe(config, "cifar10", table, dict(zip(names, results, strict=True)))
 
 
@@ -97,7 +57,7 @@ def _awp(config: Config, gamma: float = 1e-2, start: int = 0) -> Config:
 _TRADES = replace(_WRN34, method="trades")
 _MART = replace(_WRN34, method="mart")
 
-RECIPES: dict[str, Recipe] = {
+PAPER: dict[str, Recipe] = {
     # Table 1, PreAct ResNet-18.
     "at/svhn-linf-preact18": _table1(_SVHN, "svhn", 53.36, 44.49),
     "at-awp/svhn-linf-preact18": _table1(_awp(_SVHN, start=5), "svhn", 59.12, 55.87),
@@ -153,19 +113,3 @@ RECIPES: dict[str, Recipe] = {
     "at-mixup/cifar10-l2-preact18": _table45(replace(_L2, mixup=1.4), 70.11, 68.20, 87.29, 86.91),
 }
 """The paper's runs by name, such as ``at-awp/cifar10-linf-preact18``."""
-
-
-def defaults(dataset: str, norm: str = "linf", method: str = "at") -> Config:
-    """The paper's settings with AWP for a data set; CIFAR-10's for one that is not in the paper.
-
-    PreAct ResNet-18; gamma as in the published runs, 1e-2 with "at" and 5e-3 with other methods.
-    RST and pre-training have the settings of Table 2 except for the network; TRADES on CIFAR has
-    no AWP for 10 epochs.
-    """
-    fallback = RECIPES[f"at-awp/cifar10-{norm}-preact18"]
-    config = RECIPES.get(f"at-awp/{dataset}-{norm}-preact18", fallback).config
-    if method == "at":
-        return config
-    if method == "trades" and dataset in ("cifar10", "cifar100"):
-        config = replace(config, awp_start=10)
-    return replace(config, **{"method": method, "gamma": 5e-3, **_WITH_DATA.get(method, {})})
