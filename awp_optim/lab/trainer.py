@@ -243,7 +243,7 @@ class _Run:
 
         self.model = _build(config, data, init).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
-        shared_model = ranks.shared_model(self.model)
+        self._shared_model = ranks.shared_model(self.model)
         optimizer = _optimizer(self.model, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
@@ -258,15 +258,7 @@ class _Run:
             self._average(),
             rows=[],
         )
-        self.adversarial_step = AdversarialStep(
-            shared_model,
-            optimizer,
-            ranks.shared_attack(config.training_attack),
-            ranks.shared_objective(config.objective),
-            alternations=config.alternations,
-            ascent=config.ascent,
-            autocast=PRECISIONS[config.precision],
-        )
+        self.adversarial_step = self._adversarial_step(epoch=0)
         self.evaluate = Evaluator(config, data, held_out, ranks)
 
     def _average(self) -> MovingAverage | None:
@@ -276,6 +268,18 @@ class _Run:
         start = config.ema_start * self.training_set.steps
         return MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
 
+    def _adversarial_step(self, epoch: int) -> AdversarialStep:
+        config, ranks = self.config, self.ranks
+        return AdversarialStep(
+            self._shared_model,
+            self.state.optimizer,
+            ranks.shared_attack(config.training_attack_in(epoch)),
+            ranks.shared_objective(config.objective),
+            alternations=config.alternations,
+            ascent=config.ascent,
+            autocast=PRECISIONS[config.precision],
+        )
+
     def begin_epoch(self) -> EpochProgress:
         """Draw an epoch's order, or continue an epoch that was interrupted."""
         state = self.state
@@ -284,6 +288,9 @@ class _Run:
         gamma = 0.0 if len(state.rows) < self.config.awp_start else self.config.gamma
         for group in state.optimizer.param_groups:
             group["gamma"] = gamma
+        if self.config.eps_schedule != "constant":
+            # A new step rather than a new attack for it: its CUDA graphs replace the previous ones.
+            self.adversarial_step = self._adversarial_step(len(state.rows))
         self.model.train()
         return state.epoch
 

@@ -47,6 +47,7 @@ def test_a_run_resumes_after_an_epoch(config, data, tmp_path, epochs):
 def test_a_stopped_run_resumes(config, data, tmp_path, stop_at):
     """Stopped before, after and between steps, and while evaluating."""
     config = replace(config, epochs=2, ema=0.5, ema_start=1, ema_warmup=True, mixup=1.4)
+    config = replace(config, eps_schedule="linear")
     model, rows = fit(config, data, tmp_path / "one")
     asked = []
 
