@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awp_optim.lab.augment import cutout, mixup, random_crop_flip
+from awp_optim.lab.augment import cutmix, cutout, mixup, random_crop_flip
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import ImageData
+from awp_optim.lab.idbh import SMALLEST, idbh_weak
 from awp_optim.lab.pseudo import PseudoLabeled
 
 __all__ = [
@@ -41,10 +42,13 @@ class TrainingSet:
         generators: the random generators of the order and of the augmentation.
 
     Raises:
-        ValueError: the pseudo-labeled images do not fit the data or the batch.
+        ValueError: the pseudo-labeled images do not fit the data or the batch, or the images are
+            too small for the augmentation.
     """
 
     def __init__(self, config: Config, data: ImageData, unlabeled: PseudoLabeled | None) -> None:
+        if config.idbh and min(data.x_train.shape[2:]) < SMALLEST:
+            raise ValueError(f"idbh needs images at least {SMALLEST} pixels wide and high")
         self._config = config
         self._num_classes = data.num_classes
         self._labeled = len(data.x_train)
@@ -79,20 +83,25 @@ class TrainingSet:
         """The batch of a step.
 
         Returns:
-            Inputs in [0, 1]; their targets, which are labels, or probabilities with mixup; and
-            their labels, with mixup the likelier ones.
+            Inputs in [0, 1]; their targets, which are labels, or probabilities with mixup or
+            CutMix; and their labels, with these the likelier ones.
         """
         config = self._config
         index = order[step * config.batch_size :][: config.batch_size]
         images, labels = self._x[index], self._y[index]
-        if config.augment:
+        if config.idbh:
+            images = idbh_weak(images, self._augmenter)
+        elif config.augment:
             images = random_crop_flip(images, generator=self._augmenter)
         if config.cutout:
             images = cutout(images, config.cutout, generator=self._augmenter)
         x = as_inputs(images)
-        if not config.mixup:
+        if config.cutmix:
+            x, y = cutmix(x, labels, self._num_classes, config.cutmix, self._augmenter)
+        elif config.mixup:
+            x, y = mixup(x, labels, self._num_classes, config.mixup, self._augmenter)
+        else:
             return x, labels, labels
-        x, y = mixup(x, labels, self._num_classes, config.mixup, self._augmenter)
         return x, y, y.argmax(1)
 
 
