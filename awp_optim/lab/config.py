@@ -79,8 +79,8 @@ class Config:
     ascent: Literal["exact", "attack"] = "exact"
     """Gradient for the weight ascent: a pass of its own, or the attack's last iteration."""
     arch: str = "preact_resnet18"
-    """Name in awp_optim.lab.models.MODELS, preact_resnetDEPTH_WIDTH, wide_resnetDEPTH_WIDTH or
-    torchvision/NAME."""
+    """Name in awp_optim.lab.models.MODELS, preact_resnetDEPTH_WIDTH, wide_resnetDEPTH_WIDTH,
+    dm_wide_resnetDEPTH_WIDTH (DeepMind's layout) or torchvision/NAME."""
     activation: Activation = "relu"
     """Activation function of the network."""
     norm: Literal["linf", "l2"] = "linf"
