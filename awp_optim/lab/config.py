@@ -134,7 +134,7 @@ class Config:
     mixup: float = 0.0
     """Alpha of mixup's Beta distribution; 0 for none, the paper's is 1.4."""
     unlabeled_share: float = 0.5
-    """Share of each batch drawn from pseudo-labeled images, if there are any."""
+    """Share of each batch drawn from pseudo-labeled or generated images, if there are any."""
     train_eval: int = 1000
     """Training images on which the train_* metrics are measured."""
     test_eval: int = 0

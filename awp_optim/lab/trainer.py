@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +150,14 @@ def _train_steps(
 ) -> bool:
     """Train the remaining steps of an epoch; False if it was asked to stop before the last."""
     steps = run.training_set.steps
-    while epoch.step < steps:
-        run.step(epoch)
-        on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
-        if epoch.step % CHECK_EVERY == 0:
-            run.check_finite(epoch)
-        if epoch.step < steps and stop():
-            break
+    with closing(run.training_set.batches(epoch.order, epoch.step)) as batches:
+        while epoch.step < steps:
+            run.step(epoch, batches)
+            on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
+            if epoch.step % CHECK_EVERY == 0:
+                run.check_finite(epoch)
+            if epoch.step < steps and stop():
+                break
     run.check_finite(epoch)
     return epoch.step == steps
 
@@ -236,7 +237,7 @@ class _Run:
         self.device = data.x_train.device
 
         torch.manual_seed(config.seed)
-        self.training_set = TrainingSet(config, data, unlabeled)
+        self.training_set = TrainingSet(config, data, unlabeled, ranks)
         ranks.check_batch(config.batch_size, "a batch")
         ranks.check_batch(self.training_set.last_batch, "the last batch of an epoch")
 
@@ -286,11 +287,11 @@ class _Run:
         self.model.train()
         return state.epoch
 
-    def step(self, epoch: EpochProgress) -> None:
-        """Train on one batch: attack the inputs, ascend and descend in the weights."""
+    def step(self, epoch: EpochProgress, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Train on the next batch: attack the inputs, ascend and descend in the weights."""
         start = time.perf_counter()
         ranks, state = self.ranks, self.state
-        x, y, labels = ranks.shard(*self.training_set.batch(epoch.order, epoch.step))
+        x, y, labels = ranks.shard(*next(batches))
         result = self.adversarial_step(x, y)
         state.scheduler.step()
         if state.average:
