@@ -166,7 +166,7 @@ def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
     """Save a finished epoch, ``last.pt`` after all files that a resumed run would not write."""
     rows = state.rows
     if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
-        folder.save("best.pt", state.weights())
+        folder.save_best(state.weights())
     if config.save_every and len(rows) % config.save_every == 0:
         folder.save(f"epoch_{len(rows):04d}.pt", state.weights())
     folder.log(rows[-1])
