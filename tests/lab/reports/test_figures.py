@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
-spearmanr = pytest.importorskip("scipy.stats").spearmanr
+pytest.importorskip("scipy")
 
 from awp_optim.attacks import PGD
 from awp_optim.lab.config import Config
@@ -139,6 +139,8 @@ def test_flatness_and_the_gap_of_every_evaluated_checkpoint(runs, landscapes):
         row = run.rows[epoch - 1]
         gap = 100 * (row["train_robust_acc"] - row["test_robust_acc"])
         assert point == pytest.approx((rise, gap))
+    from scipy.stats import spearmanr
+
     everything = np.array([*drawing.data["AT"], *drawing.data["AT-AWP"]])
     ((_, (_, whole, awp)),) = drawing.tables
     assert whole[:2] == ["all", "6"]
