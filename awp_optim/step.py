@@ -22,6 +22,7 @@ from awp_optim._cuda_graphs.step import CapturedStep
 from awp_optim._utils.checks import check_choice, check_int, check_positive, describe
 from awp_optim.attacks import Attack, Captured
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
+from awp_optim.attacks.losses import compares_with_clean
 from awp_optim.batchnorm import frozen_batch_norm
 from awp_optim.objectives import AT, Objective
 from awp_optim.optimizer import AWP
@@ -147,7 +148,7 @@ class AdversarialStep:
             x: inputs in the attack's box, shape (N, ...).
             y: class indices, int64 of shape (N,); or class probabilities, floating-point, shape
                 (N, C), as from mixup, if attack and objective accept them: the package's objectives
-                do, and so do its attacks with the losses "ce" and "kl".
+                do, and so do its attacks with the losses "ce", "kl" and "score".
 
         Returns:
             Detached tensors; nothing is read back to the host. After an exception the weights are
@@ -267,10 +268,14 @@ def _check_parts(optimizer: object, attack: object, objective: object) -> None:
             f"objective=TRADES(), got {describe(objective)}"
         )
     loss, expected = getattr(attack, "loss", None), getattr(objective, "attack_loss", None)
-    # The margin losses "cw" and "dlr" may replace the cross-entropy; "kl" is a different loss.
-    if isinstance(loss, str) and expected is not None and (loss == "kl") != (expected == "kl"):
+    if isinstance(loss, str) and isinstance(expected, str) and not _may_replace(loss, expected):
         message = f"the attack maximizes {loss!r}, but {objective} expects loss={expected!r}"
         warnings.warn(message, stacklevel=3)
+
+
+def _may_replace(loss: str, expected: str) -> bool:
+    """Whether an attack may maximize one loss instead of another: losses of the label may."""
+    return loss == expected or not (compares_with_clean(loss) or compares_with_clean(expected))
 
 
 def _check_settings(step: AdversarialStep) -> None:

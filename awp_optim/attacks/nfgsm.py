@@ -10,7 +10,7 @@ from awp_optim._utils.checks import check_positive, check_real
 from awp_optim.attacks.balls import Projection, limits
 from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
-from awp_optim.attacks.losses import Loss
+from awp_optim.attacks.losses import Loss, compares_with_clean
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,7 +23,7 @@ class NFGSM(GradientAscentAttack):
     clipped to the box, as in the authors' code, but neither is projected onto the ball: an example
     is up to ``noise * eps + step_size`` away from x, 3 eps by default. That is what prevents the
     catastrophic overfitting of FGSM, and why a model must be evaluated with another attack. It
-    costs one forward and one backward pass, and one forward pass more for "kl". See
+    costs one forward and one backward pass, and one forward pass more for "kl" and "score". See
     :meth:`Attack.__call__` for how to call it.
 
     Args:
@@ -38,8 +38,8 @@ class NFGSM(GradientAscentAttack):
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: an argument is out of range, or ``noise=0`` is combined with "kl", whose
-            gradient is zero at the clean example.
+        ValueError: an argument is out of range, or ``noise=0`` is combined with "kl" or
+            "score", whose gradient is zero at the clean example.
 
     >>> import torch
     >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
@@ -63,8 +63,10 @@ class NFGSM(GradientAscentAttack):
         self._set("noise", check_real("noise", self.noise))
         if self.noise < 0:
             raise ValueError(f"noise must not be negative, got {self.noise!r}")
-        if self.loss == "kl" and self.noise == 0:
-            raise ValueError("loss='kl' has a zero gradient at the clean example; set noise=2")
+        if compares_with_clean(self.loss) and self.noise == 0:
+            raise ValueError(
+                f"loss={self.loss!r} has a zero gradient at the clean example; set noise=2"
+            )
 
     @property
     def gradient_passes(self) -> int:

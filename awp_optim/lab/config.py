@@ -42,6 +42,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta gamma lr weight_decay l1 l2 mixup": ("finite and >= 0", lambda v: 0 <= v < math.inf),
     "momentum ema label_smoothing": ("in [0, 1)", lambda v: 0 <= v < 1),
     "unlabeled_share": ("in (0, 1)", lambda v: 0 < v < 1),
+    "bn_momentum": ("in (0, 1]", lambda v: v is None or 0 < v <= 1),
     "awp_start ema_start epoch_images": ("at least 0", lambda v: v >= 0),
     "test_eval cutout save_every patience": ("at least 0", lambda v: v >= 0),
     "ascent_steps alternations epochs batch_size": ("at least 1", lambda v: v >= 1),
@@ -108,8 +109,14 @@ class Config:
     """Initial learning rate of SGD."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Whether the momentum is Nesterov's."""
     weight_decay: float = 5e-4
     """Weight decay of SGD."""
+    bn_decay: bool = True
+    """Whether the weight decay includes the parameters of BatchNorm layers."""
+    bn_momentum: float | None = None
+    """A batch's share in BatchNorm's running statistics; None: the network's own, mostly 0.1."""
     l1: float = 0.0
     """L1 regularization of the weights, not of biases and norm layers; the paper's is 5e-6."""
     l2: float = 0.0
@@ -161,6 +168,8 @@ class Config:
                     raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
         if self.mixup and self.batch_size < 2:
             raise ValueError("mixup needs pairs: a batch_size of 2 or more")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
         if self.train_attack == "n-fgsm" and self.norm != "linf":
             raise ValueError("train_attack n-fgsm is for norm linf; with l2, leave it at pgd")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_last
@@ -166,7 +167,7 @@ def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
     """Save a finished epoch, ``last.pt`` after all files that a resumed run would not write."""
     rows = state.rows
     if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
-        folder.save("best.pt", state.weights())
+        folder.save_best(state.weights())
     if config.save_every and len(rows) % config.save_every == 0:
         folder.save(f"epoch_{len(rows):04d}.pt", state.weights())
     folder.log(rows[-1])
@@ -390,21 +391,20 @@ def _build(config: Config, data: ImageData, init: Mapping[str, Tensor] | None) -
     )
     if init is not None:
         initialize(model, init)
+    if config.bn_momentum is not None:
+        for layer in _batch_norms(model):
+            layer.momentum = config.bn_momentum
     return model
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 
 def _optimizer(model: nn.Module, config: Config) -> AWP:
     """AWP over SGD, with the regularization of Section 5.3 on weights alone."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    groups: Any = model.parameters()
-    if config.l2:
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": weights, "weight_decay": config.l2},
-            {"params": others, "weight_decay": 0.0},
-        ]
     optimizer = AWP(
-        groups,
+        _param_groups(model, config),
         torch.optim.SGD,
         gamma=config.gamma,
         norm=config.awp_norm,
@@ -412,9 +412,11 @@ def _optimizer(model: nn.Module, config: Config) -> AWP:
         ascent_steps=config.ascent_steps * config.alternations,
         lr=config.lr,
         momentum=config.momentum,
+        nesterov=config.nesterov,
         weight_decay=config.weight_decay,
     )
     if config.l1:
+        weights = [p for p in model.parameters() if p.ndim > 1]
 
         @torch.no_grad()
         def add_l1_gradient(*_: Any) -> None:
@@ -425,3 +427,18 @@ def _optimizer(model: nn.Module, config: Config) -> AWP:
         # Before the base optimizer's step, at the unperturbed weights: the ascent leaves it out.
         optimizer.base_optimizer.register_step_pre_hook(add_l1_gradient)
     return optimizer
+
+
+def _param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """The parameters that decay and, if there are some, those that do not."""
+    parameters = list(model.parameters())
+    if config.l2:
+        decay, free = config.l2, {p for p in parameters if p.ndim <= 1}
+    else:
+        layers = [] if config.bn_decay else _batch_norms(model)
+        decay, free = config.weight_decay, {p for layer in layers for p in layer.parameters()}
+    groups = [
+        {"params": [p for p in parameters if p not in free], "weight_decay": decay},
+        {"params": [p for p in parameters if p in free], "weight_decay": 0.0},
+    ]
+    return groups if free else groups[:1]

@@ -28,6 +28,7 @@ ATTACKS = {
     "pgd": (PGD(steps=3), 3, 3),
     "pgd-l2": (PGD(eps=0.5, step_size=0.1, steps=3, norm="l2"), 3, 3),
     "pgd-kl": (PGD(steps=3, loss="kl"), 4, 3),
+    "pgd-score": (PGD(steps=2, loss="score", restarts=2), 1 + 4 + 2, 4),
     "pgd-restarts": (PGD(steps=2, restarts=3, loss="dlr"), 9, 6),
     "pgd-train": (PGD(steps=3, model_mode="train"), 3, 3),
     "cw": (CW(steps=3), 3, 3),

@@ -98,6 +98,7 @@ def test_captured(cpu_graphs, cnn):
         ({"step_size": 0}, ValueError, "step_size must be above 0"),
         ({"eps": 8}, ValueError, "width of the box"),
         ({"noise": 0, "loss": "kl"}, ValueError, "zero gradient"),
+        ({"noise": 0, "loss": "score"}, ValueError, "zero gradient"),
         ({"norm": "l2"}, TypeError, "norm"),
     ],
 )

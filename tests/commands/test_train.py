@@ -73,13 +73,20 @@ def test_a_killed_run_resumes_to_the_same_end(awp, start, tmp_path):
     assert whole == killed
 
 
+def option(name, value):
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", value]
+
+
 def test_every_setting_is_an_option(awp, tmp_path):
     given = {
         "method": "mart", "beta": 3.0, "gamma": 0.02, "direction": "random", "awp_start": 1,
         "awp_norm": "l1", "ascent_steps": 2, "alternations": 2,
         "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
         "step_size": 0.25, "train_steps": 2, "test_steps": 3, "attack_mode": "train", "epochs": 1,
-        "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3,
+        "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "nesterov": True,
+        "weight_decay": 1e-3, "bn_decay": False, "bn_momentum": 0.01,
         "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "ema_start": 1, "ema_warmup": True,
         "label_smoothing": 0.1, "precision": "bfloat16",
         "schedule": "cosine", "augment": True, "cutout": 2, "mixup": 1.0, "unlabeled_share": 0.25,
@@ -93,9 +100,7 @@ def test_every_setting_is_an_option(awp, tmp_path):
         value != getattr(Config(), name) for name, value in given.items() if name != "augment"
     )
     words = [
-        word
-        for name, value in given.items()
-        for word in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
+        word for name, value in given.items() for word in option(name.replace("_", "-"), value)
     ]
     words[words.index("--eps") + 1] = "1/2"
     ended = awp("train", "--dataset", "digits", "--limit", 64, *words, "--out", "run")

@@ -27,12 +27,18 @@ from awp_optim.objectives import AT, MART, TRADES
         ("lr", math.nan, "finite and >= 0"),
         ("l2", math.inf, "finite and >= 0"),
         ("unlabeled_share", 1.0, r"in \(0, 1\)"),
+        *(("bn_momentum", value, r"in \(0, 1\]") for value in (0.0, 1.1)),
         ("seed", 10**20, "2"),
     ],
 )
 def test_bad_settings_are_named(name, value, match):
     with pytest.raises(ValueError, match=f"{name} must be .*{match}|{name} {match}"):
         Config(**{name: value})
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(ValueError, match="nesterov needs a momentum"):
+        Config(nesterov=True, momentum=0.0)
 
 
 def test_mixup_needs_pairs():

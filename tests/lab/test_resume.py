@@ -90,7 +90,8 @@ def test_a_run_killed_at_random_times_resumes(tmp_path, number, kills):
     lines = done.stdout.splitlines()
     assert sum(int(line.split()[1]) for line in lines) >= kills
     for line in lines:
-        assert "different: []; files: best.pt config.json last.pt metrics.csv" in line
+        files = "best.pt best.safetensors config.json last.pt metrics.csv"
+        assert f"different: []; files: {files}" in line
 
 
 @pytest.mark.parametrize("kind", ["a limit", "a file system"])
