@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_last
+from awp_optim.lab.class_means import ClassMeans
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
@@ -31,6 +33,7 @@ from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.training_set import TrainingSet, describe_inputs
 from awp_optim.lab.weights import initialize
+from awp_optim.objectives import GKL, Objective
 
 __all__ = ["check", "fit", "is_over"]
 
@@ -257,15 +260,17 @@ class _Run:
             self.training_set.generators,
             self.device,
             self._average(),
+            ClassMeans(data.num_classes, self.device) if config.method == "gkl" else None,
             rows=[],
         )
         self.adversarial_step = AdversarialStep(
             shared_model,
             optimizer,
             ranks.shared_attack(config.training_attack),
-            ranks.shared_objective(config.objective),
+            ranks.shared_objective(self._objective()),
             alternations=config.alternations,
             ascent=config.ascent,
+            ascent_below=config.ascent_below or None,
             autocast=PRECISIONS[config.precision],
         )
         self.evaluate = Evaluator(config, data, held_out, ranks)
@@ -276,6 +281,12 @@ class _Run:
             return None
         start = config.ema_start * self.training_set.steps
         return MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
+
+    def _objective(self) -> Objective:
+        objective, means = self.config.objective, self.state.class_means
+        if isinstance(objective, GKL) and means:
+            return replace(objective, class_probs=means.means)
+        return objective
 
     def begin_epoch(self) -> EpochProgress:
         """Draw an epoch's order, or continue an epoch that was interrupted."""
@@ -298,6 +309,9 @@ class _Run:
         if state.average:
             state.average.update_parameters(self.model)
         loss_sum = result.loss * (ranks.batch / ranks.world)
+        if state.class_means and result.logits_nat is not None:
+            sums = state.class_means.sums_of(result.logits_nat, y)
+            state.class_means.sums += ranks.sum(sums)
         correct = (result.logits.argmax(1) == labels).sum()
         epoch.add_step(*ranks.sum(torch.stack([loss_sum, correct.to(loss_sum.dtype)])))
         epoch.seconds += time.perf_counter() - start
@@ -344,6 +358,8 @@ class _Run:
             if metrics is None:
                 return None
             row |= metrics
+        if state.class_means:
+            state.class_means.end_epoch()
         state.rows.append(row)
         state.epoch = None
         return row
