@@ -7,22 +7,35 @@ must know about it. They are values: equal if their settings are equal.
 Labels are class indices, int64 of shape (N,), or class probabilities, floating-point of shape
 (N, C), as from mixup. The loss for probabilities is the expectation, ``sum_k y_k loss(k)``.
 
-Label smoothing s replaces y by ``(1 - s) y + s / C`` in the cross-entropy term -log p_y and nowhere
-else (Szegedy et al., "Rethinking the Inception architecture for computer vision", CVPR 2016; in
-adversarial training: Pang et al., "Bag of tricks for adversarial training", ICLR 2021,
-https://arxiv.org/abs/2010.00467). The loss that the attack maximizes is not smoothed.
+Label smoothing s replaces y by ``(1 - s) y + s / C`` in the cross-entropy term -log p_y, or in
+SCORE's squared error |p - y|^2, and nowhere else (Szegedy et al., "Rethinking the Inception
+architecture for computer vision", CVPR 2016; in adversarial training: Pang et al., "Bag of tricks
+for adversarial training", ICLR 2021, https://arxiv.org/abs/2010.00467). The loss that the attack
+maximizes is not smoothed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["AT", "MART", "TRADES", "Objective", "at", "mart", "trades"]
+__all__ = [
+    "AT",
+    "GKL",
+    "MART",
+    "SCORE",
+    "TRADES",
+    "Objective",
+    "at",
+    "gkl",
+    "mart",
+    "score",
+    "trades",
+]
 
 
 def at(logits_adv: Tensor, y: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
@@ -120,6 +133,112 @@ def mart(
     return (cross_entropy - log_rest + lam * _kl(logits_nat, logits_adv) * doubt).mean()
 
 
+def gkl(
+    logits_adv: Tensor,
+    logits_nat: Tensor,
+    y: Tensor,
+    alpha: float = 4.0,
+    beta: float = 20.0,
+    *,
+    class_probs: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """GKL (Cui et al., 2024), ``CE(z, y) + alpha CE(z', p) + beta/2 S(z - z')``.
+
+    The generalized Kullback-Leibler loss, which extends "Decoupled Kullback-Leibler divergence
+    loss" (NeurIPS 2024, https://arxiv.org/abs/2305.13948) by weights of classes. z are the natural
+    logits, z' the adversarial ones. In the second term p = softmax(z) is constant: no gradient
+    flows into z there. The third compares all pairs of classes j, k, with q the weights of the
+    example's class::
+
+        S(d) = sum_i sum_jk q_ij q_ik (d_ij - d_ik)^2 / 2 / sum_i s_i^2,    s_i = sum_k q_ik
+
+    If each q sums to 1, this is the mean over the batch of the variance of d under q. It is
+    computed from that variance, without the N x C x C differences.
+
+    Args:
+        logits_adv: shape (N, C), at the adversarial examples x'.
+        logits_nat: shape (N, C), at the natural examples x.
+        y: class indices, shape (N,), or probabilities, shape (N, C), which mix the weights q.
+        alpha: weight of the cross-entropy with p, >= 0.
+        beta: weight of the differences of logits, >= 0.
+        class_probs: shape (C, C), row c holds the weights q of class c, >= 0 and not all 0. The
+            authors use the mean of softmax(z / 4) over the class in the previous epoch. None means
+            1 / C, as in the first epoch.
+        label_smoothing: applied to the cross-entropy with y, in [0, 1).
+
+    Returns:
+        A scalar, the mean over the batch.
+
+    Raises:
+        ValueError: as for :func:`at`, or ``class_probs`` is not of shape (C, C).
+    """
+    natural = _cross_entropy(logits_nat, y, label_smoothing)
+    z_adv, z_nat = _at_least_float32(logits_adv), _at_least_float32(logits_nat)
+    imitation = F.cross_entropy(z_adv, z_nat.detach().softmax(1))
+    d = z_nat - z_adv
+    q = _class_weights(class_probs, y, d)
+    s = q.sum(1, keepdim=True)
+    from_mean = d - (q * d).sum(1, keepdim=True) / s
+    spread = (s * q * from_mean.square()).sum() / s.square().sum()
+    return natural + alpha * imitation + beta / 2 * spread
+
+
+def score(
+    logits_adv: Tensor,
+    logits_nat: Tensor,
+    y: Tensor,
+    beta: float = 4.0,
+    c: float = 0.0,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """SCORE (Pang et al., 2022), ``|p - y|^2 + beta max(|p' - p|^2 - c, 0)``.
+
+    "Robustness and accuracy could be reconcilable by (proper) definition" (ICML 2022,
+    https://arxiv.org/abs/2202.10103) with the squared error, a proper score, in place of
+    cross-entropy and divergence; p = f(x), p' = f(x').
+
+    Args:
+        logits_adv: shape (N, C), at the adversarial examples x'.
+        logits_nat: shape (N, C), at the natural examples x.
+        y: class indices, shape (N,), or probabilities, shape (N, C), from which the error is taken
+            as it is: the expectation over the labels is larger by a constant.
+        beta: weight of robustness against natural accuracy, >= 0.
+        c: differences of predictions up to this size are not penalized, >= 0.
+        label_smoothing: applied to y, in [0, 1). The authors' smoothing by s is C / (C - 1) s here.
+
+    Returns:
+        A scalar, the mean over the batch.
+
+    Raises:
+        ValueError: as for :func:`at`.
+    """
+    _check_smoothing(label_smoothing)
+    y = _checked(y, logits_nat)
+    p_adv, p = (_at_least_float32(z).softmax(1) for z in (logits_adv, logits_nat))
+    target = y if y.is_floating_point() else F.one_hot(y, p.shape[1]).to(p.dtype)
+    target = (1 - label_smoothing) * target + label_smoothing / p.shape[1]
+    natural = (p - target).square().sum(1).mean()
+    return natural + beta * F.relu((p_adv - p).square().sum(1) - c).mean()
+
+
+def _class_weights(class_probs: Tensor | None, y: Tensor, like: Tensor) -> Tensor:
+    """The weights q of each example's class, for probabilities their mean, in ``like``'s shape."""
+    classes = like.shape[1]
+    if class_probs is None:
+        return torch.full_like(like, 1 / classes)
+    if class_probs.shape != (classes, classes):
+        raise ValueError(
+            f"class_probs must have a row of weights for each of the {classes} classes, shape"
+            f" ({classes}, {classes}), got shape {tuple(class_probs.shape)}"
+        )
+    if not y.is_floating_point():
+        return class_probs[y].to(like.dtype)
+    with torch.autocast(like.device.type, enabled=False):  # it would multiply in low precision
+        return y.to(like.dtype) @ class_probs.to(like.dtype)
+
+
 def _log_rest(log_p: Tensor, k: Tensor) -> Tensor:
     """log(1 - p_k) for class indices k of shape (N, 1), from the sum over the other classes."""
     return log_p.scatter(1, k, -torch.inf).logsumexp(1)
@@ -134,6 +253,10 @@ def _kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """KL(p || q) of each example, shape (N,)."""
     log_p, log_q = F.log_softmax(logits_p, 1), F.log_softmax(logits_q, 1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _checked(y: Tensor, logits: Tensor) -> Tensor:
@@ -214,3 +337,50 @@ class MART:
     def __call__(self, logits_adv: Tensor, logits_nat: Tensor | None, y: Tensor) -> Tensor:
         assert logits_nat is not None  # needs_natural
         return mart(logits_adv, logits_nat, y, self.lam, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class GKL:
+    """GKL, whose attack is that of TRADES: see :func:`gkl` for the settings.
+
+    ``class_probs`` may be written to during training, also between steps that are replayed as a
+    CUDA graph: they read its current values. It is not compared.
+    """
+
+    alpha: float = 4.0
+    beta: float = 20.0
+    label_smoothing: float = 0.0
+    class_probs: Tensor | None = field(default=None, compare=False, repr=False)
+
+    needs_natural: ClassVar[bool] = True
+    attack_loss: ClassVar[str] = "kl"
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
+
+    def __call__(self, logits_adv: Tensor, logits_nat: Tensor | None, y: Tensor) -> Tensor:
+        assert logits_nat is not None  # needs_natural
+        s, probs = self.label_smoothing, self.class_probs
+        return gkl(
+            logits_adv, logits_nat, y, self.alpha, self.beta, class_probs=probs, label_smoothing=s
+        )
+
+
+@dataclass(frozen=True)
+class SCORE:
+    """SCORE, whose attack maximizes ``|p' - p|^2``: see :func:`score` for the settings."""
+
+    beta: float = 4.0
+    c: float = 0.0
+    label_smoothing: float = 0.0
+
+    needs_natural: ClassVar[bool] = True
+    attack_loss: ClassVar[str] = "score"
+
+    def __post_init__(self) -> None:
+        _check_smoothing(self.label_smoothing)
+
+    def __call__(self, logits_adv: Tensor, logits_nat: Tensor | None, y: Tensor) -> Tensor:
+        assert logits_nat is not None  # needs_natural
+        s = self.label_smoothing
+        return score(logits_adv, logits_nat, y, self.beta, self.c, label_smoothing=s)

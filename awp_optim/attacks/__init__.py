@@ -6,6 +6,7 @@ from awp_optim.attacks.base import Attack
 from awp_optim.attacks.captured import Captured
 from awp_optim.attacks.cw import CW
 from awp_optim.attacks.fgsm import FGSM
+from awp_optim.attacks.nfgsm import NFGSM
 from awp_optim.attacks.pgd import PGD
 from awp_optim.attacks.spsa import SPSA
 
@@ -13,6 +14,7 @@ __all__ = [
     "APGD",
     "CW",
     "FGSM",
+    "NFGSM",
     "PGD",
     "SPSA",
     "Attack",

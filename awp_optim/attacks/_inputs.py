@@ -56,7 +56,9 @@ def check_labels(y: Tensor | None, x: Tensor, accepted: Labels) -> None:
     """Check the labels of a batch ``x``."""
     if y is None:
         if accepted is not Labels.OPTIONAL:
-            raise ValueError("y is None, but this attack needs labels; only loss='kl' does not")
+            raise ValueError(
+                "y is None, but this attack needs labels; only loss='kl' and 'score' do not"
+            )
         return
     if accepted is Labels.ANY:
         _check_targets(y, len(x))

@@ -86,8 +86,9 @@ class Attack(ABC):
                 not modified.
             y: on the device of ``x``. Class indices of any integer dtype, shape (N,); or class
                 probabilities, as from mixup, of any dtype that ``x`` may have, shape (N, C), for
-                which the expected loss is used. ``loss="cw"`` and "dlr" need indices, "kl" needs no
-                labels (None). A custom loss gets ``y`` unchanged, any tensor with N rows.
+                which the expected loss is used. ``loss="cw"`` and "dlr" need indices, "kl" and
+                "score" need no labels (None). A custom loss gets ``y`` unchanged, any tensor with N
+                rows.
 
         Returns:
             The adversarial examples, detached, with the shape, dtype, device and memory format of

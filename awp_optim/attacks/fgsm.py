@@ -8,7 +8,7 @@ from torch import Tensor
 
 from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
-from awp_optim.attacks.losses import Loss
+from awp_optim.attacks.losses import Loss, compares_with_clean
 
 
 @dataclass(frozen=True, repr=False)
@@ -23,7 +23,8 @@ class FGSM(GradientAscentAttack):
         eps: radius of the ball, at least 0, in the units of the input.
         norm: "linf" or "l2".
         loss: the loss to maximize, "ce", "cw", "dlr" or a function ``loss(logits, target)``, as in
-            :class:`PGD`. Not "kl", whose gradient is zero at the clean example.
+            :class:`PGD`. Not "kl" or "score", whose gradient is zero at the clean
+            example.
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
 
@@ -45,10 +46,10 @@ class FGSM(GradientAscentAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss == "kl":
+        if compares_with_clean(self.loss):
             raise ValueError(
-                "FGSM starts at the clean example, where the gradient of loss='kl' is zero; use"
-                " PGD, which starts at a random point"
+                f"FGSM starts at the clean example, where the gradient of loss={self.loss!r} is"
+                " zero; use PGD, which starts at a random point"
             )
 
     @property
@@ -57,4 +58,5 @@ class FGSM(GradientAscentAttack):
 
     def _search(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         target, project = self._target(oracle, x, y), self._projection(x)
-        return self._ascend(oracle, x, target, project, step_size=self.eps, steps=1)
+        start = self._start(x, project)
+        return self._ascend(oracle, start, target, project, step_size=self.eps, steps=1)

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from awp_optim.attacks.balls import Projection
 from awp_optim.attacks.base import BallAttack, Gradients, Model, ModelOracle
-from awp_optim.attacks.losses import Labels, Loss, check_loss, labels_of, loss_function
+from awp_optim.attacks.losses import (
+    Labels,
+    Loss,
+    check_loss,
+    compares_with_clean,
+    labels_of,
+    loss_function,
+)
 
 
 class GradientAscentAttack(BallAttack):
@@ -22,7 +29,7 @@ class GradientAscentAttack(BallAttack):
     Attributes:
         eps: radius of the ball, in the units of the input.
         norm: "linf" or "l2".
-        loss: "ce", "kl", "cw", "dlr" (see :mod:`awp_optim.attacks.losses`), or a function
+        loss: "ce", "kl", "score", "cw", "dlr" (see :mod:`awp_optim.attacks.losses`), or a function
             ``loss(logits, target) -> (N,)``.
     """
 
@@ -71,11 +78,15 @@ class GradientAscentAttack(BallAttack):
             return self._attack(oracle), oracle.weight_gradients
 
     def _target(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
-        """The loss's second argument: the labels, or the clean logits for "kl"."""
-        if self.loss == "kl":
+        """The loss's second argument: the labels, or the clean logits."""
+        if compares_with_clean(self.loss):
             return oracle.logits(x)
-        assert y is not None  # checked: only "kl" needs no labels
+        assert y is not None  # checked
         return y
+
+    def _start(self, x: Tensor, project: Projection) -> Tensor:
+        """Where the ascent starts."""
+        return project(x)
 
     def _ascend(
         self,

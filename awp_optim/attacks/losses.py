@@ -2,8 +2,8 @@
 
 Each is a pure function ``loss(logits, target)`` that returns a tensor of shape (N,), in float32 or
 float64. The logits have shape (N, C). The target holds class indices, int64 of shape (N,); for
-:func:`ce` also class probabilities; for :func:`kl` the clean logits. A custom loss has the same
-signature, and its target is what the user passes to the attack as ``y``.
+:func:`ce` also class probabilities; for :func:`kl` and :func:`score` the clean logits.
+A custom loss has the same signature, and its target is what the user passes to the attack as ``y``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,20 @@ def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
     log_p_adv = at_least_float32(logits).log_softmax(1)
     log_p_clean = at_least_float32(clean_logits).detach().log_softmax(1)
     return F.kl_div(log_p_adv, log_p_clean, reduction="none", log_target=True).sum(1)
+
+
+def score(logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """|p_adv - p_clean|^2, maximized by the attack of SCORE (Pang et al., ICML 2022).
+
+    Args:
+        logits: at the adversarial example, shape (N, C).
+        clean_logits: at the clean example, shape (N, C), as for :func:`kl`.
+
+    >>> score(torch.tensor([[0.0, 0.0]]), torch.tensor([[100.0, 0.0]]))
+    tensor([0.5000])
+    """
+    p_adv = at_least_float32(logits).softmax(1)
+    return (p_adv - at_least_float32(clean_logits).detach().softmax(1)).square().sum(1)
 
 
 def cw(logits: Tensor, y: Tensor) -> Tensor:
@@ -111,7 +125,7 @@ def _check_classes(logits: Tensor, least: int, name: str) -> None:
         )
 
 
-LOSSES: dict[str, Loss] = {"ce": ce, "kl": kl, "cw": cw, "dlr": dlr}
+LOSSES: dict[str, Loss] = {"ce": ce, "kl": kl, "score": score, "cw": cw, "dlr": dlr}
 
 
 class Labels(Enum):
@@ -123,12 +137,26 @@ class Labels(Enum):
     ANY = auto()  # any tensor with N rows, for a custom loss
 
 
-_LABELS = {"ce": Labels.CLASSES, "kl": Labels.OPTIONAL, "cw": Labels.INDICES, "dlr": Labels.INDICES}
+_LABELS = {
+    "ce": Labels.CLASSES,
+    "kl": Labels.OPTIONAL,
+    "score": Labels.OPTIONAL,
+    "cw": Labels.INDICES,
+    "dlr": Labels.INDICES,
+}
 
 
 def labels_of(loss: str | Loss) -> Labels:
     """The labels that a loss accepts as ``y``."""
     return _LABELS.get(loss, Labels.INDICES) if isinstance(loss, str) else Labels.ANY
+
+
+def compares_with_clean(loss: str | Loss) -> bool:
+    """Whether the target is the clean logits; the loss then has its minimum at the clean example.
+
+    Its gradient there is zero, so an attack must start elsewhere.
+    """
+    return labels_of(loss) is Labels.OPTIONAL
 
 
 def check_loss(loss: object) -> None:

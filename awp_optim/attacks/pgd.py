@@ -12,7 +12,7 @@ from awp_optim.attacks._outcome import Outcome, comparable, judge, select
 from awp_optim.attacks.balls import Projection
 from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
-from awp_optim.attacks.losses import Loss, loss_function
+from awp_optim.attacks.losses import Loss, compares_with_clean, loss_function
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,8 +22,9 @@ class PGD(GradientAscentAttack):
     Madry et al., "Towards deep learning models resistant to adversarial attacks" (ICLR 2018);
     Eq. (14) and lines 6 to 9 of Algorithm 2 of Wu et al., "Adversarial weight perturbation helps
     robust generalization" (NeurIPS 2020). With ``loss="kl"`` it is Eq. (16), the attack of TRADES.
-    It costs ``steps`` forward and backward passes per restart, one forward pass for "kl", and one
-    forward pass per restart if there are several. See :meth:`Attack.__call__` for how to call it.
+    It costs ``steps`` forward and backward passes per restart, one forward pass for "kl" and
+    "score", and one forward pass per restart if there are several. See :meth:`Attack.__call__` for
+    how to call it.
 
     Args:
         eps: radius of the ball, at least 0, in the units of the input. With 0 the clean examples
@@ -31,15 +32,16 @@ class PGD(GradientAscentAttack):
         step_size: eta_1, length of a step in the same norm, above 0.
         steps: K_1, at least 0. With 0 the random start is returned.
         norm: "linf" or "l2".
-        loss: the loss to maximize: "ce", "kl", "cw", "dlr" or a function ``loss(logits, target)``.
-            The function gets the model's output, of any shape (N, ...), and ``y``, a tensor with N
-            rows such as labels, embeddings or regression targets; it returns one number per
-            example, shape (N,). A lambda works, but then the attack cannot be pickled.
+        loss: the loss to maximize: "ce", "kl", "score", "cw", "dlr" or a function
+            ``loss(logits, target)``. The function gets the model's output, of any shape
+            (N, ...), and ``y``, a tensor with N rows such as labels, embeddings or regression
+            targets; it returns one number per example, shape (N,). A lambda
+            works, but then the attack cannot be pickled.
         random_start: start at a random point of the ball, not at the clean example. The point is
             drawn from torch's global generator: :func:`torch.manual_seed` makes calls repeatable.
         restarts: number of random starts, at least 1. Each example keeps its worst outcome:
-            misclassified first, then the highest loss; for "kl" and custom losses, only the highest
-            loss. If labels are probabilities, the most probable class counts.
+            misclassified first, then the highest loss; for "kl", "score" and custom losses, only
+            the highest loss. If labels are probabilities, the most probable class counts.
         clip: the box (lo, hi) of valid inputs, or None for no box.
         model_mode: "eval" or "train", the mode in which the model is attacked.
         start_std: start at the clean example plus Gaussian noise of this standard deviation,
@@ -48,8 +50,8 @@ class PGD(GradientAscentAttack):
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument is out of range, or ``random_start=False`` is combined with several
-            restarts, which would all be the same, with "kl", whose gradient is zero at the clean
-            example, or with ``start_std``.
+            restarts, which would all be the same, with "kl" or "score", whose gradient is zero
+            at the clean example, or with ``start_std``.
 
     >>> x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
     >>> PGD(eps=0.1, step_size=0.05)(lambda x: x * 3, x, y)
@@ -97,9 +99,10 @@ class PGD(GradientAscentAttack):
             )
         if self.start_std is not None:
             raise ValueError("start_std needs a random start; leave random_start at True")
-        if self.loss == "kl":
+        if compares_with_clean(self.loss):
             raise ValueError(
-                "loss='kl' has a zero gradient at the clean example; set random_start=True"
+                f"loss={self.loss!r} has a zero gradient at the clean example; set"
+                " random_start=True"
             )
 
     @property
@@ -127,7 +130,7 @@ class PGD(GradientAscentAttack):
     def _start(self, x: Tensor, project: Projection) -> Tensor:
         """Line 6 of Algorithm 2: x + eps * delta, projected."""
         if not self.random_start:
-            return project(x)
+            return super()._start(x, project)
         if self.start_std is not None:
             return project(torch.randn_like(x).mul_(self.start_std).add_(x))
         return project(x + self._ball.random(x, self.eps))
@@ -138,7 +141,7 @@ class PGD(GradientAscentAttack):
 
     def _outcome(self, oracle: ModelOracle, x_adv: Tensor, target: Tensor) -> Outcome:
         logits, loss = oracle.logits(x_adv), loss_function(self.loss)
-        if self.loss == "kl" or callable(self.loss):  # no labels to compare with
+        if compares_with_clean(self.loss) or callable(self.loss):  # no labels to compare with
             losses = comparable(loss(logits, target))
             return Outcome(torch.zeros_like(losses, dtype=torch.bool), losses)
         return judge(logits, target, loss)

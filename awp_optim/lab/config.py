@@ -14,13 +14,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from awp_optim._utils.checks import check_choice
-from awp_optim.attacks import PGD
+from awp_optim.attacks import NFGSM, PGD
 from awp_optim.lab.schedules import Schedule
-from awp_optim.objectives import AT, MART, TRADES, Objective
+from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
 __all__ = ["METHODS", "PRECISIONS", "THREATS", "Config"]
 
-Method = Literal["at", "trades", "mart", "rst", "pretrain"]
+Method = Literal["at", "trades", "mart", "rst", "pretrain", "gkl", "score"]
 Activation = Literal[
     "relu", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "tanh"
 ]
@@ -39,10 +39,13 @@ THREATS: dict[str, dict[str, Any]] = {
 """The paper's threat models for CIFAR-10 (Section 4.4), for images in [0, 1]."""
 
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "beta gamma lr weight_decay l1 l2 mixup": ("finite and >= 0", lambda v: 0 <= v < math.inf),
+    "beta alpha gamma ascent_below": ("finite and >= 0", lambda v: 0 <= v < math.inf),
+    "lr weight_decay l1 l2 mixup": ("finite and >= 0", lambda v: 0 <= v < math.inf),
     "momentum ema label_smoothing": ("in [0, 1)", lambda v: 0 <= v < 1),
     "unlabeled_share": ("in (0, 1)", lambda v: 0 < v < 1),
-    "awp_start epoch_images test_eval cutout save_every patience": ("at least 0", lambda v: v >= 0),
+    "bn_momentum": ("in (0, 1]", lambda v: v is None or 0 < v <= 1),
+    "awp_start ema_start epoch_images": ("at least 0", lambda v: v >= 0),
+    "test_eval cutout save_every patience": ("at least 0", lambda v: v >= 0),
     "ascent_steps alternations epochs batch_size": ("at least 1", lambda v: v >= 1),
     "train_eval eval_every val_images": ("at least 1", lambda v: v >= 1),
     "seed": ("between -2**63 and 2**63", lambda v: -(2**63) < v < 2**63),
@@ -63,7 +66,9 @@ class Config:
     method: Method = "at"
     """Training method; rst needs pseudo-labeled images, pretrain needs initial weights."""
     beta: float = 6.0
-    """Trade-off: beta of trades and rst, lambda of mart."""
+    """Trade-off: beta of trades, rst, gkl (20 there) and score (4 there), lambda of mart."""
+    alpha: float = 4.0
+    """Weight of gkl's cross-entropy with the natural predictions."""
     gamma: float = 0.0
     """Size of AWP's weight perturbation; 0 trains without AWP."""
     direction: Literal["gradient", "random"] = "gradient"
@@ -78,6 +83,8 @@ class Config:
     """A, how often inputs and weights are perturbed in turn."""
     ascent: Literal["exact", "attack"] = "exact"
     """Gradient for the weight ascent: a pass of its own, or the attack's last iteration."""
+    ascent_below: float = 0.0
+    """Weight ascents count only examples with a cross-entropy below this, as 1.7; 0 for all."""
     arch: str = "preact_resnet18"
     """Name in awp_optim.lab.models.MODELS, preact_resnetDEPTH_WIDTH, wide_resnetDEPTH_WIDTH,
     dm_wide_resnetDEPTH_WIDTH (DeepMind's layout) or torchvision/NAME."""
@@ -93,6 +100,8 @@ class Config:
     """PGD steps of the training attack."""
     test_steps: int = 20
     """PGD steps of the test attack."""
+    train_attack: Literal["pgd", "n-fgsm"] = "pgd"
+    """Training attack; n-fgsm is one step of length eps, and does not use step_size."""
     attack_mode: Literal["eval", "train"] | None = None
     """Mode of the model in the training attack; None: train with at and pretrain, else eval."""
     epochs: int = 200
@@ -105,14 +114,25 @@ class Config:
     """Initial learning rate of SGD."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Whether the momentum is Nesterov's."""
     weight_decay: float = 5e-4
     """Weight decay of SGD."""
+    bn_decay: bool = True
+    """Whether the weight decay includes the parameters of BatchNorm layers."""
+    bn_momentum: float | None = None
+    """A batch's share in BatchNorm's running statistics; None: the network's own, mostly 0.1."""
     l1: float = 0.0
     """L1 regularization of the weights, not of biases and norm layers; the paper's is 5e-6."""
     l2: float = 0.0
     """Weight decay of the weights alone, none for biases and norm layers; the paper's is 5e-3."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the model, such as 0.995; 0 for none."""
+    """Decay of an exponential moving average of the model, such as 0.995; 0 for none.
+    With it, the best epoch and the reported accuracies are those of the averaged weights."""
+    ema_start: int = 0
+    """Epochs before the averaging begins, in which the average is a copy of the model."""
+    ema_warmup: bool = False
+    """Let the decay of the average grow: min(ema, (1 + k) / (10 + k)) in step k."""
     label_smoothing: float = 0.0
     """Label smoothing applied to the objective's cross-entropy, not to the attack's."""
     precision: Precision = "float32"
@@ -126,7 +146,7 @@ class Config:
     mixup: float = 0.0
     """Alpha of mixup's Beta distribution; 0 for none, the paper's is 1.4."""
     unlabeled_share: float = 0.5
-    """Share of each batch drawn from pseudo-labeled images, if there are any."""
+    """Share of each batch drawn from pseudo-labeled or generated images, if there are any."""
     train_eval: int = 1000
     """Training images on which the train_* metrics are measured."""
     test_eval: int = 0
@@ -153,6 +173,10 @@ class Config:
                     raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
         if self.mixup and self.batch_size < 2:
             raise ValueError("mixup needs pairs: a batch_size of 2 or more")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if self.train_attack == "n-fgsm" and self.norm != "linf":
+            raise ValueError("train_attack n-fgsm is for norm linf; with l2, leave it at pgd")
 
     @staticmethod
     def complete(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,12 +202,16 @@ class Config:
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     @property
-    def objective(self) -> Objective:
-        """The loss that training minimizes."""
+    def objective(self) -> AT | TRADES | MART | GKL | SCORE:
+        """The loss that training minimizes; that of GKL with equal weights of all classes."""
         if self.method in ("trades", "rst"):
             return TRADES(self.beta, self.label_smoothing)
         if self.method == "mart":
             return MART(self.beta, self.label_smoothing)
+        if self.method == "gkl":
+            return GKL(self.alpha, self.beta, self.label_smoothing)
+        if self.method == "score":
+            return SCORE(self.beta, label_smoothing=self.label_smoothing)
         return AT(self.label_smoothing)
 
     @property
@@ -192,16 +220,19 @@ class Config:
         return self.attack_mode or ("train" if isinstance(self.objective, AT) else "eval")
 
     @property
-    def training_attack(self) -> PGD:
-        """The method's attack. That of TRADES and MART starts from a little Gaussian noise."""
+    def training_attack(self) -> PGD | NFGSM:
+        """The method's attack. PGD of TRADES, MART and GKL starts from a little Gaussian noise."""
+        loss = self.objective.attack_loss
+        if self.train_attack == "n-fgsm":
+            return NFGSM(self.eps, loss=loss, model_mode=self.training_mode)
         return PGD(
             self.eps,
             self.step_size,
             self.train_steps,
             norm=self.norm,
-            loss="kl" if isinstance(self.objective, TRADES) else "ce",
+            loss=loss,
             model_mode=self.training_mode,
-            start_std=None if isinstance(self.objective, AT) else 0.001,
+            start_std=None if isinstance(self.objective, (AT, SCORE)) else 0.001,
         )
 
     @property

@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from awp_optim._utils.distributed import Ranks
-from awp_optim.attacks import PGD
+from awp_optim.attacks import NFGSM, PGD
 from awp_optim.attacks.balls import Projection
 from awp_optim.attacks.base import Gradients, Model
+from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.objectives import Objective
 
 __all__ = ["TrainingRanks"]
@@ -62,11 +63,24 @@ class TrainingRanks(Ranks):
         A rank whose share is empty gets the first row, so that its attack draws what the others'
         draw, but ``own`` is 0 then.
         """
-        self.batch = n = len(batch[0])
-        start, stop = (n * r // self.world for r in (self.rank, self.rank + 1))
-        self.own = stop - start
-        self._rows = slice(start, stop) if self.own else slice(0, 1)
+        self.batch = len(batch[0])
+        share = self.share(self.batch)
+        self.own = share.stop - share.start
+        self._rows = share if self.own else slice(0, 1)
         return tuple(t[self._rows] for t in batch)
+
+    def share(self, n: int) -> slice:
+        """This rank's consecutive rows of n; it may have none."""
+        return slice(*(n * r // self.world for r in (self.rank, self.rank + 1)))
+
+    def assemble(self, rows: Tensor, n: int) -> Tensor:
+        """All n rows, of which every rank gives its :meth:`share`."""
+        if self.world == 1:
+            return rows
+        t = rows.new_zeros(n, *rows.shape[1:])
+        t[self.share(n)] = rows
+        dist.all_reduce(t)
+        return t
 
     def rows(self, t: Tensor) -> Tensor:
         """This rank's rows of a tensor that has one for each image of the last batch."""
@@ -103,11 +117,13 @@ class TrainingRanks(Ranks):
             options["device_ids"] = [device]
         return DistributedDataParallel(model, **options)
 
-    def shared_attack(self, attack: PGD) -> PGD:
-        """The attack on this rank's share, with the result it would have on the entire batch."""
+    def shared_attack(self, attack: PGD | NFGSM) -> PGD | NFGSM:
+        """PGD or N-FGSM on this rank's share, with the result it would have on the entire batch."""
         if self.world == 1:
             return attack
-        return _SharedPGD(**{f.name: getattr(attack, f.name) for f in fields(PGD)}, ranks=self)
+        shared = _SharedNFGSM if isinstance(attack, NFGSM) else _SharedPGD
+        settings = {f.name: getattr(attack, f.name) for f in fields(attack) if f.init}
+        return shared(**settings, ranks=self)
 
     def shared_objective(self, objective: Objective) -> Objective:
         """A loss whose mean over the ranks is the objective's mean over the batch."""
@@ -224,11 +240,10 @@ class _CPUSyncBatchNorm(_BatchNorm):
         self.running_var.lerp_(var.to(self.running_var.dtype), weight)
 
 
-@dataclass(frozen=True)
-class _SharedPGD(PGD):
-    """PGD on a share of a batch, from the random starts that the entire batch would have."""
+class _SharedAttack(GradientAscentAttack):
+    """An attack on a share of a batch, from the random starts that the entire batch would have."""
 
-    ranks: TrainingRanks = field(kw_only=True, compare=False, repr=False)
+    ranks: TrainingRanks
 
     def _start(self, x: Tensor, project: Projection) -> Tensor:
         # Random numbers are drawn in the order of the memory, so its layout must be the batch's.
@@ -254,6 +269,16 @@ class _SharedPGD(PGD):
         dist.all_reduce(flat)
         totals = iter(torch.split(flat, [g.numel() for g in present]))
         return x_adv, tuple(None if g is None else next(totals).view(g.shape) for g in gradients)
+
+
+@dataclass(frozen=True)
+class _SharedPGD(_SharedAttack, PGD):
+    ranks: TrainingRanks = field(kw_only=True, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class _SharedNFGSM(_SharedAttack, NFGSM):
+    ranks: TrainingRanks = field(kw_only=True, compare=False, repr=False)
 
 
 class _SharedObjective:

@@ -72,7 +72,7 @@ class Evaluator:
         parts = [("train_", model, self._train)]
         parts += [(name, model, images) for name, images in self._tested.items()]
         if average:
-            parts += [(f"ema_{name}", average, images) for name, images in self._tested.items()]
+            parts += [(f"ema_{name}", average, images) for name, _, images in parts]
         row: Row = {}
         try:
             for name, net, (x, y) in parts:

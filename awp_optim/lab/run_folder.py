@@ -24,7 +24,7 @@ from awp_optim.lab.lock import FolderLock
 from awp_optim.lab.tensorboard import TensorBoardLog
 from awp_optim.lab.weights_file import write_weights
 
-__all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run"]
+__all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run", "reported"]
 
 Row = dict[str, float]
 """The metrics of an epoch, a line of ``metrics.csv``.
@@ -33,8 +33,8 @@ Row = dict[str, float]
 alike: with the test attack in eval mode at the weights that are saved, so that the difference
 between the first two is the generalization gap. ``step_*`` are averages over the training steps of
 the epoch, at the weights that gave the updates (w + v with AWP), which the published logs call
-training accuracy. ``step_robust_loss`` is the method's objective. ``ema_test_*`` and ``ema_val_*``
-belong to the averaged weights, if the run has any.
+training accuracy. ``step_robust_loss`` is the method's objective. ``ema_train_*`` and so on belong
+to the averaged weights, if the run has any.
 """
 
 RESULTS = ("last.pt", "best.pt", "metrics.csv")
@@ -47,7 +47,7 @@ COLUMNS = (
     "step_robust_acc",
     *(
         f"{part}_{kind}_{what}"
-        for part in ("train", "test", "val", "ema_test", "ema_val")
+        for part in ("train", "test", "val", "ema_train", "ema_test", "ema_val")
         for kind in ("natural", "robust")
         for what in ("loss", "acc")
     ),
@@ -57,10 +57,17 @@ COLUMNS = (
 def best(rows: list[Row]) -> Row:
     """The epoch with the highest robust accuracy, the first one if several have it.
 
-    It is measured on held-out images if the run has some, else on the test set as in the paper.
+    It is that of the averaged weights if the run has some, and measured on held-out images if the
+    run has some, else on the test set as in the paper.
     """
     name = "val_robust_acc" if any("val_robust_acc" in row for row in rows) else "test_robust_acc"
-    return max((row for row in rows if name in row), key=lambda row: row[name])
+    return max((row for row in rows if name in row), key=lambda row: reported(row)[name])
+
+
+def reported(row: Row) -> Row:
+    """The row with the metrics of the averaged weights in place of the model's, if it has them."""
+    average = {k.removeprefix("ema_"): v for k, v in row.items() if k.startswith("ema_")}
+    return {**row, **average}
 
 
 def read_metrics(folder: Path | str) -> list[Row]:

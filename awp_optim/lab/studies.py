@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from awp_optim.attacks.losses import compares_with_clean
 from awp_optim.lab.config import Config
 from awp_optim.lab.recipes import RECIPES
 from awp_optim.lab.reports.plots import ablations, curve_panels, perturbation_sizes
@@ -173,8 +174,8 @@ def cifar10_small(base: Config, *, digits: bool) -> Study:
         curve_panels(pairs, file, title)
 
     note = (
-        f"gamma {AT_GAMMA:g} with AT, as in the published runs, and {GAMMA:g} with TRADES and MART; "
-        f"RWP: a random direction, gamma {RWP_GAMMA:g}."
+        f"gamma {AT_GAMMA:g} with AT, as in the published runs, and {GAMMA:g} with TRADES and "
+        f"MART; RWP: a random direction, gamma {RWP_GAMMA:g}."
     )
     return Study("A part of CIFAR-10", configs, compared_with, draw, note)
 
@@ -201,7 +202,9 @@ def passes(config: Config) -> int:
     A forward pass, a backward pass to the inputs and one to the weights count 1 each; an objective
     of natural and adversarial images makes two of each.
     """
-    attack = 2 * config.train_steps + (config.training_attack.loss == "kl")
+    attack = 2 * config.training_attack.gradient_passes + compares_with_clean(
+        config.training_attack.loss
+    )
     update = 6 if config.objective.needs_natural else 3
     if not config.gamma:
         return attack + update

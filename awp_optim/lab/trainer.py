@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_last
+from awp_optim.lab.class_means import ClassMeans
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
@@ -30,6 +33,7 @@ from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.training_set import TrainingSet, describe_inputs
 from awp_optim.lab.weights import initialize
+from awp_optim.objectives import GKL, Objective
 
 __all__ = ["check", "fit", "is_over"]
 
@@ -150,13 +154,14 @@ def _train_steps(
 ) -> bool:
     """Train the remaining steps of an epoch; False if it was asked to stop before the last."""
     steps = run.training_set.steps
-    while epoch.step < steps:
-        run.step(epoch)
-        on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
-        if epoch.step % CHECK_EVERY == 0:
-            run.check_finite(epoch)
-        if epoch.step < steps and stop():
-            break
+    with closing(run.training_set.batches(epoch.order, epoch.step)) as batches:
+        while epoch.step < steps:
+            run.step(epoch, batches)
+            on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
+            if epoch.step % CHECK_EVERY == 0:
+                run.check_finite(epoch)
+            if epoch.step < steps and stop():
+                break
     run.check_finite(epoch)
     return epoch.step == steps
 
@@ -236,7 +241,7 @@ class _Run:
         self.device = data.x_train.device
 
         torch.manual_seed(config.seed)
-        self.training_set = TrainingSet(config, data, unlabeled)
+        self.training_set = TrainingSet(config, data, unlabeled, ranks)
         ranks.check_batch(config.batch_size, "a batch")
         ranks.check_batch(self.training_set.last_batch, "the last batch of an epoch")
 
@@ -254,19 +259,34 @@ class _Run:
             scheduler,
             self.training_set.generators,
             self.device,
-            MovingAverage(self.model, config.ema) if config.ema else None,
+            self._average(),
+            ClassMeans(data.num_classes, self.device) if config.method == "gkl" else None,
             rows=[],
         )
         self.adversarial_step = AdversarialStep(
             shared_model,
             optimizer,
             ranks.shared_attack(config.training_attack),
-            ranks.shared_objective(config.objective),
+            ranks.shared_objective(self._objective()),
             alternations=config.alternations,
             ascent=config.ascent,
+            ascent_below=config.ascent_below or None,
             autocast=PRECISIONS[config.precision],
         )
         self.evaluate = Evaluator(config, data, held_out, ranks)
+
+    def _average(self) -> MovingAverage | None:
+        config = self.config
+        if not config.ema:
+            return None
+        start = config.ema_start * self.training_set.steps
+        return MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
+
+    def _objective(self) -> Objective:
+        objective, means = self.config.objective, self.state.class_means
+        if isinstance(objective, GKL) and means:
+            return replace(objective, class_probs=means.means)
+        return objective
 
     def begin_epoch(self) -> EpochProgress:
         """Draw an epoch's order, or continue an epoch that was interrupted."""
@@ -279,16 +299,19 @@ class _Run:
         self.model.train()
         return state.epoch
 
-    def step(self, epoch: EpochProgress) -> None:
-        """Train on one batch: attack the inputs, ascend and descend in the weights."""
+    def step(self, epoch: EpochProgress, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Train on the next batch: attack the inputs, ascend and descend in the weights."""
         start = time.perf_counter()
         ranks, state = self.ranks, self.state
-        x, y, labels = ranks.shard(*self.training_set.batch(epoch.order, epoch.step))
+        x, y, labels = ranks.shard(*next(batches))
         result = self.adversarial_step(x, y)
         state.scheduler.step()
         if state.average:
             state.average.update_parameters(self.model)
         loss_sum = result.loss * (ranks.batch / ranks.world)
+        if state.class_means and result.logits_nat is not None:
+            sums = state.class_means.sums_of(result.logits_nat, y)
+            state.class_means.sums += ranks.sum(sums)
         correct = (result.logits.argmax(1) == labels).sum()
         epoch.add_step(*ranks.sum(torch.stack([loss_sum, correct.to(loss_sum.dtype)])))
         epoch.seconds += time.perf_counter() - start
@@ -335,6 +358,8 @@ class _Run:
             if metrics is None:
                 return None
             row |= metrics
+        if state.class_means:
+            state.class_means.end_epoch()
         state.rows.append(row)
         state.epoch = None
         return row
@@ -382,21 +407,20 @@ def _build(config: Config, data: ImageData, init: Mapping[str, Tensor] | None) -
     )
     if init is not None:
         initialize(model, init)
+    if config.bn_momentum is not None:
+        for layer in _batch_norms(model):
+            layer.momentum = config.bn_momentum
     return model
+
+
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 
 def _optimizer(model: nn.Module, config: Config) -> AWP:
     """AWP over SGD, with the regularization of Section 5.3 on weights alone."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    groups: Any = model.parameters()
-    if config.l2:
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": weights, "weight_decay": config.l2},
-            {"params": others, "weight_decay": 0.0},
-        ]
     optimizer = AWP(
-        groups,
+        _param_groups(model, config),
         torch.optim.SGD,
         gamma=config.gamma,
         norm=config.awp_norm,
@@ -404,9 +428,11 @@ def _optimizer(model: nn.Module, config: Config) -> AWP:
         ascent_steps=config.ascent_steps * config.alternations,
         lr=config.lr,
         momentum=config.momentum,
+        nesterov=config.nesterov,
         weight_decay=config.weight_decay,
     )
     if config.l1:
+        weights = [p for p in model.parameters() if p.ndim > 1]
 
         @torch.no_grad()
         def add_l1_gradient(*_: Any) -> None:
@@ -417,3 +443,18 @@ def _optimizer(model: nn.Module, config: Config) -> AWP:
         # Before the base optimizer's step, at the unperturbed weights: the ascent leaves it out.
         optimizer.base_optimizer.register_step_pre_hook(add_l1_gradient)
     return optimizer
+
+
+def _param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """The parameters that decay and, if there are some, those that do not."""
+    parameters = list(model.parameters())
+    if config.l2:
+        decay, free = config.l2, {p for p in parameters if p.ndim <= 1}
+    else:
+        layers = [] if config.bn_decay else _batch_norms(model)
+        decay, free = config.weight_decay, {p for layer in layers for p in layer.parameters()}
+    groups = [
+        {"params": [p for p in parameters if p not in free], "weight_decay": decay},
+        {"params": [p for p in parameters if p in free], "weight_decay": 0.0},
+    ]
+    return groups if free else groups[:1]

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from awp_optim._utils.checks import DTYPES
-from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, Attack, AutoAttack
+from awp_optim.attacks import APGD, CW, FGSM, NFGSM, PGD, SPSA, Attack, AutoAttack
 from awp_optim.attacks.base import Labels
 
 from .conftest import radius, seeded
@@ -24,9 +24,11 @@ from .conftest import radius, seeded
 ATTACKS = {
     "fgsm": (FGSM(), 1, 1),
     "fgsm-l2": (FGSM(eps=0.5, norm="l2"), 1, 1),
+    "nfgsm": (NFGSM(), 1, 1),
     "pgd": (PGD(steps=3), 3, 3),
     "pgd-l2": (PGD(eps=0.5, step_size=0.1, steps=3, norm="l2"), 3, 3),
     "pgd-kl": (PGD(steps=3, loss="kl"), 4, 3),
+    "pgd-score": (PGD(steps=2, loss="score", restarts=2), 1 + 4 + 2, 4),
     "pgd-restarts": (PGD(steps=2, restarts=3, loss="dlr"), 9, 6),
     "pgd-train": (PGD(steps=3, model_mode="train"), 3, 3),
     "cw": (CW(steps=3), 3, 3),
@@ -40,6 +42,11 @@ ATTACKS = {
 of_every_attack = pytest.mark.parametrize("name", ATTACKS)
 every_attack = pytest.mark.parametrize("attack", [a for a, *_ in ATTACKS.values()], ids=ATTACKS)
 PROBABLE = {k: a for k, (a, *_) in ATTACKS.items() if a.labels in (Labels.CLASSES, Labels.OPTIONAL)}
+
+
+def reach(attack):
+    """How far an attack may go: to the end of the ball, or of N-FGSM's noise and step."""
+    return attack.eps * (1 + attack.noise) + 1e-7 if isinstance(attack, NFGSM) else attack.eps
 
 
 def snapshot(model):
@@ -192,7 +199,7 @@ def test_a_model_that_blows_up_leaves_nothing_outside(attack, kind, batch):
 
     x_adv = attack(model, x, y)
     assert bool(((x_adv >= 0) & (x_adv <= 1)).all())
-    assert bool((radius(x, x_adv, attack.norm) <= attack.eps * (1 + 1e-6)).all())
+    assert bool((radius(x, x_adv, attack.norm) <= reach(attack) * (1 + 1e-6)).all())
     if isinstance(attack, (FGSM, SPSA)):
         assert torch.equal(x_adv, x)
 
@@ -234,7 +241,7 @@ def test_every_dtype_stays_in_the_ball_and_the_box(attack, dtype, clip, cnn, bat
     lo, hi = clip or (-torch.inf, torch.inf)
     assert bool(((x_adv >= lo) & (x_adv <= hi)).all())
     size = radius(x, x_adv, attack.norm)
-    assert bool((size <= attack.eps + 1e-15 * (1 + 192 * (attack.norm == "l1"))).all())
+    assert bool((size <= reach(attack) + 1e-15 * (1 + 192 * (attack.norm == "l1"))).all())
     assert bool(size.any())
 
 

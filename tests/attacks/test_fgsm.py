@@ -48,6 +48,7 @@ def test_of_a_linear_model_and_mixed_labels_it_is_known_in_closed_form(norm):
     torch.testing.assert_close(x_adv, (x + 0.1 * step).clamp(0, 1), rtol=0, atol=1e-14)
 
 
-def test_kl_is_refused():
-    with pytest.raises(ValueError, match="gradient of loss='kl' is zero; use PGD"):
-        FGSM(loss="kl")
+@pytest.mark.parametrize("loss", ["kl", "score"])
+def test_losses_with_a_minimum_at_the_clean_example_are_refused(loss):
+    with pytest.raises(ValueError, match=f"gradient of loss='{loss}' is zero; use PGD"):
+        FGSM(loss=loss)

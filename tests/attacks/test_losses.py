@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from awp_optim._utils.checks import DTYPES
-from awp_optim.attacks.losses import LOSSES, ce, cw, dlr, kl
+from awp_optim.attacks.losses import LOSSES, ce, compares_with_clean, cw, dlr, kl
 
 
 def log_softmax(z):
@@ -25,6 +25,10 @@ def ref_kl(z, clean):
     return (np.exp(p) * (p - q)).sum()
 
 
+def ref_score(z, clean):
+    return ((np.exp(log_softmax(z)) - np.exp(log_softmax(clean))) ** 2).sum()
+
+
 def ref_cw(z, y):
     return np.delete(z, y).max() - z[y]
 
@@ -35,12 +39,12 @@ def ref_dlr(z, y):
     return -(z[y] - rival) / (s[0] - s[2] + 1e-12)
 
 
-REFERENCES = {"ce": ref_ce, "kl": ref_kl, "cw": ref_cw, "dlr": ref_dlr}
+REFERENCES = {"ce": ref_ce, "kl": ref_kl, "score": ref_score, "cw": ref_cw, "dlr": ref_dlr}
 
 
 def data(name, n=40, classes=6, dtype=torch.float64, scale=5.0):
     z = torch.randn(n, classes, dtype=torch.float64).mul(scale).to(dtype)
-    if name == "kl":
+    if compares_with_clean(name):
         return z, torch.randn(n, classes, dtype=torch.float64).mul(scale).to(dtype)
     return z, torch.arange(n) % classes
 
@@ -63,7 +67,7 @@ def test_low_precision_logits_are_raised_to_float32(name, dtype):
     z, target = data(name, dtype=dtype)
     loss = LOSSES[name](z, target)
     assert loss.dtype == torch.float32
-    target = target.double() if name == "kl" else target
+    target = target.double() if compares_with_clean(name) else target
     torch.testing.assert_close(loss.double(), by_hand(name, z, target), rtol=1e-4, atol=1e-4)
 
 
@@ -72,8 +76,8 @@ def test_gradients_are_right(name):
     z, target = data(name, n=5) if name in LOSSES else (data("ce", n=5)[0], probabilities(n=5))
     loss = LOSSES.get(name, ce)
     assert gradcheck(lambda z: loss(z, target), z.requires_grad_())
-    if name == "kl":  # none flows into the clean logits
-        assert not kl(z.detach(), target.requires_grad_()).requires_grad
+    if compares_with_clean(name):  # none flows into the clean logits
+        assert not loss(z.detach(), target.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -102,9 +106,10 @@ def test_dlr_does_not_see_scale_or_shift_and_survives_equal_logits():
     assert bool(z.grad.isfinite().all())
 
 
-def test_kl_is_zero_and_flat_at_the_clean_logits():
+@pytest.mark.parametrize("name", ["kl", "score"])
+def test_is_zero_and_flat_at_the_clean_logits(name):
     z = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
-    loss = kl(z, z.detach().clone())
+    loss = LOSSES[name](z, z.detach().clone())
     torch.testing.assert_close(loss, torch.zeros_like(loss))
     loss.sum().backward()
     assert z.grad.abs().max() < 1e-15

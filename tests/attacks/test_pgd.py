@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from awp_optim._utils.checks import DTYPES
 from awp_optim.attacks import CW, PGD
-from awp_optim.attacks.losses import LOSSES
+from awp_optim.attacks.losses import LOSSES, compares_with_clean
 
 from .conftest import plain_pgd, radius, seeded
 
@@ -110,16 +110,16 @@ def random_start(x, norm, eps):
 
 @norms
 @pytest.mark.parametrize("is_random", [True, False])
-@pytest.mark.parametrize("loss", ["ce", "kl", "cw", "dlr", "mixed"])
+@pytest.mark.parametrize("loss", ["ce", "kl", "score", "cw", "dlr", "mixed"])
 def test_is_plain_pgd_from_the_same_start(norm, loss, is_random, cnn64, batch64):
     x, y = batch64
     eps = EPS[norm]
-    if loss == "kl" and not is_random:
+    if compares_with_clean(loss) and not is_random:
         pytest.skip("refused")
     function = mixed_loss if loss == "mixed" else LOSSES[loss]
     if loss == "mixed":
         loss, y = "ce", mixed_labels(len(x), 5)
-    target = cnn64(x).detach() if loss == "kl" else y
+    target = cnn64(x).detach() if compares_with_clean(loss) else y
     torch.manual_seed(7)
     start = random_start(x, norm, eps) if is_random else x
     expected = plain_pgd(cnn64, x, target, function, norm, eps, eps / 4, 7, start)
@@ -201,7 +201,7 @@ def test_kl_ignores_labels(cnn, batch):
 
 
 @norms
-@pytest.mark.parametrize("loss", ["ce", "kl", "cw", "dlr", "mixed"])
+@pytest.mark.parametrize("loss", ["ce", "kl", "score", "cw", "dlr", "mixed"])
 def test_restarts_keep_the_worst_of_each_example(norm, loss, cnn, batch):
     x, y = batch
     eps = EPS[norm] / (3 if loss == "mixed" else 1)
@@ -211,12 +211,12 @@ def test_restarts_keep_the_worst_of_each_example(norm, loss, cnn, batch):
     torch.manual_seed(9)
     tries = [once(cnn, x, y) for _ in range(6)]
     with torch.no_grad():
-        target = cnn(x) if loss == "kl" else y
+        target = cnn(x) if compares_with_clean(loss) else y
         logits = [cnn(t).double() for t in tries]
     values = torch.stack([LOSSES[loss](z, target) for z in logits])
     classes = y.argmax(1) if y.is_floating_point() else y
     fooled = torch.stack([z.argmax(1) != classes for z in logits])
-    best = (values + (0 if loss == "kl" else 1e6 * fooled)).argmax(0)
+    best = (values + (0 if compares_with_clean(loss) else 1e6 * fooled)).argmax(0)
     assert len(set(best.tolist())) > 1  # the test would be empty otherwise
     expected = torch.stack([tries[k][i] for i, k in enumerate(best.tolist())])
     torch.manual_seed(9)
@@ -299,7 +299,7 @@ def test_with_mixed_labels_it_reaches_the_worst_corner():
 
 
 @pytest.mark.parametrize("model_mode", ["eval", "train"])
-@pytest.mark.parametrize("loss", ["ce", "cw", "kl", "mixed"])
+@pytest.mark.parametrize("loss", ["ce", "cw", "kl", "score", "mixed"])
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_weight_gradients_are_those_at_the_input_before_the_last_step(
     cnn64, batch64, model_mode, loss, restarts
@@ -321,7 +321,7 @@ def test_weight_gradients_are_those_at_the_input_before_the_last_step(
     # With restarts, one more pass judges the last iterate.
     x_before = seen[-1] if restarts == 1 else seen[-2]
     twin.train(model_mode == "train")
-    target = twin(x).detach() if loss == "kl" else y
+    target = twin(x).detach() if compares_with_clean(loss) else y
     total = LOSSES[loss](twin(x_before), target).sum()
     truth = torch.autograd.grad(total, list(twin.parameters()))
     torch.testing.assert_close(gradients, truth, rtol=1e-9, atol=1e-12)
@@ -367,6 +367,7 @@ def test_a_gaussian_start_beside_the_input(norm):
         ({"norm": "l1"}, ValueError, "norm"),
         ({"step_size": None}, TypeError, "step_size"),  # PGD alone from here on
         ({"random_start": False, "loss": "kl"}, ValueError, "zero gradient"),
+        ({"random_start": False, "loss": "score"}, ValueError, "zero gradient"),
         ({"start_std": 0.0}, ValueError, "start_std"),
         ({"start_std": "small"}, TypeError, "start_std"),
         ({"start_std": 0.1, "random_start": False}, ValueError, "start_std"),

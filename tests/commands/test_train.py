@@ -73,26 +73,34 @@ def test_a_killed_run_resumes_to_the_same_end(awp, start, tmp_path):
     assert whole == killed
 
 
+def option(name, value):
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", value]
+
+
 def test_every_setting_is_an_option(awp, tmp_path):
     given = {
         "method": "mart", "beta": 3.0, "gamma": 0.02, "direction": "random", "awp_start": 1,
         "awp_norm": "l1", "ascent_steps": 2, "alternations": 2,
         "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
         "step_size": 0.25, "train_steps": 2, "test_steps": 3, "attack_mode": "train", "epochs": 1,
-        "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "weight_decay": 1e-3,
-        "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "label_smoothing": 0.1, "precision": "bfloat16",
+        "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "nesterov": True,
+        "weight_decay": 1e-3, "bn_decay": False, "bn_momentum": 0.01,
+        "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "ema_start": 1, "ema_warmup": True,
+        "label_smoothing": 0.1, "precision": "bfloat16",
         "schedule": "cosine", "augment": True, "cutout": 2, "mixup": 1.0, "unlabeled_share": 0.25,
-        "train_eval": 8, "eval_every": 2, "save_every": 1, "select_on": "val", "val_images": 8,
+        "train_eval": 8, "test_eval": 8, "eval_every": 2,
+        "save_every": 1, "select_on": "val", "val_images": 8,
         "patience": 3, "seed": 7,
     }  # fmt: skip
-    assert given.keys() == {f.name for f in fields(Config)} - {"ascent"}  # not with ascent_steps
+    # ascent does not go with ascent_steps, nor n-fgsm with l2
+    assert given.keys() == {f.name for f in fields(Config)} - {"ascent", "train_attack"}
     assert all(
         value != getattr(Config(), name) for name, value in given.items() if name != "augment"
     )
     words = [
-        word
-        for name, value in given.items()
-        for word in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [value]))
+        word for name, value in given.items() for word in option(name.replace("_", "-"), value)
     ]
     words[words.index("--eps") + 1] = "1/2"
     ended = awp("train", "--dataset", "digits", "--limit", 64, *words, "--out", "run")
@@ -133,8 +141,12 @@ def test_the_method_decides_the_defaults():
 
 
 def test_a_balanced_part_of_the_training_images(awp, tmp_path):
-    ended = awp(*[w for w in SMALL if w != "--limit"][:0], "train", "--help")
-    assert "--train-images" in ended.out
+    arguments = ("train", "--dataset", "digits", "--arch", "preact_resnet_small", "--epochs", 1)
+    arguments += ("--train-steps", 1, "--test-steps", 1, "--train-images", 30, "--out", "run")
+    assert awp(*arguments).status == 0
+    config = config_of(tmp_path / "run")
+    assert (config["train_images"], config["balanced"], config["test_images"]) == (30, True, 899)
+    assert "one of the two" in awp(*arguments, "--limit", 20).err
 
 
 def test_a_recipe_with_changes(awp, tmp_path):

@@ -7,11 +7,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from awp_optim.attacks import PGD
+from awp_optim.attacks import NFGSM, PGD
 from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.models import ACTIVATIONS
-from awp_optim.lab.schedules import SCHEDULES
-from awp_optim.objectives import AT, MART, TRADES
+from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
 
 @pytest.mark.parametrize(
@@ -25,15 +24,23 @@ from awp_optim.objectives import AT, MART, TRADES
         *((name, 1.0, r"in \[0, 1\)") for name in ("momentum", "ema", "label_smoothing")),
         ("attack_mode", "both", "must be one of"),
         ("mixup", -1.0, "finite and >= 0"),
+        ("alpha", -1.0, "finite and >= 0"),
+        ("ascent_below", math.nan, "finite and >= 0"),
         ("lr", math.nan, "finite and >= 0"),
         ("l2", math.inf, "finite and >= 0"),
         ("unlabeled_share", 1.0, r"in \(0, 1\)"),
+        *(("bn_momentum", value, r"in \(0, 1\]") for value in (0.0, 1.1)),
         ("seed", 10**20, "2"),
     ],
 )
 def test_bad_settings_are_named(name, value, match):
     with pytest.raises(ValueError, match=f"{name} must be .*{match}|{name} {match}"):
         Config(**{name: value})
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(ValueError, match="nesterov needs a momentum"):
+        Config(nesterov=True, momentum=0.0)
 
 
 def test_mixup_needs_pairs():
@@ -49,13 +56,27 @@ def test_each_method_has_its_published_attack_and_objective():
         "mart": MART(lam=3.0, label_smoothing=0.1),
         "rst": TRADES(beta=3.0, label_smoothing=0.1),
         "pretrain": AT(label_smoothing=0.1),
+        "gkl": GKL(alpha=4.0, beta=3.0, label_smoothing=0.1),
+        "score": SCORE(beta=3.0, label_smoothing=0.1),
     }
     attacks = {m: c.training_attack for m, c in of.items()}
     assert attacks["at"] == attacks["pretrain"] == PGD(model_mode="train")
     assert attacks["trades"] == attacks["rst"] == PGD(loss="kl", start_std=0.001)
+    assert attacks["gkl"] == attacks["trades"]
+    assert attacks["score"] == PGD(loss="score")
     assert attacks["mart"] == PGD(start_std=0.001)
     assert {c.test_attack for c in of.values()} == {PGD(steps=20)}
     assert Config(attack_mode="eval").training_attack == PGD()
+
+
+def test_single_step_training():
+    config = Config(train_attack="n-fgsm", eps=0.1, step_size=0.3)
+    assert config.training_attack == NFGSM(0.1, model_mode="train")
+    assert config.test_attack == PGD(0.1, 0.3, 20)
+    trades = replace(config, method="trades")
+    assert trades.training_attack == NFGSM(0.1, loss="kl")
+    with pytest.raises(ValueError, match="n-fgsm is for norm linf"):
+        Config(train_attack="n-fgsm", norm="l2")
 
 
 def test_every_activation_can_be_chosen():
@@ -79,16 +100,3 @@ def test_it_is_read_from_a_command_line():
     expected = Config(gamma=0.02, attack_mode="eval", augment=False, schedule="cosine", seed=5)
     assert tyro.cli(Config, args=args, default=Config(seed=5)) == expected
     assert tyro.cli(Config, args=[], default=replace(expected)) == expected
-
-
-def test_schedules_are_the_papers():
-    rate = {name: [0.1 * f(t / 200) for t in range(200)] for name, f in SCHEDULES.items()}
-    assert rate["piecewise"][99] == 0.1
-    assert rate["piecewise"][100] == pytest.approx(0.01)
-    assert rate["piecewise"][149:151] == pytest.approx([0.01, 0.001])
-    for t in (0, 50, 120, 199):
-        assert rate["cosine"][t] == pytest.approx(0.05 * (math.cos(math.pi * t / 200) + 1))
-    assert rate["cyclic"][0] == 0
-    assert max(rate["cyclic"]) == rate["cyclic"][80] == pytest.approx(0.1)
-    assert [rate["cyclic"][t] for t in (40, 140)] == pytest.approx([0.05, 0.05])
-    assert set(rate["constant"]) == {0.1}

@@ -83,19 +83,21 @@ def test_the_average_is_measured_and_saved(config, data, tmp_path, monkeypatch):
     assert read_metrics(tmp_path)[0].keys() == rows[0].keys()
 
 
-def test_early_stopping_waits_for_a_new_best(config, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_early_stopping_waits_for_a_new_best(config, data, tmp_path, monkeypatch, ema):
     accuracies = iter([0.1, 0.3, 0.2, 0.3, 0.4, 0.4, 0.1, 0.2, 0.9])
 
     def measured(*args, **kwargs):
         row = measure(*args, **kwargs)
-        if args[4] == "test_":
-            row["test_robust_acc"] = next(accuracies)
+        if args[4] == ("ema_test_" if ema else "test_"):
+            row[args[4] + "robust_acc"] = next(accuracies)
         return row
 
     monkeypatch.setattr(evaluator, "measure", measured)
-    config = replace(config, epochs=9, patience=3)
+    config = replace(config, epochs=9, patience=3, ema=ema)
     _, rows = fit(config, data, tmp_path)
     assert len(rows) == 8  # the best was the fifth, and three more have brought none
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["row"]["epoch"] == 4
     _, again = fit(config, data, tmp_path, resume=True)
     assert len(again) == 8
 

@@ -18,7 +18,7 @@ import torch
 from awp_optim.lab import tensorboard, trainer
 from awp_optim.lab.lock import FolderLock
 from awp_optim.lab.models import build_model
-from awp_optim.lab.run_folder import best, read_metrics
+from awp_optim.lab.run_folder import best, read_metrics, reported
 from awp_optim.lab.trainer import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,6 +77,22 @@ def test_best_prefers_held_out_images():
     ]
     assert best(rows)["epoch"] == 2
     assert best([{"epoch": 0, "test_robust_acc": 0.9}])["epoch"] == 0
+
+
+def test_best_prefers_the_averaged_weights():
+    rows = [
+        {"epoch": 0, "test_robust_acc": 0.9, "ema_test_robust_acc": 0.1},
+        {"epoch": 1},
+        {"epoch": 2, "test_robust_acc": 0.1, "ema_test_robust_acc": 0.5},
+        {"epoch": 3, "test_robust_acc": 0.8, "ema_test_robust_acc": 0.4},
+    ]
+    assert best(rows) is rows[2]
+    for row, held_out in zip(rows, (0.2, None, 0.1, 0.3)):
+        if held_out is not None:
+            row |= {"val_robust_acc": 1 - held_out, "ema_val_robust_acc": held_out}
+    assert best(rows) is rows[3]
+    seen = reported({"epoch": 3, "lr": 0.1, "test_robust_acc": 0.8, "ema_test_robust_acc": 0.4})
+    assert (seen["test_robust_acc"], seen["lr"]) == (0.4, 0.1)
 
 
 # -------------------------------------------------------------------------------- what is refused
@@ -209,7 +225,7 @@ def without(*path):
 )
 def test_a_damaged_or_foreign_checkpoint_is_a_clear_error(config, data, tmp_path, damage):
     config = replace(config, ema=0.5)
-    asked = iter([False] * 7 + [True])
+    asked = iter([False] * 8 + [True])
     fit(config, data, tmp_path, stop=lambda: next(asked))  # in the middle of the second epoch
     complete = (tmp_path / "last.pt").read_bytes()
     damage(tmp_path / "last.pt")

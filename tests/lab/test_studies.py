@@ -36,6 +36,11 @@ def changes(config, base=BASE):
         ({"train_steps": 1}, 5),
         ({"method": "trades", "gamma": 0.01}, 33),
         ({"method": "mart"}, 26),
+        ({"method": "gkl", "gamma": 0.01}, 33),
+        ({"method": "score", "gamma": 0.01, "ascent_below": 1.7}, 33),
+        ({"train_attack": "n-fgsm"}, 5),
+        ({"train_attack": "n-fgsm", "gamma": 0.01}, 8),
+        ({"train_attack": "n-fgsm", "method": "trades"}, 9),
     ],
 )
 def test_passes(settings, cost):
@@ -55,7 +60,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["at", "trades", "mart"])
+@pytest.mark.parametrize("method", ["at", "trades", "mart", "gkl", "score"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -63,6 +68,7 @@ class Counting(TorchDispatchMode):
         {"gamma": 0.01},
         {"gamma": 0.01, "direction": "random"},
         {"gamma": 0.01, "ascent_steps": 2, "alternations": 3},
+        {"gamma": 0.01, "train_attack": "n-fgsm"},
     ],
 )
 def test_passes_are_those_that_a_step_makes(method, settings):

@@ -96,7 +96,7 @@ def test_every_method_lowers_its_loss(method, gamma):
     assert rows[-1]["step_robust_loss"] < 0.97 * rows[0]["step_robust_loss"]
 
 
-@pytest.mark.parametrize("method", ["at", "trades", "mart"])
+@pytest.mark.parametrize("method", ["at", "trades", "mart", "gkl", "score"])
 @pytest.mark.parametrize("gamma", [0.0, 0.01])
 def test_every_method_trains_with_mixup(config, data, method, gamma):
     config = replace(config, method=method, gamma=gamma, mixup=1.4, label_smoothing=0.1)
@@ -166,17 +166,65 @@ def test_weight_regularization_is_on_weights_alone(config, data, monkeypatch, ki
         torch.testing.assert_close(q - p, -0.01 * gradient, rtol=1e-3, atol=1e-7)
 
 
-def test_the_average_follows_every_step(config, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "undecayed"),
+    [
+        ({}, ()),
+        ({"nesterov": True}, ()),
+        ({"nesterov": True, "bn_decay": False}, ("bn",)),
+        ({"bn_decay": False, "l2": 0.2, "weight_decay": 0.5}, ("bn", "bias")),
+    ],
+)
+def test_an_update_is_sgds_formula(config, data, monkeypatch, settings, undecayed):
+    """Sutskever et al. (2013), with the gradients at w + v, in float64."""
+    momentum, seen = {}, set()
+
+    def checked(self, x, y):
+        before = {n: p.detach().double().clone() for n, p in self.model.named_parameters()}
+        out = STEP(self, x, y)
+        for name, p in self.model.named_parameters():
+            layer = "bn" if ".bn" in f".{name}" or "shortcut.1" in name else ""
+            free = layer in undecayed or ("bias" in undecayed and "bias" in name)
+            seen.add((name, free))
+            w = before[name]
+            gradient = p.grad.double() + (0.0 if free else 0.2) * w
+            momentum[name] = b = 0.9 * momentum.get(name, 0.0) + gradient
+            step = gradient + 0.9 * b if settings.get("nesterov") else b
+            torch.testing.assert_close(p.double(), w - 0.05 * step, rtol=1e-5, atol=1e-6)
+        return out
+
+    monkeypatch.setattr(trainer.AdversarialStep, "__call__", checked)
+    config = replace(
+        config, epochs=1, lr=0.05, schedule="constant", **{"weight_decay": 0.2, **settings}
+    )
+    fit(config, data)
+    assert ("conv1.weight", False) in seen
+    assert ("linear.bias", "bias" in undecayed) in seen
+
+
+@pytest.mark.parametrize("bn_momentum", [None, 0.01, 1.0])
+def test_batch_norm_has_its_momentum(config, data, bn_momentum):
+    model, _ = fit(replace(config, epochs=1, bn_momentum=bn_momentum, eval_every=9), data)
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {layer.momentum for layer in layers} == {bn_momentum or 0.1}
+
+
+@pytest.mark.parametrize(("start", "warmup"), [(0, False), (1, False), (2, True)])
+def test_the_average_follows_every_step(config, data, tmp_path, monkeypatch, start, warmup):
     averaged = {}
+    steps = iter(range(9))
 
     def following(self, x, y):
         out = STEP(self, x, y)
+        k = next(steps) - 3 * start  # three steps in an epoch
+        decay = 0.0 if k < 0 else (1 + k) / (10 + k) if warmup else 0.5
         for name, value in self.model.state_dict().items():
-            averaged[name] = 0.5 * averaged.get(name, value) + 0.5 * value.detach().double()
+            value = value.detach().double()
+            averaged[name] = decay * averaged.get(name, value) + (1 - decay) * value
         return out
 
     monkeypatch.setattr(trainer.AdversarialStep, "__call__", following)
-    fit(replace(config, ema=0.5), data, tmp_path)
+    fit(replace(config, ema=0.5, ema_start=start, ema_warmup=warmup), data, tmp_path)
     last = torch.load(tmp_path / "last.pt", weights_only=True)["ema"]
     for name, value in averaged.items():
         if value.is_floating_point() and "num_batches" not in name:

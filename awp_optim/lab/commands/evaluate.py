@@ -106,7 +106,7 @@ class Options(ClassifierOptions):
     robustbench: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="NAME")] = None
     """A model of RobustBench."""
     ema: Flag = False
-    """Evaluate the checkpoint's averaged weights."""
+    """Evaluate the checkpoint's averaged weights, by which best.pt is picked, not the model's."""
     mean: tuple[float, ...] | None = None
     """Mean to normalize with, a number for each channel, if the model does not normalize."""
     std: tuple[float, ...] | None = None

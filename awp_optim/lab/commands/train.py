@@ -37,7 +37,7 @@ from awp_optim.lab.progress import StepBar, step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.reports.plots import learning_curves
-from awp_optim.lab.run_folder import Row, best, refuse_run
+from awp_optim.lab.run_folder import Row, best, refuse_run, reported
 from awp_optim.lab.self_training import pseudo_label_rest
 from awp_optim.lab.trainer import fit, is_over
 from awp_optim.lab.weights import load_weights
@@ -71,8 +71,8 @@ class Options:
     """A named run, such as one of the paper; awp recipes lists them."""
     threat: Threat | None = None
     """Norm, eps and step size of the paper's threat model."""
-    unlabeled: Path | None = None
-    """Images with pseudo-labels, an .npz file."""
+    unlabeled: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=("--extra-data",))] = ()
+    """More images, with labels of a classifier or a generator: .npz files, read as needed."""
     train_images: Positive | None = None
     """Train on this many images, as many of each class and always the same ones."""
     labeled: Positive | None = None
@@ -93,7 +93,7 @@ class Options:
         PGD(
             config.eps, config.step_size, norm=config.norm
         )  # checks the threat before images are loaded
-        if self.unlabeled is not None and self.labeled is not None:
+        if self.unlabeled and self.labeled is not None:
             raise ValueError("--unlabeled and --labeled: give one of the two")
         if self.train_images is not None and self.data.limit is not None:
             raise ValueError("--train-images and --limit: give one of the two")
@@ -150,7 +150,9 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
         ranks.first(lambda: refuse_run(options.out))
     device = ranks.device(options.device)
     init = None if options.init is None else load_weights(options.init)
-    unlabeled = None if options.unlabeled is None else load_pseudo_labeled(options.unlabeled)
+    unlabeled = None
+    if options.unlabeled:  # in turns, since a compressed file is unpacked
+        unlabeled = ranks.in_turns(lambda: load_pseudo_labeled(*options.unlabeled))
     data = ranks.in_turns(options.load_data).to(device)
     config = _fit_to_data(options, given, data)
     console = terminal()
@@ -237,7 +239,8 @@ class _Run:
             f"robust {row['step_robust_acc']:.1%}"
         )
         if "test_robust_acc" in row:
-            natural, robust = row["test_natural_acc"], row["test_robust_acc"]
+            tested = reported(row)
+            natural, robust = tested["test_natural_acc"], tested["test_robust_acc"]
             text += f"  test: natural {natural:.1%}, robust {robust:.1%}"
         self.console.out(text)
 
@@ -262,7 +265,7 @@ def _summarize(
     if config.gamma:
         label += f"-{'RWP' if config.direction == 'random' else 'AWP'}, gamma {config.gamma:g}"
     learning_curves({label: [rows]}, options.out / "curves.png", f"{dataset}, {config.arch}")
-    top, last = best(rows), evaluated[-1]
+    top, last = reported(best(rows)), reported(evaluated[-1])
     console.out(
         f"Robust test accuracy (PGD-{config.test_steps}): best {top['test_robust_acc']:.2%} after "
         f"epoch {top['epoch'] + 1:.0f}, last {last['test_robust_acc']:.2%}; natural "

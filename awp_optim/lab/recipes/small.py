@@ -37,8 +37,23 @@ _CIFAR10_SMALL = Config(
     train_eval=500,
     test_eval=1000,
     eval_every=10,
+    save_every=20,
+)
+_FAST = Config(
+    train_attack="n-fgsm",
+    arch="preact_resnet10_32",
+    precision="bfloat16",
+    epochs=12,
+    lr=0.2,
+    schedule="one-cycle",
+    ema=0.995,
+    ema_warmup=True,
+    test_eval=1000,
+    eval_every=2,
 )
 SMALL: dict[str, Recipe] = {
+    "fast-at/cifar10-cpu": Recipe(_FAST, "cifar10", "docs/results.md"),
+    "fast-awp/cifar10-cpu": Recipe(replace(_FAST, gamma=5e-3), "cifar10", "docs/results.md"),
     "at/cifar10-small": Recipe(
         _CIFAR10_SMALL, "cifar10", "docs/results.md", train_images=_TRAIN_IMAGES
     ),

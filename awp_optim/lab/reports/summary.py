@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from awp_optim.lab.run_folder import Row, best
+from awp_optim.lab.run_folder import Row, best, reported
 
 __all__ = [
     "Cells",
@@ -33,9 +33,10 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
     Returns:
         Natural and robust test accuracy at the best epoch (see
         :func:`~awp_optim.lab.run_folder.best`) and at the last; robust accuracy on training images
-        at the last epoch, and the gap between training and test images there.
+        at the last epoch, and the gap between training and test images there. All of them are those
+        of the averaged weights, if the run has some.
     """
-    last, top = rows[-1], best(list(rows))
+    last, top = reported(rows[-1]), reported(best(list(rows)))
     return {
         "natural, best": 100 * top["test_natural_acc"],
         "natural, last": 100 * last["test_natural_acc"],

@@ -37,6 +37,16 @@ def test_summary():
     )
 
 
+def test_the_summary_of_averaged_weights_is_theirs_alone():
+    of_the_model = rows([0.8, 0.9, 0.95], [0.5, 0.3, 0.4], 0.9)
+    of_the_average = rows([0.8, 0.9, 0.95], [0.5, 0.6, 0.4], 0.75)
+    both = [
+        {**row, **{f"ema_{k}": v for k, v in other.items() if "_" in k}}
+        for row, other in zip(of_the_model, of_the_average, strict=True)
+    ]
+    assert summary(both) == summary(of_the_average) != summary(of_the_model)
+
+
 def test_spread():
     assert spread([70.0]) == "70.0"
     assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"  # of a sample: n - 1

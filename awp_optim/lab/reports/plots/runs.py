@@ -25,6 +25,7 @@ from awp_optim.lab.reports.plots.style import (
     with_colors,
 )
 from awp_optim.lab.reports.summary import Runs, values_of
+from awp_optim.lab.run_folder import reported
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,7 +118,7 @@ def perturbation_sizes(sizes: Sizes, path: Path | str, title: str = "") -> None:
 
 def robust_curves(seeds: Runs) -> tuple[list[float], Array, Array]:
     """The epochs evaluated; robust accuracies in % on training and test images, (runs, epochs)."""
-    evaluated = [[row for row in rows if "test_robust_acc" in row] for rows in seeds]
+    evaluated = [[reported(row) for row in rows if "test_robust_acc" in row] for rows in seeds]
 
     def percent(name: str) -> Array:
         return 100 * np.array([[row.get(name, np.nan) for row in rows] for rows in evaluated])
