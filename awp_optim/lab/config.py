@@ -216,7 +216,11 @@ class Config:
 
     @property
     def training_mode(self) -> Literal["eval", "train"]:
-        """The mode of the model in the training attack; by default the published scripts'."""
+        """The mode of the model in the training attack; by default the published scripts'.
+
+        SCORE's script normalizes by the batch without updating BatchNorm's statistics, which is not
+        to be had here: by default its attack runs in eval mode.
+        """
         return self.attack_mode or ("train" if isinstance(self.objective, AT) else "eval")
 
     @property
