@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_last
+from awp_optim.lab.class_means import ClassMeans
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
@@ -31,6 +33,7 @@ from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.training_set import TrainingSet, describe_inputs
 from awp_optim.lab.weights import initialize
+from awp_optim.objectives import GKL, Objective
 
 __all__ = ["check", "fit", "is_over"]
 
@@ -151,13 +154,14 @@ def _train_steps(
 ) -> bool:
     """Train the remaining steps of an epoch; False if it was asked to stop before the last."""
     steps = run.training_set.steps
-    while epoch.step < steps:
-        run.step(epoch)
-        on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
-        if epoch.step % CHECK_EVERY == 0:
-            run.check_finite(epoch)
-        if epoch.step < steps and stop():
-            break
+    with closing(run.training_set.batches(epoch.order, epoch.step)) as batches:
+        while epoch.step < steps:
+            run.step(epoch, batches)
+            on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
+            if epoch.step % CHECK_EVERY == 0:
+                run.check_finite(epoch)
+            if epoch.step < steps and stop():
+                break
     run.check_finite(epoch)
     return epoch.step == steps
 
@@ -166,7 +170,7 @@ def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
     """Save a finished epoch, ``last.pt`` after all files that a resumed run would not write."""
     rows = state.rows
     if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
-        folder.save("best.pt", state.weights())
+        folder.save_best(state.weights())
     if config.save_every and len(rows) % config.save_every == 0:
         folder.save(f"epoch_{len(rows):04d}.pt", state.weights())
     folder.log(rows[-1])
@@ -237,7 +241,7 @@ class _Run:
         self.device = data.x_train.device
 
         torch.manual_seed(config.seed)
-        self.training_set = TrainingSet(config, data, unlabeled)
+        self.training_set = TrainingSet(config, data, unlabeled, ranks)
         ranks.check_batch(config.batch_size, "a batch")
         ranks.check_batch(self.training_set.last_batch, "the last batch of an epoch")
 
@@ -256,6 +260,7 @@ class _Run:
             self.training_set.generators,
             self.device,
             self._average(),
+            ClassMeans(data.num_classes, self.device) if config.method == "gkl" else None,
             rows=[],
         )
         self.adversarial_step = self._adversarial_step(epoch=0)
@@ -274,11 +279,18 @@ class _Run:
             self._shared_model,
             self.state.optimizer,
             ranks.shared_attack(config.training_attack_in(epoch)),
-            ranks.shared_objective(config.objective),
+            ranks.shared_objective(self._objective()),
             alternations=config.alternations,
             ascent=config.ascent,
+            ascent_below=config.ascent_below or None,
             autocast=PRECISIONS[config.precision],
         )
+
+    def _objective(self) -> Objective:
+        objective, means = self.config.objective, self.state.class_means
+        if isinstance(objective, GKL) and means:
+            return replace(objective, class_probs=means.means)
+        return objective
 
     def begin_epoch(self) -> EpochProgress:
         """Draw an epoch's order, or continue an epoch that was interrupted."""
@@ -294,16 +306,19 @@ class _Run:
         self.model.train()
         return state.epoch
 
-    def step(self, epoch: EpochProgress) -> None:
-        """Train on one batch: attack the inputs, ascend and descend in the weights."""
+    def step(self, epoch: EpochProgress, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Train on the next batch: attack the inputs, ascend and descend in the weights."""
         start = time.perf_counter()
         ranks, state = self.ranks, self.state
-        x, y, labels = ranks.shard(*self.training_set.batch(epoch.order, epoch.step))
+        x, y, labels = ranks.shard(*next(batches))
         result = self.adversarial_step(x, y)
         state.scheduler.step()
         if state.average:
             state.average.update_parameters(self.model)
         loss_sum = result.loss * (ranks.batch / ranks.world)
+        if state.class_means and result.logits_nat is not None:
+            sums = state.class_means.sums_of(result.logits_nat, y)
+            state.class_means.sums += ranks.sum(sums)
         correct = (result.logits.argmax(1) == labels).sum()
         epoch.add_step(*ranks.sum(torch.stack([loss_sum, correct.to(loss_sum.dtype)])))
         epoch.seconds += time.perf_counter() - start
@@ -350,6 +365,8 @@ class _Run:
             if metrics is None:
                 return None
             row |= metrics
+        if state.class_means:
+            state.class_means.end_epoch()
         state.rows.append(row)
         state.epoch = None
         return row

@@ -99,7 +99,7 @@ def test_every_method_lowers_its_loss(method, gamma):
     assert rows[-1]["step_robust_loss"] < 0.97 * rows[0]["step_robust_loss"]
 
 
-@pytest.mark.parametrize("method", ["at", "trades", "mart"])
+@pytest.mark.parametrize("method", ["at", "trades", "mart", "gkl", "score"])
 @pytest.mark.parametrize("gamma", [0.0, 0.01])
 def test_every_method_trains_with_mixup(config, data, method, gamma):
     config = replace(config, method=method, gamma=gamma, mixup=1.4, label_smoothing=0.1)
