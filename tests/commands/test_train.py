@@ -81,7 +81,8 @@ def option(name, value):
 
 def test_every_setting_is_an_option(awp, tmp_path):
     given = {
-        "method": "mart", "beta": 3.0, "gamma": 0.02, "direction": "random", "awp_start": 1,
+        "method": "mart", "beta": 3.0, "alpha": 5.0, "ascent_below": 1.5, "gamma": 0.02,
+        "direction": "random", "awp_start": 1,
         "awp_norm": "l1", "ascent_steps": 2, "alternations": 2,
         "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
         "step_size": 0.25, "eps_schedule": "linear", "train_steps": 2, "test_steps": 3,
