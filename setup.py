@@ -18,6 +18,7 @@ LAB = [
     "matplotlib",
     "jinja2",
     "rich",
+    "safetensors",
     "tyro>=0.9",
 ]
 EVAL = ["numpy", "pyautoattack"]
@@ -74,7 +75,14 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["awp_optim", "awp_optim.*"]),
-    package_data={"awp_optim": ["py.typed", "lab/reports/*/*.html", "lab/reports/*/*.mplstyle"]},
+    package_data={
+        "awp_optim": [
+            "py.typed",
+            "lab/reports/*/*.html",
+            "lab/reports/*/*.mplstyle",
+            "lab/networks/*",
+        ]
+    },
     install_requires=["torch>=2.6"],
     entry_points={"console_scripts": ["awp = awp_optim.cli:main"]},
     extras_require={

@@ -63,11 +63,24 @@ class TrainingRanks(Ranks):
         A rank whose share is empty gets the first row, so that its attack draws what the others'
         draw, but ``own`` is 0 then.
         """
-        self.batch = n = len(batch[0])
-        start, stop = (n * r // self.world for r in (self.rank, self.rank + 1))
-        self.own = stop - start
-        self._rows = slice(start, stop) if self.own else slice(0, 1)
+        self.batch = len(batch[0])
+        share = self.share(self.batch)
+        self.own = share.stop - share.start
+        self._rows = share if self.own else slice(0, 1)
         return tuple(t[self._rows] for t in batch)
+
+    def share(self, n: int) -> slice:
+        """This rank's consecutive rows of n; it may have none."""
+        return slice(*(n * r // self.world for r in (self.rank, self.rank + 1)))
+
+    def assemble(self, rows: Tensor, n: int) -> Tensor:
+        """All n rows, of which every rank gives its :meth:`share`."""
+        if self.world == 1:
+            return rows
+        t = rows.new_zeros(n, *rows.shape[1:])
+        t[self.share(n)] = rows
+        dist.all_reduce(t)
+        return t
 
     def rows(self, t: Tensor) -> Tensor:
         """This rank's rows of a tensor that has one for each image of the last batch."""

@@ -15,9 +15,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from awp_optim.lab.models import Normalize, build_model
-from awp_optim.lab.weights import initialize, load_checkpoint, state_dict_of
+from awp_optim.lab.weights import initialize, load_checkpoint, sizes_of, state_dict_of
 
-__all__ = ["from_checkpoint", "from_function", "from_robustbench", "normalized", "settings_of"]
+__all__ = [
+    "from_checkpoint",
+    "from_function",
+    "from_robustbench",
+    "load_model",
+    "normalized",
+    "settings_of",
+]
+
+
+def load_model(path_or_name: str | os.PathLike[str], *, ema: bool = False) -> nn.Module:
+    """A trained network, ready to use: in eval mode, from images in [0, 1] to logits.
+
+    Its normalization is inside.
+
+    Args:
+        path_or_name: A ``.safetensors`` file or a checkpoint of this package (``best.safetensors``,
+            ``best.pt``, ``last.pt``); or the name of a network that ships with the package, one of
+            :data:`awp_optim.lab.shipped.DIGESTS`.
+        ema: Take the averaged weights of a checkpoint (a ``.safetensors`` file holds those, if its
+            run had any).
+
+    Raises:
+        OSError: There is no such file (the message lists the names), or it cannot be opened.
+        ValueError: The file cannot be read, or does not name its network.
+    """
+    return from_checkpoint(path_or_name, ema=ema)
 
 
 def settings_of(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -38,7 +64,7 @@ def from_checkpoint(
     *,
     arch: str | None = None,
     num_classes: int | None = None,
-    in_channels: int = 3,
+    in_channels: int | None = None,
     ema: bool = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -48,15 +74,15 @@ def from_checkpoint(
     Arguments that are not given come from the settings and the tensors in the file.
 
     Args:
-        file: A checkpoint of this package or a state dict, as in
+        file: A checkpoint of this package, a state dict, or a name, as in
             :func:`~awp_optim.lab.weights.load_weights`.
         arch: A name for :func:`~awp_optim.lab.models.build_model`, or one from papers, such as
             WideResNet-34-10, WRN-28-10 or PreActResNet-18.
         num_classes: Number of logits; the size of the head unless given.
-        in_channels: Channels of the images.
+        in_channels: Channels of the images; those of the first convolution unless given.
         ema: Take the averaged weights.
         mean: Mean of each channel for images in [0, 1], for weights without a normalization. None
-            means no normalization.
+            means no normalization; in DeepMind's layout, CIFAR's.
         std: Standard deviation of each channel, likewise.
 
     Raises:
@@ -71,19 +97,22 @@ def from_checkpoint(
         raise ValueError(f"{file} does not name its network: give --arch")
     arch = _our_name(arch)
     weights = state_dict_of(content, file, ema=ema)
-    settings: dict[str, Any] = {}
-    if "activation" in config:
-        settings["activation"] = config["activation"]
-    settings |= _statistics(file, weights, mean, std)
-    classes = _classes(file, weights) if num_classes is None else num_classes
-    model = build_model(arch, num_classes=classes, in_channels=in_channels, **settings)
+    if arch.startswith("wide_resnet") and "init_conv.weight" in weights:
+        arch = f"dm_{arch}"  # papers give the two layouts one name
+    settings = _given(config, "activation") | _statistics(file, weights, mean, std)
+    sizes = {"in_channels": 3, **sizes_of(weights), **_given(config, "in_channels", "num_classes")}
+    given = {"in_channels": in_channels, "num_classes": num_classes}
+    sizes |= {name: size for name, size in given.items() if size is not None}
+    if "num_classes" not in sizes:
+        raise ValueError(f"{file} does not show the number of classes: give --num-classes")
+    model = build_model(arch, **sizes, **settings)
     try:
         fresh = initialize(model, weights)
     except ValueError as error:
         raise ValueError(f"{file}, as {arch}: {error}") from error
     if fresh:
         raise ValueError(
-            f"{file} has a head for {len(weights[fresh[0]])} classes, not {classes}: "
+            f"{file} has a head for {len(weights[fresh[0]])} classes, not {num_classes}: "
             "leave out --num-classes"
         )
     return model.eval()
@@ -113,9 +142,9 @@ def _statistics(
     """The mean and std for the network: those in the file or those given."""
     _check_both(mean, std)
     own = {
-        name: weights[f"normalize.{name}"].flatten().tolist()
-        for name in ("mean", "std")
-        if f"normalize.{name}" in weights
+        key.removeprefix("normalize."): weights[key].flatten().tolist()
+        for key in ("normalize.mean", "normalize.std", "mean", "std")
+        if key in weights
     }
     if mean is None:
         return own
@@ -132,11 +161,8 @@ def _check_both(mean: Sequence[float] | None, std: Sequence[float] | None) -> No
         raise ValueError("--mean and --std: give both or none")
 
 
-def _classes(file: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> int:
-    matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
-    if not matrices:
-        raise ValueError(f"{file} does not show the number of classes: give --num-classes")
-    return len(matrices[-1])
+def _given(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: config[name] for name in names if name in config}
 
 
 def from_function(name: str) -> nn.Module:

@@ -8,14 +8,15 @@ images that have no labels; these are then trained on beside the labeled ones.
     labeled = load_pseudo_labeled("ti_500K.npz")
 
 The file holds the 500,000 images of TinyImages that they published for CIFAR-10, converted once by
-:mod:`awp_optim.lab.tinyimages`.
+:mod:`awp_optim.lab.tinyimages`. Generated images come in the same kind of file, in one or several
+parts. Images stay in their files until a batch needs them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,9 @@ from awp_optim._utils.batches import device_of
 from awp_optim._utils.io import atomic_write
 from awp_optim.attacks.base import Model, in_mode
 from awp_optim.lab.data import ImageData
-from awp_optim.lab.data.arrays import ArrayFile
+from awp_optim.lab.data.arrays import ArrayFile, StoredArray
 from awp_optim.lab.data.images import check_images, check_labels
+from awp_optim.lab.data.stored import StoredImages
 
 __all__ = [
     "PseudoLabeled",
@@ -42,17 +44,17 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class PseudoLabeled:
-    """Images with labels that a classifier gave them.
+    """Images with labels that a classifier, or the generator of the images, gave them.
 
     Attributes:
-        x: Images, uint8 in [0, 255], shape (N, C, H, W).
+        x: Images, uint8 in [0, 255], shape (N, C, H, W), in memory or in files.
         y: Labels, int64 from 0, shape (N,).
 
     Raises:
         ValueError: The dtype or shape of a tensor, or a label, is not as above.
     """
 
-    x: Tensor
+    x: Tensor | StoredImages
     y: Tensor
 
     def __post_init__(self) -> None:
@@ -61,6 +63,37 @@ class PseudoLabeled:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def cpu(self) -> PseudoLabeled:
+        """The same images, in the memory of the host if they were on a GPU."""
+        x = self.x.cpu() if isinstance(self.x, Tensor) else self.x
+        return replace(self, x=x, y=self.y.cpu())
+
+    def empty(self, n: int, *, pin_memory: bool = False) -> Tensor:
+        """Memory for n images, to :meth:`read` into."""
+        memory_format = getattr(self.x, "memory_format", torch.contiguous_format)
+        return torch.empty(
+            (n, *self.x.shape[1:]),
+            dtype=torch.uint8,
+            memory_format=memory_format,
+            pin_memory=pin_memory,
+        )
+
+    def read(self, index: Tensor, out: Tensor) -> Tensor:
+        """Copy images on the CPU into a tensor, and return it; a thread may call this at any time.
+
+        Args:
+            index: Which images, int64 of shape (n,).
+            out: What :meth:`empty` returned.
+
+        Raises:
+            OSError: A file cannot be read, or is shorter than when it was opened.
+        """
+        if isinstance(self.x, StoredImages):
+            return self.x.read(index, out)
+        # numpy, since torch would start more threads.
+        np.take(self.x.numpy(), index.numpy(), axis=0, out=out.numpy(), mode="clip")
+        return out
 
     def check_fits(self, data: ImageData) -> None:
         """Check that one can train on these images beside ``data``.
@@ -71,20 +104,25 @@ class PseudoLabeled:
         shape, expected = tuple(self.x.shape[1:]), tuple(data.x_train.shape[1:])
         if shape != expected:
             raise ValueError(
-                f"the images with pseudo-labels have shape {shape} (channels, height, width), "
-                f"those of {data.name} have {expected}"
+                f"the images with pseudo-labels{self._source(0)} have shape {shape} (channels, "
+                f"height, width), those of {data.name} have {expected}"
             )
         if len(self) and int(self.y.max()) >= data.num_classes:
             raise ValueError(
-                f"the pseudo-labels go up to {int(self.y.max())}, but {data.name} has "
-                f"{data.num_classes} classes, numbered from 0"
+                f"the pseudo-labels{self._source(int(self.y.argmax()))} go up to "
+                f"{int(self.y.max())}, but {data.name} has {data.num_classes} classes, numbered "
+                "from 0"
             )
+
+    def _source(self, index: int) -> str:
+        """Where an image comes from, for a message."""
+        return f" in {self.x.file_of(index)}" if isinstance(self.x, StoredImages) else ""
 
 
 # --- From a classifier --------------------------------------------------------------------------
 
 
-def pseudo_label(model: Model, x: Tensor, batch_size: int = 512) -> PseudoLabeled:
+def pseudo_label(model: Model, x: Tensor | StoredImages, batch_size: int = 512) -> PseudoLabeled:
     """Label images with a classifier; arguments and errors are those of :func:`classify`."""
     return PseudoLabeled(x, classify(model, x, batch_size)[0])
 
@@ -92,7 +130,7 @@ def pseudo_label(model: Model, x: Tensor, batch_size: int = 512) -> PseudoLabele
 @torch.no_grad()
 def classify(
     model: Model,
-    x: Tensor,
+    x: Tensor | StoredImages,
     batch_size: int = 512,
     *,
     on_step: Callable[[int, int], None] | None = None,
@@ -102,7 +140,7 @@ def classify(
     Args:
         model: Maps float32 images in [0, 1] to logits of shape (N, classes). A module is put in
             eval mode for the duration of the call, and gets the images on its own device.
-        x: Images, uint8, shape (N, C, H, W).
+        x: Images, uint8, shape (N, C, H, W), in memory or in files.
         batch_size: Number of images in a batch.
         on_step: Called after each batch with the number of batches done and their total.
 
@@ -120,16 +158,17 @@ def classify(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     device = device_of(model, None) or x.device
-    batches = torch.split(x, batch_size)
+    starts = range(0, len(x), batch_size)
     y, confidence = [], []
     with in_mode(model, "eval"):
-        for i, batch in enumerate(batches):
+        for i, start in enumerate(starts):
+            batch = x[start : start + batch_size]
             logits = model(batch.to(device).float() / 255)
-            _check_logits(logits, len(batch), first=i * batch_size)
+            _check_logits(logits, len(batch), first=start)
             y.append(logits.argmax(1).to(x.device))
             confidence.append(logits.float().softmax(1).amax(1).to(x.device))
             if on_step:
-                on_step(i + 1, len(batches))
+                on_step(i + 1, len(starts))
     return torch.cat(y), torch.cat(confidence)
 
 
@@ -172,38 +211,50 @@ IMAGES = ("x", "image", "data")
 LABELS = ("y", "label")
 
 
-def load_pseudo_labeled(file: str | os.PathLike[str]) -> PseudoLabeled:
-    """Images and their pseudo-labels from a file, as :func:`load_images` reads it.
+def load_pseudo_labeled(*files: str | os.PathLike[str]) -> PseudoLabeled:
+    """Images and their labels from one or several files, each as :func:`load_images` reads it.
 
     Raises:
         OSError: There is no such file, or it cannot be opened.
-        ValueError: As in :func:`load_images`, or there are no labels.
+        ValueError: As in :func:`load_images`, a file has no labels, or the images of two files
+            differ in shape.
     """
-    x, y = load_images(file)
-    if y is None:
-        raise ValueError(
-            f"{file} has no labels, {' or '.join(LABELS)}; awp pseudo-label makes them with "
-            "a classifier"
-        )
-    return PseudoLabeled(x, y)
+    parts = []
+    for file in files:
+        x, y = _find(file)
+        if y is None:
+            raise ValueError(
+                f"{file} has no labels, {' or '.join(LABELS)}; awp pseudo-label makes them with "
+                "a classifier"
+            )
+        parts.append((x, y))
+    xs, ys = zip(*parts, strict=True)
+    return PseudoLabeled(StoredImages(xs), torch.cat(ys))
 
 
-def load_images(file: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
-    """Images from a file, and their labels if it has any.
+def load_images(file: str | os.PathLike[str]) -> tuple[StoredImages, Tensor | None]:
+    """Images from a file, where they stay, and their labels if it has any.
 
     The file is an ``.npz`` file with ``x``, ``image``, ``data`` or a single array, and with ``y``
     or ``label`` for the labels; or an ``.npy`` file. Images are uint8, (N, H, W, C) or
     (N, C, H, W): the smaller of the second and the last axis is taken for the channels. Labels are
-    integers from 0, shape (N,). Other arrays are ignored.
+    integers from 0, shape (N,). Other arrays are ignored. Compressed images are unpacked once, into
+    a file beside this one.
 
     Returns:
         The images, uint8, shape (N, C, H, W); the labels, int64, shape (N,), or None.
 
     Raises:
-        OSError: There is no such file, or it cannot be opened.
+        OSError: There is no such file, it cannot be opened, or its images cannot be unpacked.
         ValueError: It is a file of another kind, damaged, or its arrays are not as above; the
             message names the file.
     """
+    x, y = _find(file)
+    return StoredImages([x]), y
+
+
+def _find(file: str | os.PathLike[str]) -> tuple[StoredArray, Tensor | None]:
+    """Where the images of a file are, and its labels."""
     try:
         arrays = ArrayFile(file)
     except ValueError as error:
@@ -212,10 +263,10 @@ def load_images(file: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
         ) from None
     label = next((name for name in LABELS if name in arrays.names), None)
     single = label is None and len(arrays.names) == 1
-    x = arrays.images(arrays.names[0] if single else arrays.find("images", IMAGES))
     y = None if label is None else arrays.labels(label)
-    if y is not None and len(x) != len(y):
-        raise ValueError(f"{file} has {len(x)} images and {len(y)} labels")
+    x = arrays.stored(arrays.names[0] if single else arrays.find("images", IMAGES))
+    if y is not None and x.shape[:1] != y.shape:
+        raise ValueError(f"{file} has {x.shape[0]} images and {len(y)} labels")
     return x, y
 
 
@@ -239,4 +290,4 @@ def save_pseudo_labeled(labeled: PseudoLabeled, file: str | os.PathLike[str]) ->
     path = Path(file).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as stream:
-        np.savez(stream, x=labeled.x.cpu().numpy(), y=labeled.y.cpu().numpy())
+        np.savez(stream, x=labeled.x[:].cpu().numpy(), y=labeled.y.cpu().numpy())

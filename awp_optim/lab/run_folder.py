@@ -1,8 +1,9 @@
 """The files of a run: ``config.json``, ``metrics.csv``, ``best.pt``, ``last.pt``, ``tensorboard``.
 
-With ``save_every`` also ``epoch_0020.pt`` and so on, which hold the same as ``best.pt``. Each file
-is written under another name and renamed when it is complete, so a run folder can be read, and its
-run resumed, at any moment.
+``best.safetensors`` holds the weights of ``best.pt`` alone, averaged if the run averages them. With
+``save_every`` there are also ``epoch_0020.pt`` and so on, which hold the same as ``best.pt``. Each
+file is written under another name and renamed when it is complete, so a run folder can be read, and
+its run resumed, at any moment.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from awp_optim._utils.io import atomic_write, write_text
 from awp_optim.lab.config import Config
 from awp_optim.lab.lock import FolderLock
 from awp_optim.lab.tensorboard import TensorBoardLog
+from awp_optim.lab.weights_file import write_weights
 
 __all__ = ["Row", "RunFolder", "best", "read_metrics", "refuse_run", "reported"]
 
@@ -161,6 +163,16 @@ class RunFolder:
         torch.save({**content, "config": self._settings}, buffer)
         with atomic_write(self.path / name) as file:
             file.write(buffer.getbuffer())
+
+    def save_best(self, content: Mapping[str, Any]) -> None:
+        """Write ``best.pt``, and its weights as ``best.safetensors``.
+
+        Args:
+            content: ``model``, a state dict, and ``ema``, its average, if the run has one.
+        """
+        self.save("best.pt", content)
+        weights, averaged = content.get("ema", content["model"]), "ema" in content
+        write_weights(self.path / "best.safetensors", weights, self._settings, averaged=averaged)
 
     def save_metrics(self, rows: list[Row]) -> None:
         """Write ``metrics.csv``."""

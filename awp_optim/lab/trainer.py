@@ -10,15 +10,18 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_last
+from awp_optim.lab.class_means import ClassMeans
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks
@@ -32,6 +35,7 @@ from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.training_set import TrainingSet, describe_inputs
 from awp_optim.lab.weights import initialize
+from awp_optim.objectives import GKL, Objective
 
 __all__ = ["check", "fit", "is_over"]
 
@@ -155,13 +159,14 @@ def _train_steps(
 ) -> bool:
     """Train the remaining steps of an epoch; False if it was asked to stop before the last."""
     steps = run.training_set.steps
-    while epoch.step < steps:
-        run.step(epoch)
-        on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
-        if epoch.step % CHECK_EVERY == 0:
-            run.check_finite(epoch)
-        if epoch.step < steps and stop():
-            break
+    with closing(run.training_set.batches(epoch.order, epoch.step)) as batches:
+        while epoch.step < steps:
+            run.step(epoch, batches)
+            on_step(len(run.state.rows) * steps + epoch.step, steps * run.config.epochs)
+            if epoch.step % CHECK_EVERY == 0:
+                run.check_finite(epoch)
+            if epoch.step < steps and stop():
+                break
     run.check_finite(epoch)
     return epoch.step == steps
 
@@ -170,7 +175,7 @@ def _save_epoch(folder: RunFolder, config: Config, state: RunState) -> None:
     """Save a finished epoch, ``last.pt`` after all files that a resumed run would not write."""
     rows = state.rows
     if "test_robust_acc" in rows[-1] and best(rows) is rows[-1]:
-        folder.save("best.pt", state.weights())
+        folder.save_best(state.weights())
     if config.save_every and len(rows) % config.save_every == 0:
         folder.save(f"epoch_{len(rows):04d}.pt", state.weights())
     folder.log(rows[-1])
@@ -241,18 +246,15 @@ class _Run:
         self.device = data.x_train.device
 
         torch.manual_seed(config.seed)
-        self.training_set = TrainingSet(config, data, unlabeled)
+        self.training_set = TrainingSet(config, data, unlabeled, ranks)
         ranks.check_batch(config.batch_size, "a batch")
         ranks.check_batch(self.training_set.last_batch, "the last batch of an epoch")
 
         self.model = _build(config, data, init).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
-        average = self._average()
         if config.compile:
             _compile(self.model)
-            if average:
-                _compile(average.module)
-        shared_model = ranks.shared_model(self.model)
+        self._shared_model = ranks.shared_model(self.model)
         optimizer = _optimizer(self.model, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
@@ -264,18 +266,11 @@ class _Run:
             scheduler,
             self.training_set.generators,
             self.device,
-            average,
+            self._average(),
+            ClassMeans(data.num_classes, self.device) if config.method == "gkl" else None,
             rows=[],
         )
-        self.adversarial_step = AdversarialStep(
-            shared_model,
-            optimizer,
-            ranks.shared_attack(config.training_attack),
-            ranks.shared_objective(config.objective),
-            alternations=config.alternations,
-            ascent=config.ascent,
-            autocast=PRECISIONS[config.precision],
-        )
+        self.adversarial_step = self._adversarial_step(epoch=0)
         self.evaluate = Evaluator(config, data, held_out, ranks)
 
     def _average(self) -> MovingAverage | None:
@@ -283,7 +278,29 @@ class _Run:
         if not config.ema:
             return None
         start = config.ema_start * self.training_set.steps
-        return MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
+        average = MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
+        if config.compile:
+            _compile(average.module)
+        return average
+
+    def _adversarial_step(self, epoch: int) -> AdversarialStep:
+        config, ranks = self.config, self.ranks
+        return AdversarialStep(
+            self._shared_model,
+            self.state.optimizer,
+            ranks.shared_attack(config.training_attack_in(epoch)),
+            ranks.shared_objective(self._objective()),
+            alternations=config.alternations,
+            ascent=config.ascent,
+            ascent_below=config.ascent_below or None,
+            autocast=PRECISIONS[config.precision],
+        )
+
+    def _objective(self) -> Objective:
+        objective, means = self.config.objective, self.state.class_means
+        if isinstance(objective, GKL) and means:
+            return replace(objective, class_probs=means.means)
+        return objective
 
     def begin_epoch(self) -> EpochProgress:
         """Draw an epoch's order, or continue an epoch that was interrupted."""
@@ -293,19 +310,25 @@ class _Run:
         gamma = 0.0 if len(state.rows) < self.config.awp_start else self.config.gamma
         for group in state.optimizer.param_groups:
             group["gamma"] = gamma
+        if self.config.eps_schedule != "constant":
+            # A new step rather than a new attack for it: its CUDA graphs replace the previous ones.
+            self.adversarial_step = self._adversarial_step(len(state.rows))
         self.model.train()
         return state.epoch
 
-    def step(self, epoch: EpochProgress) -> None:
-        """Train on one batch: attack the inputs, ascend and descend in the weights."""
+    def step(self, epoch: EpochProgress, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Train on the next batch: attack the inputs, ascend and descend in the weights."""
         start = time.perf_counter()
         ranks, state = self.ranks, self.state
-        x, y, labels = ranks.shard(*self.training_set.batch(epoch.order, epoch.step))
+        x, y, labels = ranks.shard(*next(batches))
         result = self.adversarial_step(x, y)
         state.scheduler.step()
         if state.average:
             state.average.update_parameters(self.model)
         loss_sum = result.loss * (ranks.batch / ranks.world)
+        if state.class_means and result.logits_nat is not None:
+            sums = state.class_means.sums_of(result.logits_nat, y)
+            state.class_means.sums += ranks.sum(sums)
         correct = (result.logits.argmax(1) == labels).sum()
         epoch.add_step(*ranks.sum(torch.stack([loss_sum, correct.to(loss_sum.dtype)])))
         epoch.seconds += time.perf_counter() - start
@@ -352,6 +375,8 @@ class _Run:
             if metrics is None:
                 return None
             row |= metrics
+        if state.class_means:
+            state.class_means.end_epoch()
         state.rows.append(row)
         state.epoch = None
         return row
@@ -399,6 +424,9 @@ def _build(config: Config, data: ImageData, init: Mapping[str, Tensor] | None) -
     )
     if init is not None:
         initialize(model, init)
+    if config.bn_momentum is not None:
+        for layer in _batch_norms(model):
+            layer.momentum = config.bn_momentum
     return model
 
 
@@ -415,18 +443,14 @@ def _compile(model: nn.Module) -> None:
     model.compile(dynamic=True, **limit)
 
 
+def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
+
+
 def _optimizer(model: nn.Module, config: Config) -> AWP:
     """AWP over SGD, with the regularization of Section 5.3 on weights alone."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    groups: Any = model.parameters()
-    if config.l2:
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [
-            {"params": weights, "weight_decay": config.l2},
-            {"params": others, "weight_decay": 0.0},
-        ]
     optimizer = AWP(
-        groups,
+        _param_groups(model, config),
         torch.optim.SGD,
         gamma=config.gamma,
         norm=config.awp_norm,
@@ -434,9 +458,11 @@ def _optimizer(model: nn.Module, config: Config) -> AWP:
         ascent_steps=config.ascent_steps * config.alternations,
         lr=config.lr,
         momentum=config.momentum,
+        nesterov=config.nesterov,
         weight_decay=config.weight_decay,
     )
     if config.l1:
+        weights = [p for p in model.parameters() if p.ndim > 1]
 
         @torch.no_grad()
         def add_l1_gradient(*_: Any) -> None:
@@ -447,3 +473,18 @@ def _optimizer(model: nn.Module, config: Config) -> AWP:
         # Before the base optimizer's step, at the unperturbed weights: the ascent leaves it out.
         optimizer.base_optimizer.register_step_pre_hook(add_l1_gradient)
     return optimizer
+
+
+def _param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
+    """The parameters that decay and, if there are some, those that do not."""
+    parameters = list(model.parameters())
+    if config.l2:
+        decay, free = config.l2, {p for p in parameters if p.ndim <= 1}
+    else:
+        layers = [] if config.bn_decay else _batch_norms(model)
+        decay, free = config.weight_decay, {p for layer in layers for p in layer.parameters()}
+    groups = [
+        {"params": [p for p in parameters if p not in free], "weight_decay": decay},
+        {"params": [p for p in parameters if p in free], "weight_decay": 0.0},
+    ]
+    return groups if free else groups[:1]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from awp_optim.lab.augment import cutout, mixup, random_crop_flip
+from awp_optim.lab.augment import cutmix, cutout, mixup, random_crop_flip
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import ImageData
+from awp_optim.lab.data.stored import StoredImages
+from awp_optim.lab.distributed import TrainingRanks
+from awp_optim.lab.idbh import SMALLEST, idbh_weak
+from awp_optim.lab.prefetch import prefetched
 from awp_optim.lab.pseudo import PseudoLabeled
 
 __all__ = [
@@ -25,39 +31,54 @@ __all__ = [
 ]
 
 
+MANY = 1 << 20
+"""Indices of which an epoch draws those it needs, instead of a permutation."""
+
+
 class TrainingSet:
-    """Labeled and pseudo-labeled images on the device to train on, and how they become batches.
+    """Labeled and pseudo-labeled images, and how they become batches.
+
+    The labeled images are on the device to train on. The others stay on the host, in memory or in
+    files, and a thread reads those of the next batches.
 
     Args:
         config: the run's settings.
         data: the labeled images.
         unlabeled: more images with labels that a classifier gave them, or None.
+        ranks: the processes that train; each reads its share of the unlabeled images of a batch.
 
     Attributes:
         steps: batches in an epoch.
         last_batch: images in the last batch of an epoch.
-        device: where the images are.
+        device: where the batches are.
         epoch_images: images in the batches of an epoch, all together.
         generators: the random generators of the order and of the augmentation.
 
     Raises:
-        ValueError: the pseudo-labeled images do not fit the data or the batch.
+        ValueError: the pseudo-labeled images do not fit the data or the batch, or the images are
+            too small for the augmentation.
     """
 
-    def __init__(self, config: Config, data: ImageData, unlabeled: PseudoLabeled | None) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: Config,
+        data: ImageData,
+        unlabeled: PseudoLabeled | None,
+        ranks: TrainingRanks,
+    ) -> None:
+        if config.idbh and min(data.x_train.shape[2:]) < SMALLEST:
+            raise ValueError(f"idbh needs images at least {SMALLEST} pixels wide and high")
+        self._config, self._ranks = config, ranks
         self._num_classes = data.num_classes
-        self._labeled = len(data.x_train)
-        self._images = config.epoch_images or self._labeled
+        self._images = config.epoch_images or len(data.x_train)
         self._x, self._y = data.x_train, data.y_train
+        self._unlabeled = unlabeled.cpu() if unlabeled else None
         self.device = data.x_train.device
         self.steps = steps_per_epoch(self._images, config.batch_size)
         self.epoch_images = min(self._images, self.steps * config.batch_size)
         if unlabeled:
             unlabeled.check_fits(data)
             split_batch(config.batch_size, config.unlabeled_share)
-            self._x = torch.cat([self._x, unlabeled.x.to(self.device)])
-            self._y = torch.cat([self._y, unlabeled.y.to(self.device)])
             self.epoch_images = self.steps * config.batch_size
         self.last_batch = self.epoch_images - (self.steps - 1) * config.batch_size
         self._shuffler = torch.Generator().manual_seed(config.seed)
@@ -65,34 +86,70 @@ class TrainingSet:
         self.generators = (self._shuffler, self._augmenter)
 
     def shuffle(self) -> Tensor:
-        """The order of an epoch: indices for :meth:`batch`, on the device."""
+        """The order of an epoch: indices for :meth:`batches`, on the device."""
         return epoch_order(
-            self._labeled,
+            len(self._x),
             self._images,
             self._config.batch_size,
             self._shuffler,
-            unlabeled=len(self._x) - self._labeled,
+            unlabeled=len(self._unlabeled) if self._unlabeled else 0,
             share=self._config.unlabeled_share,
         ).to(self.device)
 
-    def batch(self, order: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch of a step.
+    def batches(self, order: Tensor, first: int) -> Generator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of an epoch from the step ``first`` on; close it to end the thread.
 
-        Returns:
-            Inputs in [0, 1]; their targets, which are labels, or probabilities with mixup; and
-            their labels, with mixup the likelier ones.
+        Random numbers are drawn when a batch is asked for, so that a run can stop after any of
+        them and be continued.
+
+        Yields:
+            Inputs in [0, 1]; their targets, which are labels, or probabilities with mixup or
+            CutMix; and their labels, with these the likelier ones.
         """
+        batches = torch.split(order, self._config.batch_size)[first : self.steps]
+        if not self._unlabeled:
+            for index in batches:
+                yield self._augmented(self._x[index], self._y[index])
+        elif batches:
+            labeled, unlabeled = split_batch(self._config.batch_size, self._config.unlabeled_share)
+            ours, others = torch.split(torch.stack(batches), [labeled, unlabeled], 1)
+            with closing(self._read(self._unlabeled, others.cpu() - len(self._x))) as read:
+                for index, (images, labels) in zip(ours, read, strict=True):
+                    x, y = self._x[index], self._y[index]
+                    yield self._augmented(torch.cat([x, images]), torch.cat([y, labels]))
+
+    def _read(self, source: PseudoLabeled, batches: Tensor) -> Generator[tuple[Tensor, Tensor]]:
+        """Images and labels for each row of indices, on the device."""
+        n = batches.shape[1]
+        own = batches[:, self._ranks.share(n)]
+        labels = source.y[batches].to(self.device)
+        on_gpu = self.device.type == "cuda"
+        # Memory is pinned here, not in the thread: a CUDA graph may be captured meanwhile.
+        jobs = (
+            partial(source.read, index, source.empty(len(index), pin_memory=on_gpu))
+            for index in own
+        )
+        with closing(prefetched(jobs)) as read:
+            for images, y in zip(read, labels, strict=True):
+                images = images.to(self.device, non_blocking=True)
+                yield self._ranks.assemble(images, n), y
+
+    def _augmented(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch of images and labels as :meth:`batches` yields it."""
         config = self._config
-        index = order[step * config.batch_size :][: config.batch_size]
-        images, labels = self._x[index], self._y[index]
-        if config.augment:
+        if config.idbh:
+            images = idbh_weak(images, self._augmenter)
+        elif config.augment:
             images = random_crop_flip(images, generator=self._augmenter)
         if config.cutout:
             images = cutout(images, config.cutout, generator=self._augmenter)
         x = as_inputs(images)
-        if not config.mixup:
+        if config.cutmix:
+            x, y = cutmix(x, labels, self._num_classes, config.cutmix, self._augmenter)
+        elif config.mixup:
+            x, y = mixup(x, labels, self._num_classes, config.mixup, self._augmenter)
+        else:
             return x, labels, labels
-        x, y = mixup(x, labels, self._num_classes, config.mixup, self._augmenter)
         return x, y, y.argmax(1)
 
 
@@ -171,9 +228,25 @@ def epoch_order(
 
 
 def _permutations(n: int, count: int, generator: torch.Generator) -> Tensor:
-    """The first ``count`` indices of random permutations of n, one after another."""
+    """The first ``count`` indices of random permutations of n, one after another.
+
+    A part of a permutation of millions is drawn without the rest, which would take seconds.
+    """
+    if n > max(MANY, 4 * count):
+        return _distinct(n, count, generator)
     permutations = [torch.randperm(n, generator=generator) for _ in range(math.ceil(count / n))]
     return torch.cat(permutations)[:count]
+
+
+def _distinct(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` different indices below n in random order, for a count far below n."""
+    indices = torch.randint(n, (count,), generator=generator)
+    while True:
+        values, position = indices.sort(stable=True)
+        again = position[1:][values[1:] == values[:-1]]  # where a value is not for the first time
+        if not len(again):
+            return indices
+        indices[again] = torch.randint(n, (len(again),), generator=generator)
 
 
 # --- What a run starts from -------------------------------------------------------------------
@@ -182,7 +255,12 @@ def _permutations(n: int, count: int, generator: torch.Generator) -> Tensor:
 def describe_inputs(
     data: ImageData, unlabeled: PseudoLabeled | None, init: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """What a run starts from, as ``config.json`` records it beside the settings."""
+    """What a run starts from, as ``config.json`` records it beside the settings.
+
+    The digest "data" covers all labels and a thousand images of each part, so that it takes seconds
+    for 154 GB of images; another image alone among these would not be noticed. Where the files are,
+    and what they are called, does not matter.
+    """
     return {
         "dataset": data.name,
         "train_images": len(data.x_train),
@@ -196,7 +274,10 @@ def describe_inputs(
 
 def _samples(data: ImageData, unlabeled: PseudoLabeled | None) -> dict[str, Tensor]:
     """All labels, and a thousand images of each part: enough to tell two data sets apart."""
-    parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
+    parts: dict[str, tuple[Tensor | StoredImages, Tensor]] = {
+        "train": (data.x_train, data.y_train),
+        "test": (data.x_test, data.y_test),
+    }
     if unlabeled:
         parts["unlabeled"] = unlabeled.x, unlabeled.y
     samples = {f"y_{name}": y for name, (_, y) in parts.items()}

@@ -13,18 +13,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from awp_optim.lab.models import Normalize
+from awp_optim.lab.shipped import locate
 
-__all__ = ["initialize", "load_checkpoint", "load_weights", "state_dict_of"]
+__all__ = ["initialize", "load_checkpoint", "load_weights", "sizes_of", "state_dict_of"]
 
 ENTRIES = ("model", "state_dict", "model_state_dict", "net")
 """Names under which a checkpoint may hold its state dict."""
+WRAPPERS = ("module.", "0.")
+"""Prefixes of DataParallel and its like, and of a Sequential that holds the network alone."""
 
 
 # --- From a file ------------------------------------------------------------------------------
@@ -35,13 +37,19 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """The content of a file of ``torch.save``, with its tensors on a device.
 
-    Only tensors and plain values are read, so nothing in the file can run code.
+    Only tensors and plain values are read, so nothing in the file can run code. A ``.safetensors``
+    file, or a network that ships with the package, has the content that
+    :func:`~awp_optim.lab.weights_file.read_weights` returns, on the CPU.
 
     Raises:
         OSError: There is no such file, or it cannot be opened.
         ValueError: It is a file of another kind, damaged, or holds other objects.
     """
-    path = Path(file).expanduser()
+    path = locate(file)
+    if path.suffix == ".safetensors":
+        from awp_optim.lab.weights_file import read_weights
+
+        return read_weights(path)
     with open(path, "rb") as stream:
         try:
             content = torch.load(stream, map_location=device, weights_only=True)
@@ -65,13 +73,13 @@ def load_checkpoint(
 def load_weights(file: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Tensor]:
     """The state dict of a network: its tensors by name, on the CPU.
 
-    The file is a checkpoint of this package (``best.pt``, ``last.pt``), a state dict, or a dict
-    that holds one as ``model``, ``state_dict``, ``model_state_dict`` or ``net``. The prefixes of
-    DataParallel, DistributedDataParallel, AveragedModel and torch.compile (``module.``,
-    ``_orig_mod.``) are removed from the names.
+    The file is a checkpoint of this package (``best.pt``, ``last.pt``), a state dict, a dict that
+    holds one as ``model``, ``state_dict``, ``model_state_dict`` or ``net``, or a ``.safetensors``
+    file. The prefixes of DataParallel, DistributedDataParallel, AveragedModel, torch.compile and a
+    Sequential of one (``module.``, ``_orig_mod.``, ``0.``) are removed from the names.
 
     Args:
-        file: The file.
+        file: The file, or the name of a network that ships with the package.
         ema: Take the moving average of the weights, the entry ``ema`` of this package's
             checkpoints.
 
@@ -100,6 +108,14 @@ def state_dict_of(
     return _without_prefixes(weights)
 
 
+def sizes_of(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """The ``in_channels`` of the first convolution and the ``num_classes`` of the head, if any."""
+    filters = [tensor for tensor in weights.values() if tensor.ndim == 4]
+    matrices = [tensor for tensor in weights.values() if tensor.ndim == 2]
+    sizes = {"in_channels": filters[0].shape[1]} if filters else {}
+    return {**sizes, "num_classes": len(matrices[-1])} if matrices else sizes
+
+
 def _is_state_dict(value: object) -> bool:
     return (
         isinstance(value, dict)
@@ -114,9 +130,10 @@ def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in weights.items()}
     while True:
         inner = {k: v for k, v in plain.items() if k != "n_averaged"}  # AveragedModel's counter
-        if not inner or not all(name.startswith("module.") for name in inner):
+        wrapper = next((w for w in WRAPPERS if all(n.startswith(w) for n in inner)), None)
+        if not inner or wrapper is None:
             return plain
-        plain = {name.removeprefix("module."): tensor for name, tensor in inner.items()}
+        plain = {name.removeprefix(wrapper): tensor for name, tensor in inner.items()}
 
 
 # --- Into a network ---------------------------------------------------------------------------

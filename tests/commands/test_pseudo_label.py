@@ -80,7 +80,7 @@ def test_labels_images_and_counts_what_agrees(label, checkpoint, tmp_path):
     for value, n in zip(*y.unique(return_counts=True)):
         assert re.search(rf"│ +{value} │ +{n} │ +{n / 60:.1%} │", out), out
     labeled = load_pseudo_labeled(tmp_path / "out/xy.npz")
-    assert torch.equal(labeled.x, torch.from_numpy(x).permute(0, 3, 1, 2))
+    assert torch.equal(labeled.x[:], torch.from_numpy(x).permute(0, 3, 1, 2))
     assert torch.equal(labeled.y, y)
 
 
@@ -98,7 +98,7 @@ def test_only_confident_ones(label, checkpoint, tmp_path):
     assert f"60 images of 3x8x8, 40 kept (66.67%), with a mean confidence of {mean}" in ended.out
     assert "75.00% agree" in ended.out
     labeled = load_pseudo_labeled(tmp_path / "out/xy.npz")
-    assert torch.equal(labeled.x, torch.from_numpy(x).permute(0, 3, 1, 2)[kept])
+    assert torch.equal(labeled.x[:], torch.from_numpy(x).permute(0, 3, 1, 2)[kept])
     assert torch.equal(labeled.y, y[kept])
 
 

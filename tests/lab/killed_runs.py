@@ -83,6 +83,9 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+BEST = "best.safetensors"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     base, kills, number = Path(sys.argv[1]), int(sys.argv[2]), signal.Signals[sys.argv[3]]
@@ -108,6 +111,8 @@ if __name__ == "__main__":
         found = torch.load(folder / "last.pt", weights_only=True)
         rows = [{**row, "train_seconds": 0, "eval_seconds": 0} for row in read_metrics(folder)]
         different = differences(found, expected) + (["metrics"] if rows != metrics else [])
+        if (folder / BEST).read_bytes() != (base / "one" / BEST).read_bytes():
+            different.append(BEST)
         names = sorted(p.name for p in folder.iterdir() if p.name != "tensorboard")
         print(f"killed {times} times; different: {different}; files: {' '.join(names)}", flush=True)
         killed, runs = killed + times, runs + 1

@@ -8,7 +8,7 @@ from awp_optim.attacks import PGD
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import DATASETS
 from awp_optim.lab.recipes import PAPER, RECIPES, defaults
-from awp_optim.objectives import AT, MART, TRADES
+from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
 ARCHES = {
     "preact18": "preact_resnet18",
@@ -79,6 +79,8 @@ def test_defaults_are_those_of_the_data_set():
     assert (svhn.method, svhn.gamma) == ("trades", 5e-3)
     assert defaults("cifar10", method="trades").awp_start == 10
     assert defaults("digits", method="trades").awp_start == 0
+    assert defaults("cifar10", method="gkl").objective == GKL(4.0, 20.0)
+    assert defaults("cifar10", method="score").objective == SCORE(4.0)
     pretrain, rst = (defaults("cifar10", method=m) for m in ("pretrain", "rst"))
     assert (pretrain.epochs, pretrain.lr, pretrain.schedule) == (50, 0.001, "cosine")
     assert (rst.epochs, rst.batch_size, rst.gamma) == (200, 256, 5e-3)

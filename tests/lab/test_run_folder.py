@@ -39,7 +39,7 @@ def test_a_run_writes_its_folder(config, data, tmp_path):
     run = tmp_path / "run"
     model, rows = fit(config, data, run, on_step=lambda *s: steps.append(s), on_epoch=epochs.append)
     names = {p.name for p in run.iterdir()} - {"tensorboard"}
-    assert names == {"best.pt", "config.json", "last.pt", "metrics.csv"}
+    assert names == {"best.pt", "best.safetensors", "config.json", "last.pt", "metrics.csv"}
     assert steps == [(i, 9) for i in range(1, 10)]
     assert epochs == rows
     about = json.loads((run / "config.json").read_text())

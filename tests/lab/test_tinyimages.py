@@ -69,7 +69,7 @@ def test_the_published_layout(convert, protocol, old_names):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         labeled = convert(written)
-    assert torch.equal(labeled.x, torch.from_numpy(content["data"]).permute(0, 3, 1, 2))
+    assert torch.equal(labeled.x[:], torch.from_numpy(content["data"]).permute(0, 3, 1, 2))
     assert labeled.y.tolist() == content["extrapolated_targets"].tolist()
 
 
@@ -88,7 +88,7 @@ def test_other_layouts_and_types(convert, data, dtype):
     labeled = convert(published(data=data, extrapolated_targets=targets))
     expected = torch.from_numpy(np.ascontiguousarray(data))
     first = expected if data.shape[1] < data.shape[3] else expected.permute(0, 3, 1, 2)
-    assert torch.equal(labeled.x, first)
+    assert torch.equal(labeled.x[:], first)
     assert labeled.y.tolist() == targets.tolist()
 
 

@@ -15,7 +15,18 @@ ERRORS = (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueE
 """What bad input, a full disk or a lost process raise. Anything else is a bug: a traceback."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Of these, the user can make room and resume."""
-LAB = ("jinja2", "matplotlib", "numpy", "PIL", "rich", "scipy", "sklearn", "torchvision", "tyro")
+LAB = (
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "rich",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "torchvision",
+    "tyro",
+)
 
 
 def run(command: Callable[[Job], None], resume: str = "") -> None:

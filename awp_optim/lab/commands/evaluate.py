@@ -60,6 +60,7 @@ from awp_optim.lab.reports.tables import (
     radius,
     title,
 )
+from awp_optim.lab.shipped import locate
 from awp_optim.lab.training_set import as_inputs
 
 __all__ = ["Options", "main"]
@@ -296,7 +297,7 @@ def _about(task: _Task, command: str) -> dict[str, Any]:
     """What was measured and with which versions, for results.json."""
     checkpoint, checksum = task.options.checkpoint, None
     if checkpoint is not None:
-        checksum = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        checksum = hashlib.sha256(locate(checkpoint).read_bytes()).hexdigest()
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

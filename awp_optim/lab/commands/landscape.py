@@ -35,7 +35,8 @@ __all__ = ["Options", "main"]
 HELP = """Weight loss landscapes of training runs.
 
 Runs are what awp train --out, awp compare --out and examples/quickstart.py --runs leave; those that
-differ in the seed alone are drawn as one. Every point is on disk as soon as it is measured: after
+differ in the seed alone are drawn as one. A checkpoint will do for a figure that needs no
+metrics. Every point is on disk as soon as it is measured: after
 Ctrl-C or a kill the same command continues, and with more alphas or directions only the new points
 are measured. Under torchrun the processes share the points.
 
@@ -56,7 +57,7 @@ class Options:
     runs: Annotated[
         tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUNS [RUNS ...]")
     ]
-    """Run folders, or folders of them."""
+    """Run folders, folders of them, checkpoints, or names of networks that ship with awp."""
     figure: Annotated[tyro.conf.UseAppendAction[tuple[Figure, ...]], WHAT] = ()
     """One of the figures above."""
     gallery: Annotated[Flag, WHAT] = False

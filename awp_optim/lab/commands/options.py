@@ -216,7 +216,7 @@ class ClassifierOptions:
     """Which classifier is used, and where."""
 
     checkpoint: Annotated[Path | None, CLASSIFIER] = None
-    """A checkpoint of awp train, or a state dict."""
+    """A checkpoint of awp train, a state dict, or the name of a network that ships with awp."""
     model: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="MODULE:FUNCTION")] = None
     """A function to import and call, which returns a torch module of images in [0, 1]."""
     arch: str | None = None

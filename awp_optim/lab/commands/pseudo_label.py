@@ -70,7 +70,7 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     with step_bars(console) as progress:
         bar = StepBar(progress, options.images.name)
         y, confidence = classify(model.to(options.device), x, options.batch_size, on_step=bar)
-    kept = confident(confidence, options.min_confidence)
+    kept = confident(confidence, options.min_confidence).nonzero().flatten()
     labeled = PseudoLabeled(x[kept], y[kept])
     save_pseudo_labeled(labeled, options.out)
     counts = [

@@ -72,8 +72,8 @@ class Options:
     """A named run, such as one of the paper; awp recipes lists them."""
     threat: Threat | None = None
     """Norm, eps and step size of the paper's threat model."""
-    unlabeled: Path | None = None
-    """Images with pseudo-labels, an .npz file."""
+    unlabeled: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=("--extra-data",))] = ()
+    """More images, with labels of a classifier or a generator: .npz files, read as needed."""
     train_images: Positive | None = None
     """Train on this many images, as many of each class and always the same ones."""
     labeled: Positive | None = None
@@ -94,7 +94,7 @@ class Options:
         PGD(
             config.eps, config.step_size, norm=config.norm
         )  # checks the threat before images are loaded
-        if self.unlabeled is not None and self.labeled is not None:
+        if self.unlabeled and self.labeled is not None:
             raise ValueError("--unlabeled and --labeled: give one of the two")
         if self.train_images is not None and self.data.limit is not None:
             raise ValueError("--train-images and --limit: give one of the two")
@@ -153,7 +153,9 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
         ranks.first(lambda: refuse_run(options.out))
     device = ranks.device(options.device)
     init = None if options.init is None else load_weights(options.init)
-    unlabeled = None if options.unlabeled is None else load_pseudo_labeled(options.unlabeled)
+    unlabeled = None
+    if options.unlabeled:  # in turns, since a compressed file is unpacked
+        unlabeled = ranks.in_turns(lambda: load_pseudo_labeled(*options.unlabeled))
     data = ranks.in_turns(options.load_data).to(device)
     config = _fit_to_data(options, given, data)
     console = terminal()

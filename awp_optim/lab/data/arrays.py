@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
+from rich.progress import wrap_file
 from torch import Tensor
 
+from awp_optim._utils.io import atomic_write
 from awp_optim.lab.data.images import ImageData
 from awp_optim.lab.data.sources import channels_first
 
-__all__ = ["ArrayFile", "images_of", "labels_of", "load_npz"]
+__all__ = ["ArrayFile", "StoredArray", "images_of", "is_channels_last", "labels_of", "load_npz"]
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """Where an array lies in a file: its elements in C order, from ``offset`` on."""
+
+    path: Path
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
 
 class ArrayFile:
@@ -31,11 +50,13 @@ class ArrayFile:
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.path = Path(file).expanduser()
         try:
-            content = np.load(self.path, allow_pickle=False)
+            content = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except OSError:
             raise
         except Exception:  # numpy's own message advises to allow pickled objects
-            raise ValueError(f"{self.path} is damaged, or not an .npz or .npy file") from None
+            raise ValueError(
+                f"{self.path} is damaged, or not an .npz or .npy file; is it complete?"
+            ) from None
         self._arrays = {"x": content} if isinstance(content, np.ndarray) else content
         self.names = tuple(self._arrays)
 
@@ -66,6 +87,67 @@ class ArrayFile:
             ) from None
         return array
 
+    def stored(self, name: str) -> StoredArray:
+        """Where an array lies, without reading it.
+
+        ``np.savez`` stores arrays as they are. What ``np.savez_compressed`` writes is unpacked
+        once, into an ``.npy`` file beside the archive. Its name has the array's checksum (CRC-32),
+        so that it is not used for another archive of the same name, and it appears only when it is
+        complete.
+
+        Raises:
+            OSError: The array cannot be unpacked there.
+            ValueError: The array is absent, damaged, of Python objects or in Fortran order.
+        """
+        self.find("array", [name])
+        if isinstance(self._arrays, dict):
+            return self._locate(name, self.path, 0, self.path.stat().st_size)
+        archive = self._arrays.zip
+        info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
+        if info.compress_type != zipfile.ZIP_STORED:
+            path = self.path.with_name(f"{self.path.stem}.{name}.{info.CRC:08x}.npy")
+            if not path.exists() or path.stat().st_size != info.file_size:
+                self._unpack(archive, info, path)
+            return self._locate(name, path, 0, info.file_size)
+        with open(self.path, "rb") as file:
+            file.seek(info.header_offset + 26)  # the lengths of what follows the fixed 30 bytes
+            lengths = struct.unpack("<HH", file.read(4))
+        start = info.header_offset + 30 + sum(lengths)
+        return self._locate(name, self.path, start, info.file_size)
+
+    def _locate(self, name: str, path: Path, start: int, size: int) -> StoredArray:
+        """An array from its header, where its ``size`` bytes begin with that."""
+        headers = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        with open(path, "rb") as file:
+            try:
+                file.seek(start)
+                shape, fortran, dtype = headers[np.lib.format.read_magic(file)](file)
+                offset = file.tell()
+            except (KeyError, ValueError):
+                raise ValueError(f"{path}: {name} is damaged") from None
+        if dtype.hasobject or offset - start + math.prod(shape) * dtype.itemsize != size:
+            raise ValueError(f"{path}: {name} is damaged, or holds Python objects")
+        if fortran and len(shape) > 1:
+            raise ValueError(f"{path}: {name} is in Fortran order; save it in C order")
+        return StoredArray(path, name, offset, shape, dtype)
+
+    def _unpack(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:
+        if (free := shutil.disk_usage(path.parent).free) < info.file_size:
+            raise OSError(
+                f"{self.path} is compressed; to unpack it into {path} takes "
+                f"{info.file_size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
+            )
+        try:
+            with archive.open(info) as packed, atomic_write(path) as file:
+                stream, text = cast(BinaryIO, packed), f"unpacking {path.name}"
+                with wrap_file(stream, info.file_size, description=text) as source:
+                    shutil.copyfileobj(source, file, 1 << 20)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+            raise ValueError(f"{self.path}: {info.filename} is damaged ({error})") from None
+
     def images(self, name: str) -> Tensor:
         """An array of images, uint8 (N, H, W, C) or (N, C, H, W), as uint8 (N, C, H, W).
 
@@ -84,21 +166,30 @@ class ArrayFile:
 
 
 def images_of(name: str, x: np.ndarray[Any, Any]) -> Tensor:
-    """Images as uint8 (N, C, H, W): the smaller of the second and the last axis is the channels.
+    """Images as uint8 (N, C, H, W).
+
+    Raises:
+        ValueError: As in :func:`is_channels_last`.
+    """
+    if is_channels_last(name, x.shape, x.dtype):
+        return channels_first(x)
+    return torch.from_numpy(np.require(x, requirements=["C", "W"]))
+
+
+def is_channels_last(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether images are (N, H, W, C) or (N, C, H, W): the smaller of the two axes is the channels.
 
     Raises:
         ValueError: The array is not uint8, not of four axes, or those two are equal.
     """
-    if x.dtype != np.uint8:
-        raise ValueError(f"{name} is {x.dtype}; it must be uint8, with values of 0 to 255")
-    if x.ndim != 4:
-        hint = "; gray images need x[..., None]" if x.ndim == 3 else ""
-        raise ValueError(f"{name} must be (N, H, W, C) or (N, C, H, W), not {x.shape}{hint}")
-    if x.shape[1] == x.shape[3]:
-        raise ValueError(f"{name} is {x.shape}: the channels may be the second or the last axis")
-    if x.shape[1] > x.shape[3]:
-        return channels_first(x)
-    return torch.from_numpy(np.require(x, requirements=["C", "W"]))
+    if dtype != np.uint8:
+        raise ValueError(f"{name} is {dtype}; it must be uint8, with values of 0 to 255")
+    if len(shape) != 4:
+        hint = "; gray images need x[..., None]" if len(shape) == 3 else ""
+        raise ValueError(f"{name} must be (N, H, W, C) or (N, C, H, W), not {shape}{hint}")
+    if shape[1] == shape[3]:
+        raise ValueError(f"{name} is {shape}: the channels may be the second or the last axis")
+    return shape[1] > shape[3]
 
 
 def labels_of(name: str, y: np.ndarray[Any, Any]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,8 +159,8 @@ class ImageData:
         return replace(self, **{name: getattr(self, name).to(device) for name in parts})
 
 
-def check_images(name: str, x: Tensor) -> None:
-    """Check that a tensor holds uint8 images of shape (N, C, H, W)."""
+def check_images(name: str, x: Any) -> None:
+    """Check that a tensor, or what stands for one, holds uint8 images of shape (N, C, H, W)."""
     if x.dtype != torch.uint8 or x.ndim != 4:
         raise ValueError(
             f"{name} must be uint8 of shape (N, C, H, W), not {x.dtype} of {tuple(x.shape)}"

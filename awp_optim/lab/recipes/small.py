@@ -37,6 +37,7 @@ _CIFAR10_SMALL = Config(
     train_eval=500,
     test_eval=1000,
     eval_every=10,
+    save_every=20,
 )
 _FAST = Config(
     train_attack="n-fgsm",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from awp_optim.lab.reports import plots
 from awp_optim.lab.reports.landscapes import Landscapes, file_name
 from awp_optim.lab.reports.runs import Groups, NotEnough, Run, by_gamma, comparable
-from awp_optim.lab.reports.sharpness import rise_differences, sharpness_table
+from awp_optim.lab.reports.sharpness import correlations, rise_differences, sharpness_table
 from awp_optim.lab.reports.summary import Cells, Runs, accuracies, spread
 from awp_optim.lab.run_folder import best
 from awp_optim.landscape import LossCurve, LossSurface
@@ -130,6 +130,41 @@ def epochs(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
             [sharpness_table(named, landscapes.how.distance)],
             named,
         )
+
+
+@_figure
+def flatness(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
+    """The generalization gap by the sharpness of the landscape, over all checkpoints."""
+    points = {
+        label: [point for run in runs for point in _rises_and_gaps(run, landscapes)]
+        for label, runs in groups.items()
+    }
+    everything = [point for of_label in points.values() for point in of_label]
+    if len(everything) < 3:
+        raise NotEnough(
+            "fewer than three checkpoints belong to an evaluated epoch: train with --save-every N, "
+            "a multiple of --eval-every"
+        )
+    at = landscapes.how.distance
+    cells = [["", "checkpoints", "correlation", "rank correlation"]]
+    for label, of_label in {"all": everything, **points}.items():
+        if len(of_label) > 2:
+            cells.append([label, str(len(of_label)), *correlations(of_label)])
+    first = next(iter(groups.values()))[0]
+    yield Drawing(
+        "flatness",
+        "Sharpness and the generalization gap",
+        f"{landscapes.describe(first)}; a point for each checkpoint of {_about(groups)}."
+        " Checkpoints of one run depend on each other.",
+        partial(plots.gap_by_rise, points, at=at),
+        [
+            (
+                f"Correlation of the gap with the rise of the adversarial loss at |alpha| = {at:g}",
+                cells,
+            )
+        ],
+        points,
+    )
 
 
 @_figure
@@ -350,6 +385,19 @@ def _describe_first(subjects: Mapping[str, tuple[Run, Path]], landscapes: Landsc
 
 
 # --- What is measured -------------------------------------------------------------------------
+
+
+def _rises_and_gaps(run: Run, landscapes: Landscapes) -> Iterator[tuple[float, float]]:
+    """The rise of the loss and the gap, in points, of each checkpoint of an evaluated epoch."""
+    gaps = {
+        int(row["epoch"]) + 1: 100 * (row["train_robust_acc"] - row["test_robust_acc"])
+        for row in run.rows
+        if "train_robust_acc" in row
+    }
+    for epoch, file in run.checkpoints().items():
+        if epoch in gaps:
+            curve = landscapes.curve(run, file)
+            yield curve.sharpness(landscapes.how.distance).mean, gaps[epoch]
 
 
 def _comparison(

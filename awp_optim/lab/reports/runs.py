@@ -12,13 +12,23 @@ from typing import Any
 
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import DATASETS, ImageData, load
+from awp_optim.lab.loading import settings_of
 from awp_optim.lab.reports.summary import Runs
 from awp_optim.lab.run_folder import Row, read_metrics
+from awp_optim.lab.shipped import locate
 
 __all__ = ["Groups", "NotEnough", "Run", "by_gamma", "comparable", "find_runs", "grouped", "select"]
 
-# In the paper's order.
-METHODS = {"at": "AT", "trades": "TRADES", "mart": "MART", "rst": "RST", "pretrain": "Pre-training"}
+# In the paper's order, then those that are not in it.
+METHODS = {
+    "at": "AT",
+    "trades": "TRADES",
+    "mart": "MART",
+    "rst": "RST",
+    "pretrain": "Pre-training",
+    "gkl": "GKL",
+    "score": "SCORE",
+}
 NOT_COMPARED = ("seed", "save_every", "eval_every", "train_eval")
 """Settings that may differ within a group: the seed, and what is measured of a run."""
 
@@ -29,10 +39,10 @@ class NotEnough(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
+    """A run folder, or a single checkpoint of a run.
 
     Attributes:
-        path: the folder.
+        path: the folder; or the checkpoint, and then there are no rows.
         config: the settings.
         about: what else ``config.json`` holds: the data set, the number of images.
         rows: the metrics of each epoch.
@@ -62,6 +72,8 @@ class Run:
 
     def checkpoints(self) -> dict[int, Path]:
         """The checkpoints kept by ``save_every`` and the last, by epochs done, in order."""
+        if self.path.is_file():
+            return {self.config.epochs: self.path}
         found = {int(p.stem.removeprefix("epoch_")): p for p in self.path.glob("epoch_*.pt")}
         if (last := self.path / "last.pt").exists():
             found.setdefault(len(self.rows), last)
@@ -114,12 +126,20 @@ Groups = Mapping[str, list[Run]]
 def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
     """The run folders among these folders and below, each once, sorted by path within each.
 
+    A path may also be that of a run's checkpoint, such as ``best.safetensors``, or the name of a
+    network that ships with the package.
+
     Raises:
-        FileNotFoundError: a folder holds no run.
+        FileNotFoundError: a folder holds no run, or there is no such file or name.
         ValueError: the files of a run are damaged; the message names it.
     """
     found: dict[Path, Run] = {}
-    for path in map(Path, paths):
+    for path in map(locate, paths):
+        if path.is_file():
+            if not (settings := settings_of(path)):
+                raise ValueError(f"{path} does not hold the settings of a run")
+            found.setdefault(path.resolve(), _run(path, settings, []))
+            continue
         metrics = sorted(path.rglob("metrics.csv"))
         if not metrics:
             raise FileNotFoundError(f"{path} holds no run: no folder with a metrics.csv")
@@ -204,14 +224,18 @@ def _without_accuracies(row: Row) -> Row:
 def _read(path: Path) -> Run:
     try:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        known = {f.name for f in fields(Config)}
-        config = Config.from_saved(about)
-        _ = config.training_attack, config.test_attack  # they check the threat
-        rows = read_metrics(path)
+        run = _run(path, about, read_metrics(path))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a run folder, or damaged ({error})") from error
-    if not rows:
+    if not run.rows:
         raise ValueError(f"the run in {path} has no finished epoch: continue it with --resume")
+    return run
+
+
+def _run(path: Path, about: Mapping[str, Any], rows: list[Row]) -> Run:
+    known = {f.name for f in fields(Config)}
+    config = Config.from_saved(about)
+    _ = config.training_attack, config.test_attack  # they check the threat
     return Run(path, config, {k: v for k, v in about.items() if k not in known}, rows)
 
 

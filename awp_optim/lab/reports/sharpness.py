@@ -1,4 +1,4 @@
-"""Tables of how sharp landscapes are."""
+"""How sharp landscapes are, in tables, and how that goes with the generalization gap."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from awp_optim.lab.reports.runs import Groups
 from awp_optim.lab.reports.summary import Cells, spread
 from awp_optim.landscape import LossCurve
 
-__all__ = ["rise_differences", "sharpness_table"]
+__all__ = ["correlations", "rise_differences", "sharpness_table"]
 
 
 def sharpness_table(curves: Mapping[str, Sequence[LossCurve]], at: float) -> tuple[str, Cells]:
@@ -77,3 +79,21 @@ def rise_differences(
             cells.append([f"{label} less {first}", mean, by_seed, f"{ratio:.2f}"])
     title = "The rise compared seed by seed, mean ± standard deviation"
     return [(title, cells)] if len(cells) > 1 else []
+
+
+def correlations(points: Sequence[tuple[float, float]]) -> tuple[str, str]:
+    """Pearson's and Spearman's correlation of pairs of numbers, such as "+0.81" and "+0.77".
+
+    "-" stands for a correlation that does not exist because one of the two does not vary.
+
+    Args:
+        points: two or more.
+    """
+    values = np.array(points, dtype=float).T
+    if (np.ptp(values, axis=1) == 0).any():
+        return "-", "-"
+    less = (values[:, None] < values[:, :, None]).sum(2)
+    equal = (values[:, None] == values[:, :, None]).sum(2)
+    ranks = less + (equal + 1) / 2  # equal values share the mean of their ranks
+    pearson, spearman = (np.corrcoef(pairs)[0, 1] for pairs in (values, ranks))
+    return f"{pearson:+.2f}", f"{spearman:+.2f}"

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
 
 from awp_optim.attacks import PGD
 from awp_optim.lab.config import Config
@@ -21,6 +22,7 @@ from awp_optim.lab.loading import from_checkpoint
 from awp_optim.lab.reports.figures import FIGURES
 from awp_optim.lab.reports.landscapes import Landscapes, Measuring
 from awp_optim.lab.reports.runs import NotEnough, find_runs, grouped
+from awp_optim.lab.reports.sharpness import correlations
 from awp_optim.lab.trainer import fit
 from awp_optim.landscape import filter_normalized_direction, loss_curve
 
@@ -125,6 +127,34 @@ def test_the_numbers_are_the_curves(runs, landscapes):
     assert less[1][2] == ", ".join(f"{d:+.3f}" for d in difference)
     assert less[1][3] == f"{rises['AT-AWP'].sum() / rises['AT'].sum():.2f}"
     assert drawing.data["AT"][1] == curves["AT"][1].to_dict()
+
+
+def test_flatness_and_the_gap_of_every_evaluated_checkpoint(runs, landscapes):
+    groups = groups_of(runs, "at-0", "awp-0", "awp-1")
+    (drawing,) = FIGURES["flatness"](groups, landscapes)
+    assert {label: len(points) for label, points in drawing.data.items()} == {"AT": 2, "AT-AWP": 4}
+    (run,) = groups["AT"]
+    for point, epoch in zip(drawing.data["AT"], (2, 4), strict=True):
+        rise = landscapes.curve(run, run.checkpoints()[epoch]).sharpness(0.25).mean
+        row = run.rows[epoch - 1]
+        gap = 100 * (row["train_robust_acc"] - row["test_robust_acc"])
+        assert point == pytest.approx((rise, gap))
+    from scipy.stats import spearmanr
+
+    everything = np.array([*drawing.data["AT"], *drawing.data["AT-AWP"]])
+    ((_, (_, whole, awp)),) = drawing.tables
+    assert whole[:2] == ["all", "6"]
+    assert float(whole[2]) == pytest.approx(np.corrcoef(everything.T)[0, 1], abs=0.006)
+    assert float(whole[3]) == pytest.approx(spearmanr(everything).statistic, abs=0.006)
+    assert awp[:2] == ["AT-AWP", "4"]
+    with pytest.raises(NotEnough, match="save-every"):
+        FIGURES["flatness"](groups_of(runs, "at-0"), landscapes)
+
+
+def test_a_correlation_needs_numbers_that_vary():
+    assert correlations([(1.0, 2.0), (2.0, 2.0), (3.0, 2.0)]) == ("-", "-")
+    assert correlations([(1.0, 1.0), (2.0, 4.0), (3.0, 9.0)])[1] == "+1.00"
+    assert correlations([(1.0, 3.0), (2.0, 1.0), (2.0, 2.0)])[1] == "-0.87"  # ranks 1, 2.5, 2.5
 
 
 def test_a_single_setting_is_shown_by_its_checkpoints(runs, landscapes):

@@ -8,6 +8,7 @@ are more labels than a reader can tell apart. Figures are numbered as in the pap
 from awp_optim.lab.reports.plots.evaluation import accuracy_by_radius, adversarial_images
 from awp_optim.lab.reports.plots.landscape import (
     directions,
+    gap_by_rise,
     landscapes,
     landscapes_by_epoch,
     landscapes_by_gamma,
@@ -32,6 +33,7 @@ __all__ = [
     "adversarial_images",
     "curve_panels",
     "directions",
+    "gap_by_rise",
     "landscapes",
     "landscapes_by_epoch",
     "landscapes_by_gamma",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "directions",
+    "gap_by_rise",
     "landscapes",
     "landscapes_by_epoch",
     "landscapes_by_gamma",
@@ -111,6 +112,26 @@ def landscapes_by_epoch(
         beyond = {epoch: curves[epoch] for epoch in sorted(curves) if epoch > top}
         _shaded_by_epoch(before, until, "Blues", f"landscapes up to the best epoch, {top}")
         _shaded_by_epoch(after, beyond, "Reds", f"landscapes after the best epoch, {top}")
+
+
+def gap_by_rise(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    path: Path | str,
+    title: str = "",
+    *,
+    at: float,
+) -> None:
+    """The generalization gap of checkpoints by the rise of their loss at a distance ``at``."""
+    with picture(path, title, 7, 4.8) as figure:
+        axes = figure.subplots()
+        for i, (color, label, of_label) in enumerate(with_colors(points)):
+            if of_label:
+                axes.scatter(
+                    *zip(*of_label, strict=True), color=color, marker=MARKERS[i], label=label
+                )
+        axes.set_xlabel(rf"rise of the adversarial loss at $|\alpha|$ = {at:g}")
+        axes.set_ylabel("robust generalization gap in points")
+        axes.legend()
 
 
 def directions(curves: Mapping[str, LossCurve], path: Path | str, title: str = "") -> None:
