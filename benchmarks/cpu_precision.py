@@ -1,16 +1,18 @@
 """What do bfloat16, channels_last and torch.compile each buy in a training step on a CPU?
 
-    OMP_NUM_THREADS=1 python -m benchmarks.cpu_precision
+    python -m benchmarks.cpu_precision
 
-A step of AT-AWP with PGD-10, timed in turn for every way to run it. Writes cpu_precision.json and
-prints a table. Compiling takes minutes.
+A step of AT-AWP with PGD-10, timed in turn for every way to run it, on one thread and in CPU time,
+so that other programs hardly matter. Writes cpu_precision.json and prints a table. Compiling takes
+minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from benchmarks.environment import RESULTS, environment, write_json
 from benchmarks.report import about, markdown_table
 from benchmarks.steps import EXACT, Step, images, network, training_step
-from benchmarks.timing import Seconds, interleaved, median_ratio
+from benchmarks.timing import Seconds, median_ratio
 
 BASE = "float32"
 WAYS: dict[str, tuple[str, ...]] = {
@@ -44,12 +46,25 @@ def build(arch: str, batch: int, way: Sequence[str]) -> partial[Any]:
     return partial(step, *images(batch, memory_format=layout))
 
 
+def cpu_seconds(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> Seconds:
+    """The CPU time of every contestant's calls, one a round, after one that is not timed."""
+    seconds: Seconds = {name: [] for name in contestants}
+    for call in contestants.values():
+        call()
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            start = time.process_time()
+            call()
+            seconds[name].append(time.process_time() - start)
+    return seconds
+
+
 def table(seconds: Seconds, batch: int) -> str:
     """Milliseconds an image, and how many times as fast as the first way."""
     return markdown_table(
         {
             "": lambda row: row["name"],
-            "ms an image": lambda row: f"{1e3 * statistics.median(row['seconds']) / batch:.1f}",
+            "CPU ms an image": lambda row: f"{1e3 * statistics.median(row['seconds']) / batch:.1f}",
             "speed-up": lambda row: f"{1 / median_ratio(seconds, row['name'], BASE):.2f}",
         },
         [{"name": name, "seconds": each} for name, each in seconds.items()],
@@ -66,10 +81,12 @@ def main() -> None:
     add("--rounds", type=int, default=5, help="(%(default)s)")
     add("--out", type=Path, default=RESULTS / "cpu", help="(%(default)s)")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     content: dict[str, Any] = {**environment(), "batch": args.batch, "seconds": {}}
     for arch in args.arch:
-        steps: Mapping[str, Any] = {n: build(arch, args.batch, way) for n, way in WAYS.items()}
-        seconds = content["seconds"][arch] = interleaved(steps, rounds=args.rounds)
+        torch.compiler.reset()  # one network's versions count against the next one's
+        steps = {name: build(arch, args.batch, way) for name, way in WAYS.items()}
+        seconds = content["seconds"][arch] = cpu_seconds(steps, args.rounds)
         write_json(args.out / "cpu_precision.json", content)
         print(f"**{arch}, batch {args.batch}**\n\n{table(seconds, args.batch)}\n", flush=True)
     print(about(content))
