@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from awp_optim.attacks import PGD
-from awp_optim.lab.commands.attacks import make_attack
 from awp_optim.evaluation import evaluate
 from awp_optim.lab.commands import evaluate as module
+from awp_optim.lab.commands.attacks import make_attack
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 
