@@ -8,6 +8,7 @@ import signal
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -200,6 +201,12 @@ def test_images_without_labels_and_given_weights(awp, tmp_path):
     assert (config["train_images"], config["unlabeled_images"]) == (32, 32)
     assert (config["epoch_images"], config["batch_size"]) == (64, 256)
     assert config["train_eval"] == 20
+    for name in ("a", "b"):  # two parts, for a method that does not need them
+        np.savez(tmp_path / name, image=np.zeros((50, 8, 8, 1), np.uint8), label=np.arange(50) % 10)
+    ended = awp(*QUICK, "--extra-data", "a.npz", "b.npz", "--unlabeled-share", 0.8, "--out", "at")
+    assert ended.status == 0, ended.err
+    config = config_of(tmp_path / "at")
+    assert (config["method"], config["unlabeled_images"]) == ("at", 100)
     last = ("--init", "rst/last.pt", "--lr", 0.01)
     ended = awp(*QUICK, "--method", "pretrain", *last, "--out", "pretrain")
     assert ended.status == 0, ended.err
