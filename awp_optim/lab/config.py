@@ -18,18 +18,19 @@ from awp_optim.attacks import NFGSM, PGD
 from awp_optim.lab.schedules import Schedule
 from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
-__all__ = ["METHODS", "PRECISIONS", "THREATS", "Config"]
+__all__ = ["METHODS", "PRECISIONS", "THREATS", "Config", "Precision"]
 
 Method = Literal["at", "trades", "mart", "rst", "pretrain", "gkl", "score"]
 Activation = Literal[
     "relu", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "tanh"
 ]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 """RST is TRADES with more data; pretrain is adversarial training from given weights."""
 PRECISIONS: dict[Precision, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-"""Autocast's dtype by name; weights and optimizer state are float32 either way."""
+"""Autocast's dtype by name; weights and optimizer state are float32 either way. "auto" is replaced
+by one of the two before a run begins (:mod:`awp_optim.lab.precision`)."""
 
 
 THREATS: dict[str, dict[str, Any]] = {
@@ -138,7 +139,10 @@ class Config:
     label_smoothing: float = 0.0
     """Label smoothing applied to the objective's cross-entropy, not to the attack's."""
     precision: Precision = "float32"
-    """Precision of the forward passes; bfloat16 uses autocast."""
+    """Precision of the forward passes; bfloat16 uses autocast. auto is bfloat16 on GPUs from Ampere
+    on, and for convolutional networks on CPUs with AMX or AVX512-BF16, else float32."""
+    compile: bool = False
+    """Compile the network by torch.compile, which takes a minute or more at the start."""
     schedule: Schedule = "piecewise"
     """Learning-rate schedule, stepped after every batch."""
     augment: bool = True
