@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD, SPSA, Captured
 from awp_optim.attacks.base import COMPILER_SEES_REQUIRES_GRAD
-from awp_optim.objectives import AT, MART, TRADES
+from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 from tests.toolbox import batches, mixed, network
 
 SGD = torch.optim.SGD
@@ -32,12 +32,14 @@ def net():
 def ascend(v, w, g, gamma, steps):
     """Eq. (10) and (15), in place in v."""
     for n in w:
-        if w[n].ndim > 1 and gamma > 0:
+        if w[n].ndim > 1 and gamma > 0 and g[n].any():
             v[n] = v[n] + gamma / steps * w[n].norm() * g[n] / g[n].norm()
             v[n] *= min(1, gamma * w[n].norm() / v[n].norm())
 
 
-def algorithm_2(model, data, gamma, alternations, k2, lr, objective):
+def algorithm_2(
+    model, data, gamma, alternations, k2, lr, objective, ascent_objective=None, attack=ATTACK
+):
     """With w and v kept apart; the attack alone is the package's."""
     steps = alternations * k2
     for x, y in data:
@@ -48,7 +50,7 @@ def algorithm_2(model, data, gamma, alternations, k2, lr, objective):
         def at(v, w=w):
             return {n: (w[n] + v[n]).requires_grad_() for n in w}
 
-        def gradient(x_adv, buffers, w=w, v=v, x=x, y=y):
+        def gradient(objective, x_adv, buffers, w=w, v=v, x=x, y=y):
             weights = at(v)
             call = lambda z: functional_call(model, {**weights, **buffers}, (z,))  # noqa: E731
             loss = objective(call, x_adv, x, y)
@@ -59,12 +61,12 @@ def algorithm_2(model, data, gamma, alternations, k2, lr, objective):
             with torch.no_grad():
                 for n, p in model.named_parameters():
                     p.copy_(w[n] + v[n])
-            x_adv = ATTACK(model, x, y)
+            x_adv = attack(model, x, y)
             for _ in range(k2):
                 scratch = {n: b.clone() for n, b in statistics.items()}
-                _, g = gradient(x_adv, scratch)
+                _, g = gradient(ascent_objective or objective, x_adv, scratch)
                 ascend(v, w, g, gamma, steps)
-        loss, g = gradient(x_adv, statistics)  # updates the statistics in place
+        loss, g = gradient(objective, x_adv, statistics)  # updates the statistics in place
         with torch.no_grad():
             for n, p in model.named_parameters():
                 p.copy_(w[n] - lr * g[n])
@@ -109,9 +111,113 @@ def test_is_algorithm_2(net, alternations, k2, loss):
     for out, (value, x_adv) in zip(ours, truth):
         torch.testing.assert_close(out.loss, value.detach(), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(out.x_adv, x_adv, rtol=1e-9, atol=1e-9)
-        assert not any(t.requires_grad for t in out)
+        assert not any(t.requires_grad for t in out if t is not None)
     assert out.logits.shape == (8, 3)
+    assert (out.logits_nat is not None) == (loss is both)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+# --- Targets that are no labels ---------------------------------------------------------------
+
+
+def distance(z, target):
+    return (z - target).square().flatten(1).sum(1)
+
+
+class Distance:
+    needs_natural = False
+
+    def __call__(self, z_adv, z_nat, target):
+        assert z_nat is None
+        return distance(z_adv, target).mean()
+
+
+@pytest.mark.parametrize("kind", ["embeddings of a frozen model", "feature maps", "numbers"])
+def test_any_target_reaches_attack_and_objective(net, kind):
+    """FARE (Schlarmann et al., ICML 2024), and regression."""
+    model = net[:3] if kind == "feature maps" else net
+    if kind == "numbers":
+        data = [(x, torch.randn(8, 3, dtype=torch.float64)) for x, _ in batches(3)]
+    else:
+        frozen = copy.deepcopy(model).eval()
+        data = [(x, frozen(x).detach()) for x, _ in batches(3)]
+    other, attack = copy.deepcopy(model), replace(ATTACK, loss=distance)
+    opt = AWP(model.parameters(), SGD, gamma=0.05, lr=0.01)
+    step = AdversarialStep(model, opt, attack, Distance())
+    torch.manual_seed(3)
+    ours = [step(x, y) for x, y in data]
+
+    def loss(call, x_adv, x, y):
+        return sum(((z - t) ** 2).sum() for z, t in zip(call(x_adv), y, strict=True)) / len(y)
+
+    torch.manual_seed(3)
+    truth = list(algorithm_2(other, data, 0.05, 1, 1, 0.01, loss, attack=attack))
+    for out, (value, x_adv) in zip(ours, truth):
+        torch.testing.assert_close(out.loss, value.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(out.x_adv, x_adv, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+# --- Ascent below a loss ----------------------------------------------------------------------
+
+
+def trades_by_example(call, x_adv, x, q):
+    """The cross-entropy at x' and the loss of TRADES, for each example."""
+    log_p_adv, log_p = call(x_adv).log_softmax(1), call(x).log_softmax(1)
+    divergence = (log_p.exp() * (log_p - log_p_adv)).sum(1)
+    return -(q * log_p_adv).sum(1), -(q * log_p).sum(1) + 6.0 * divergence
+
+
+def at_by_example(call, x_adv, x, q):
+    losses = -(q * call(x_adv).log_softmax(1)).sum(1)
+    return losses, losses
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(("alternations", "k2"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize("by_example", [at_by_example, trades_by_example])
+def test_the_ascent_counts_only_examples_with_a_low_loss(net, by_example, alternations, k2, soft):
+    """Yu et al. (2022): the gradient of sum_i 1[loss_i < c] loss_i, one example at a time."""
+    other, seen = copy.deepcopy(net), []
+    objective = TRADES() if by_example is trades_by_example else AT()
+    attack = replace(ATTACK, loss=objective.attack_loss)
+    data = mixed(batches(4), dtype=torch.float64) if soft else batches(4)
+
+    def labels(y):
+        return y if soft else torch.eye(3, dtype=torch.float64)[y]
+
+    def mean(call, x_adv, x, y):
+        return by_example(call, x_adv, x, labels(y))[1].mean()
+
+    def low(call, x_adv, x, y):
+        rows = list(zip(*by_example(call, x_adv, x, labels(y)), strict=True))
+        seen.extend(loss < 1.1 for loss, _ in rows)
+        return sum(value if loss < 1.1 else 0 * value for loss, value in rows)
+
+    opt = AWP(net.parameters(), SGD, gamma=0.05, ascent_steps=alternations * k2, lr=0.1)
+    settings = {"alternations": alternations, "ascent_below": 1.1}
+    step = AdversarialStep(net, opt, attack, objective, **settings)
+    torch.manual_seed(3)
+    ours = [step(x, y) for x, y in data]
+    torch.manual_seed(3)
+    truth = list(algorithm_2(other, data, 0.05, alternations, k2, 0.1, mean, low, attack))
+    assert 0.2 < sum(seen) / len(seen) < 0.8
+    for out, (value, x_adv) in zip(ours, truth):
+        torch.testing.assert_close(out.loss, value.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(out.x_adv, x_adv, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("c", "gamma"), [(1e-9, 0.0), (1e9, 0.05)])
+def test_no_example_gives_no_perturbation_and_all_the_usual_one(net, c, gamma):
+    other, data = copy.deepcopy(net), batches(3)
+    _, outputs = trained(net, data, ascent_below=c)
+    opt = AWP(other.parameters(), SGD, gamma=gamma, lr=0.1, momentum=0.9)
+    step = AdversarialStep(other, opt, ATTACK)
+    torch.manual_seed(3)
+    for ours, (x, y) in zip(outputs, data):
+        assert ours.loss == step(x, y).loss
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
 
 
 def trained(model, data, call=None, attack=ATTACK, **settings):
@@ -147,7 +253,7 @@ def test_certain_labels_train_as_indices_do(net, kwargs, autocast):
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("objective", [AT(), TRADES(), MART()])
+@pytest.mark.parametrize("objective", [AT(), TRADES(), MART(), GKL(), SCORE()])
 @pytest.mark.parametrize("labels", [lambda data: data, mixed])
 def test_autocast_runs_the_forward_passes_in_its_dtype(objective, labels):
     net, seen = network(dtype=torch.float32), set()
@@ -367,6 +473,8 @@ def test_clips_the_gradient_of_the_descent(net):
         ({"alternations": 0}, ValueError, "alternations"),
         ({"alternations": 2}, ValueError, r"ascent_steps=K2 \* 2"),
         ({"ascent": "momentum"}, ValueError, "ascent"),
+        ({"ascent_below": 0.0}, ValueError, "ascent_below must be above 0"),
+        ({"ascent_below": 1.7, "ascent": "attack"}, ValueError, "ascent_below needs"),
         ({"ascent": "attack", "attack": lambda m, x, y: x}, ValueError, "FGSM, PGD or CW"),
         ({"ascent": "attack", "attack": SPSA(loss="ce")}, ValueError, "FGSM, PGD or CW.*SPSA"),
         ({"ascent": "attack", "attack": PGD(eps=0)}, ValueError, "FGSM, PGD or CW"),
@@ -400,6 +508,9 @@ def test_warns_of_an_attack_on_another_loss_than_the_objectives(net, captured):
         AdversarialStep(net, opt, attack, MART())
         AdversarialStep(net, opt, attack, Both())
         AdversarialStep(net, opt, PGD(loss="kl"), TRADES())
+        AdversarialStep(net, opt, PGD(loss="score"), SCORE())
+    with pytest.warns(UserWarning, match="loss='score'"):
+        AdversarialStep(net, opt, PGD(loss="kl"), SCORE())
 
 
 def test_a_step_does_not_start_from_perturbed_weights(net):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim import AWP
+from awp_optim.lab.class_means import ClassMeans
 from awp_optim.lab.ema import MovingAverage
 from awp_optim.lab.run_folder import Row
 from awp_optim.lab.weights import load_checkpoint
@@ -62,6 +63,7 @@ class RunState:
         generators: the random generators of the order and of the augmentation.
         device: where the model is.
         average: the moving average of the model, if the run has one.
+        class_means: the weights of GKL's classes, if that is the method.
         rows: the metrics of the finished epochs.
         epoch: progress within the current epoch; None between two.
     """
@@ -72,6 +74,7 @@ class RunState:
     generators: tuple[torch.Generator, ...]
     device: torch.device
     average: MovingAverage | None
+    class_means: ClassMeans | None
     rows: list[Row]
     epoch: EpochProgress | None = None
 
@@ -87,6 +90,8 @@ class RunState:
         }
         if self.average:
             state["ema"] = self.average.state_dict()
+        if self.class_means:
+            state["class_means"] = self.class_means.state_dict()
         if self.epoch:
             state["epoch"] = dict(vars(self.epoch))
         return state
@@ -102,6 +107,8 @@ class RunState:
         self.scheduler.load_state_dict(saved["scheduler"])
         if self.average:
             self.average.load_state_dict(saved["ema"])
+        if self.class_means:
+            self.class_means.load_state_dict(saved["class_means"])
         self.rows = list(saved["rows"])
         for row in self.rows:
             sum(row.values())  # raises unless they are numbers

@@ -82,7 +82,7 @@ def from_checkpoint(
         in_channels: Channels of the images; those of the first convolution unless given.
         ema: Take the averaged weights.
         mean: Mean of each channel for images in [0, 1], for weights without a normalization. None
-            means no normalization.
+            means no normalization; in DeepMind's layout, CIFAR's.
         std: Standard deviation of each channel, likewise.
 
     Raises:
@@ -97,6 +97,8 @@ def from_checkpoint(
         raise ValueError(f"{file} does not name its network: give --arch")
     arch = _our_name(arch)
     weights = state_dict_of(content, file, ema=ema)
+    if arch.startswith("wide_resnet") and "init_conv.weight" in weights:
+        arch = f"dm_{arch}"  # papers give the two layouts one name
     settings = _given(config, "activation") | _statistics(file, weights, mean, std)
     sizes = {"in_channels": 3, **sizes_of(weights), **_given(config, "in_channels", "num_classes")}
     given = {"in_channels": in_channels, "num_classes": num_classes}
@@ -140,9 +142,9 @@ def _statistics(
     """The mean and std for the network: those in the file or those given."""
     _check_both(mean, std)
     own = {
-        name: weights[f"normalize.{name}"].flatten().tolist()
-        for name in ("mean", "std")
-        if f"normalize.{name}" in weights
+        key.removeprefix("normalize."): weights[key].flatten().tolist()
+        for key in ("normalize.mean", "normalize.std", "mean", "std")
+        if key in weights
     }
     if mean is None:
         return own

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from awp_optim.attacks.losses import compares_with_clean
 from awp_optim.lab.config import Config
 from awp_optim.lab.recipes import RECIPES
 from awp_optim.lab.reports.plots import ablations, curve_panels, perturbation_sizes
@@ -201,7 +202,9 @@ def passes(config: Config) -> int:
     A forward pass, a backward pass to the inputs and one to the weights count 1 each; an objective
     of natural and adversarial images makes two of each.
     """
-    attack = 2 * config.training_attack.gradient_passes + (config.training_attack.loss == "kl")
+    attack = 2 * config.training_attack.gradient_passes + compares_with_clean(
+        config.training_attack.loss
+    )
     update = 6 if config.objective.needs_natural else 3
     if not config.gamma:
         return attack + update

@@ -25,6 +25,8 @@ __all__ = ["initialize", "load_checkpoint", "load_weights", "sizes_of", "state_d
 
 ENTRIES = ("model", "state_dict", "model_state_dict", "net")
 """Names under which a checkpoint may hold its state dict."""
+WRAPPERS = ("module.", "0.")
+"""Prefixes of DataParallel and its like, and of a Sequential that holds the network alone."""
 
 
 # --- From a file ------------------------------------------------------------------------------
@@ -73,8 +75,8 @@ def load_weights(file: str | os.PathLike[str], *, ema: bool = False) -> dict[str
 
     The file is a checkpoint of this package (``best.pt``, ``last.pt``), a state dict, a dict that
     holds one as ``model``, ``state_dict``, ``model_state_dict`` or ``net``, or a ``.safetensors``
-    file. The prefixes of DataParallel, DistributedDataParallel, AveragedModel and torch.compile
-    (``module.``, ``_orig_mod.``) are removed from the names.
+    file. The prefixes of DataParallel, DistributedDataParallel, AveragedModel, torch.compile and a
+    Sequential of one (``module.``, ``_orig_mod.``, ``0.``) are removed from the names.
 
     Args:
         file: The file, or the name of a network that ships with the package.
@@ -128,9 +130,10 @@ def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = {name.replace("_orig_mod.", ""): tensor.detach() for name, tensor in weights.items()}
     while True:
         inner = {k: v for k, v in plain.items() if k != "n_averaged"}  # AveragedModel's counter
-        if not inner or not all(name.startswith("module.") for name in inner):
+        wrapper = next((w for w in WRAPPERS if all(n.startswith(w) for n in inner)), None)
+        if not inner or wrapper is None:
             return plain
-        plain = {name.removeprefix("module."): tensor for name, tensor in inner.items()}
+        plain = {name.removeprefix(wrapper): tensor for name, tensor in inner.items()}
 
 
 # --- Into a network ---------------------------------------------------------------------------

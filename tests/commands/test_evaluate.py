@@ -14,6 +14,7 @@ import torch
 from awp_optim.attacks import PGD
 from awp_optim.evaluation import evaluate
 from awp_optim.lab.commands import evaluate as module
+from awp_optim.lab.commands.attacks import make_attack
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 
@@ -247,3 +248,12 @@ def test_continues_after_a_kill_and_reports_where_nobody_looks(run, start, tmp_p
     assert run(*options, "killed", "--resume").status == 0
     for name in ("results.csv", "record.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_names_of_pgd():
+    assert make_attack("pgd20", 8 / 255, "linf") == PGD(8 / 255, 2 / 255, 20)
+    assert make_attack("pgd50x10", 8 / 255, "linf") == PGD(8 / 255, 2 / 255, 50, restarts=10)
+    assert make_attack("pgd5", 0.5, "l2") == PGD(0.5, 0.0625, 5, "l2")
+    for name in ("pgd0", "pgd5x0", "pgd", "pgd5x"):
+        with pytest.raises(ValueError, match="no attack"):
+            make_attack(name, 0.1, "linf")

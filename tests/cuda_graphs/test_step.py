@@ -6,6 +6,7 @@ import copy
 import types
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from awp_optim import AWP, AdversarialStep, frozen_batch_norm
 from awp_optim._cuda_graphs.graphs import CaptureError
 from awp_optim.attacks import FGSM, PGD, Captured
-from awp_optim.objectives import AT, MART, TRADES
+from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 from tests.toolbox import batches, mixed, network
 
 from .conftest import (
@@ -47,6 +48,10 @@ KL = PGD(0.1, 0.04, steps=2, loss="kl")
         {"clip_grad_norm": 0.5},
         {"objective": TRADES(), "attack": KL},
         {"objective": MART()},
+        {"objective": GKL(), "attack": KL},
+        {"objective": SCORE(), "attack": replace(KL, loss="score")},
+        {"ascent_below": 1.1},
+        {"ascent_below": 1.1, "objective": TRADES(), "attack": KL, "mixed": True},
         {"attack": PGD(0.1, 0.04, steps=2, random_start=False, model_mode="train")},
         {"attack": FGSM(0.1, norm="l2")},
         {"mixed": True, "ascent": "attack"},
@@ -112,6 +117,52 @@ def test_labels_that_require_gradients_get_none_from_a_graph(graph_device):
 def test_any_optimizer(graph_device, make, kwargs):
     data = batches(8, graph_device[0])
     assert_captured_equals_eager(graph_device, data, make=make, rtol=1e-7, **kwargs)
+
+
+def distance(z, target):
+    return (z - target).square().sum(1)
+
+
+class Distance:
+    needs_natural = False
+
+    def __call__(self, z_adv, z_nat, target):
+        return distance(z_adv, target).mean()
+
+
+def test_targets_that_are_no_labels(graph_device):
+    data = [
+        (x, torch.randn(8, 3, dtype=x.dtype).to(x.device)) for x, _ in batches(8, graph_device[0])
+    ]
+    settings = {"attack": replace(KL, loss=distance, start_std=0.01), "objective": Distance()}
+    assert_captured_equals_eager(graph_device, data, **settings)
+
+
+def test_class_probabilities_are_read_at_every_replay(graph_device):
+    device, _ = graph_device
+    probs = torch.empty(3, 3, device=device, dtype=torch.float64)
+
+    def before(i, opt, model):
+        rows = torch.Generator().manual_seed(i)
+        probs.copy_(torch.rand(3, 3, generator=rows, dtype=torch.float64).softmax(1))
+
+    attack, objective = replace(KL, random_start=True), GKL(class_probs=probs)
+    data = batches(10, device)
+    kwargs = {"attack": attack, "objective": objective, "before": before}
+    assert_captured_equals_eager(graph_device, data, **kwargs)
+
+
+def test_other_class_probabilities_and_losses_to_stay_below_get_their_own_graph(graph_device):
+    device, counts = graph_device
+    data, (one, two) = batches(15, device), torch.rand(2, 3, 3, dtype=torch.float64)
+    opt = awp(model := network(device))
+    step = AdversarialStep(model, opt, KL, GKL(class_probs=one.to(device)), cuda_graph=True)
+    run(step, data[:5])
+    step.objective = GKL(class_probs=two.to(device))
+    run(step, data[5:10])
+    step.ascent_below = 1.5
+    run(step, data[10:])
+    assert counts.captures == 3
 
 
 def test_learning_rate_and_gamma_change_without_a_new_graph(graph_device):
@@ -395,7 +446,7 @@ def test_a_replay_leaves_the_host_as_a_step_does(graph_device):
     assert all(p.grad is not None for p in model.parameters())
     assert not step.optimizer.is_perturbed
     assert model[1].num_batches_tracked == 8
-    assert not any(t.requires_grad for t in outputs[-1])
+    assert not any(t.requires_grad for t in outputs[-1][:3])
     step.optimizer.state_dict()  # refuses while perturbed
 
 

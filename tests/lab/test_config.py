@@ -10,7 +10,7 @@ import pytest
 from awp_optim.attacks import NFGSM, PGD
 from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.models import ACTIVATIONS
-from awp_optim.objectives import AT, MART, TRADES
+from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,8 @@ from awp_optim.objectives import AT, MART, TRADES
         *((name, 1.0, r"in \[0, 1\)") for name in ("momentum", "ema", "label_smoothing")),
         ("attack_mode", "both", "must be one of"),
         ("mixup", -1.0, "finite and >= 0"),
+        ("alpha", -1.0, "finite and >= 0"),
+        ("ascent_below", math.nan, "finite and >= 0"),
         ("lr", math.nan, "finite and >= 0"),
         ("l2", math.inf, "finite and >= 0"),
         ("unlabeled_share", 1.0, r"in \(0, 1\)"),
@@ -41,9 +43,15 @@ def test_nesterov_needs_momentum():
         Config(nesterov=True, momentum=0.0)
 
 
-def test_mixup_needs_pairs():
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixing_needs_pairs(name):
     with pytest.raises(ValueError, match="batch_size"):
-        Config(mixup=1.0, batch_size=1)
+        Config(**{name: 1.0}, batch_size=1)
+
+
+def test_images_are_mixed_in_one_way():
+    with pytest.raises(ValueError, match="mixup and cutmix: give one"):
+        Config(mixup=1.0, cutmix=1.0)
 
 
 def test_each_method_has_its_published_attack_and_objective():
@@ -54,10 +62,14 @@ def test_each_method_has_its_published_attack_and_objective():
         "mart": MART(lam=3.0, label_smoothing=0.1),
         "rst": TRADES(beta=3.0, label_smoothing=0.1),
         "pretrain": AT(label_smoothing=0.1),
+        "gkl": GKL(alpha=4.0, beta=3.0, label_smoothing=0.1),
+        "score": SCORE(beta=3.0, label_smoothing=0.1),
     }
     attacks = {m: c.training_attack for m, c in of.items()}
     assert attacks["at"] == attacks["pretrain"] == PGD(model_mode="train")
     assert attacks["trades"] == attacks["rst"] == PGD(loss="kl", start_std=0.001)
+    assert attacks["gkl"] == attacks["trades"]
+    assert attacks["score"] == PGD(loss="score")
     assert attacks["mart"] == PGD(start_std=0.001)
     assert {c.test_attack for c in of.values()} == {PGD(steps=20)}
     assert Config(attack_mode="eval").training_attack == PGD()

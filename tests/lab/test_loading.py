@@ -262,3 +262,17 @@ def test_robustbenchs_preact_resnet_is_ours(tmp_path):
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), model(x))
+
+
+def test_robustbenchs_deepmind_wide_resnet_is_ours(tmp_path):
+    theirs = robustbench_architecture("dm_wide_resnet")
+    torch.manual_seed(0)
+    model = theirs.DMWideResNet(10, 10, 2, nn.SiLU).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    ours = from_checkpoint(tmp_path / "weights.pt", arch="WRN-10-2")
+    back = theirs.DMWideResNet(10, 10, 2).load_state_dict(ours.state_dict(), strict=False)
+    assert back.missing_keys == []
+    assert set(back.unexpected_keys) <= {"mean", "std"}  # which some versions do not save
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), model(x))

@@ -12,10 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from awp_optim.lab.data.cifar10 import CIFAR10_MEAN, CIFAR10_STD
+from awp_optim.lab.loading import from_checkpoint
 from awp_optim.lab.models import (
     ACTIVATIONS,
     MODELS,
     VGG,
+    DeepMindWideResNet,
     Normalize,
     PreActBottleneck,
     PreActResNet,
@@ -27,6 +29,7 @@ TINY = {
     "preact": lambda **kw: PreActResNet((1, 2), 4, **kw),
     "bottleneck": lambda **kw: PreActResNet((1, 2), 4, block=PreActBottleneck, **kw),
     "wide": lambda **kw: WideResNet(10, 1, **kw),
+    "deepmind": lambda **kw: DeepMindWideResNet(10, 1, **{"mean": 0.4, "std": 0.3, **kw}),
     "vgg": lambda **kw: VGG((1, 2), 4, **kw),
 }
 # Each as its paper or torch's documentation defines it.
@@ -153,6 +156,8 @@ def vgg19_count():
         ("wide_resnet34_10", 46_160_474, wide_count(34, 10)),
         ("wide_resnet34_20", 184_531_674, wide_count(34, 20)),
         ("wide_resnet70_16", 266_796_506, wide_count(70, 16)),
+        ("dm_wide_resnet28_10", 36_479_194, wide_count(28, 10)),
+        ("dm_wide_resnet70_16", 266_796_506, wide_count(70, 16)),
     ],
 )
 def test_parameter_counts(name, published, counted):
@@ -279,6 +284,106 @@ class TestWideResNet:
         assert not model.fc.bias.any()
 
 
+class TestDeepMindWideResNet:
+    """The functional network and its names are those of Gowal et al.'s published code."""
+
+    @staticmethod
+    def weights(depth, width, num_classes=10):
+        """A checkpoint in their naming, of random numbers."""
+        torch.manual_seed(0)
+        s = {"init_conv.weight": torch.randn(16, 3, 3, 3) / 5}
+
+        def add_batch_norm(name, planes):
+            s[f"{name}.weight"], s[f"{name}.running_var"] = torch.rand(2, planes) + 0.5
+            s[f"{name}.bias"], s[f"{name}.running_mean"] = torch.rand(2, planes) - 0.5
+            s[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
+        before = 16
+        for stage, planes in enumerate((16 * width, 32 * width, 64 * width)):
+            for i in range((depth - 4) // 6):
+                name = f"layer.{stage}.block.{i}"
+                add_batch_norm(f"{name}.batchnorm_0", before)
+                s[f"{name}.conv_0.weight"] = torch.randn(planes, before, 3, 3) / before**0.5 / 3
+                add_batch_norm(f"{name}.batchnorm_1", planes)
+                s[f"{name}.conv_1.weight"] = torch.randn(planes, planes, 3, 3) / planes**0.5 / 3
+                if before != planes:
+                    s[f"{name}.shortcut.weight"] = torch.randn(planes, before, 1, 1) / before**0.5
+                before = planes
+        add_batch_norm("batchnorm", before)
+        s["logits.weight"] = torch.randn(num_classes, before)
+        s["logits.bias"] = torch.randn(num_classes)
+        return s
+
+    @staticmethod
+    def forward(x, s, depth, activation, mean, std):
+        """Their forward pass, written out."""
+
+        def normalized(x, name):
+            names = ("running_mean", "running_var", "weight", "bias")
+            return F.batch_norm(x, *(s[f"{name}.{key}"] for key in names), eps=1e-5)
+
+        mean, std = (torch.tensor(t).view(3, 1, 1).to(x) for t in (mean, std))
+        x = F.conv2d((x - mean) / std, s["init_conv.weight"], padding=1)
+        for stage, first_stride in enumerate((1, 2, 2)):
+            for i in range((depth - 4) // 6):
+                name = f"layer.{stage}.block.{i}"
+                out = activation(normalized(x, f"{name}.batchnorm_0"))
+                stride = first_stride if i == 0 else 1
+                if f"{name}.shortcut.weight" in s:
+                    x = F.conv2d(out, s[f"{name}.shortcut.weight"], stride=stride)
+                out = F.pad(out, (1, 1, 1, 1) if stride == 1 else (0, 1, 0, 1))
+                out = F.conv2d(out, s[f"{name}.conv_0.weight"], stride=stride)
+                out = activation(normalized(out, f"{name}.batchnorm_1"))
+                x = x + F.conv2d(out, s[f"{name}.conv_1.weight"], padding=1)
+        x = F.avg_pool2d(activation(normalized(x, "batchnorm")), 8).flatten(1)
+        return F.linear(x, s["logits.weight"], s["logits.bias"])
+
+    @pytest.mark.parametrize("width", [1, 2])  # with 1, the first block's shortcut is the identity
+    @two_activations
+    def test_forward_equals_the_layout_written_out(self, width, act):
+        s = {k: v.double() for k, v in self.weights(16, width).items()}
+        mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+        model = DeepMindWideResNet(16, width, mean=mean, std=std, activation=ACTIVATIONS[act])
+        model = model.double().eval()
+        missing, unexpected = model.load_state_dict(s, strict=False)
+        assert sorted(missing) == ["mean", "std"]
+        assert unexpected == []
+        x = images(3, 3, 32, 32)
+        expected = self.forward(x, s, 16, FORMULAS[act], mean, std)
+        torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)  # mean in float32
+
+    @pytest.mark.parametrize(("num_classes", "mean", "std"), [
+        (10, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+        (100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("entry", "prefix"),
+        [(None, ""), ("state_dict", "module."), ("model_state_dict", "module.0.")],
+    )
+    def test_a_published_checkpoint(self, tmp_path, num_classes, mean, std, entry, prefix):
+        """SiLU and the statistics of CIFAR, unless the file has others."""
+        s = self.weights(10, 2, num_classes)
+        x = torch.rand(3, 3, 32, 32)
+
+        def logits(more):
+            content = {f"{prefix}{k}": v for k, v in (s | more).items()}
+            torch.save({entry: content, "epoch": 3} if entry else content, tmp_path / "wrn.pt")
+            # Papers call it as they call the other layout.
+            models = [from_checkpoint(tmp_path / "wrn.pt", arch=name)
+                      for name in ("WRN-10-2", "dm_wide_resnet10_2")]  # fmt: skip
+            with torch.no_grad():
+                a, b = (model(x) for model in models)
+            assert torch.equal(a, b)
+            return a
+
+        expected = self.forward(x, s, 10, FORMULAS["silu"], mean, std)
+        torch.testing.assert_close(logits({}), expected, rtol=1e-4, atol=1e-4)
+        other = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+        own = {k: torch.tensor(v).view(3, 1, 1) for k, v in zip(("mean", "std"), other)}
+        expected = self.forward(x, s, 10, FORMULAS["silu"], *other)
+        torch.testing.assert_close(logits(own), expected, rtol=1e-4, atol=1e-4)
+
+
 class TestVGG:
     def test_layers_of_vgg19(self):
         """16 convolutions and a linear layer; a pool after each stage, down to one pixel."""
@@ -343,7 +448,8 @@ class TestEveryKind:
             if isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.BatchNorm2d, Normalize)):
                 module.register_forward_hook(
                     lambda *call: kept.append(
-                        call[2].is_contiguous(memory_format=torch.channels_last)
+                        call[2].ndim != 4  # logits
+                        or call[2].is_contiguous(memory_format=torch.channels_last)
                     )
                 )
         x = x.contiguous(memory_format=torch.channels_last)
@@ -441,7 +547,11 @@ class TestNormalize:
 
 # --- By name ------------------------------------------------------------------------------------
 
-LARGE = {"wide_resnet34_20", "wide_resnet70_16"}  # hundreds of millions: shapes alone
+LARGE = {
+    "wide_resnet34_20",
+    "wide_resnet70_16",
+    "dm_wide_resnet70_16",
+}  # hundreds of millions: shapes alone
 
 
 class TestRegistry:
@@ -453,15 +563,17 @@ class TestRegistry:
                 activation="tanh",
             )  # fmt: skip
             assert model.eval()(torch.rand(2, 2, 8, 8)).shape == (2, 4)
-        assert len(model.normalize.mean) == 2
+        (normalize,) = (m for m in model.modules() if isinstance(m, Normalize))
+        assert len(normalize.mean) == 2
         used = [m.activation for m in model.modules() if hasattr(m, "activation")]
         assert used
         assert all(activation is torch.tanh for activation in used)
 
     def test_wide_resnets_by_depth_and_width(self):
         with torch.device("meta"):
-            model = build_model("wide_resnet16_4", num_classes=7, in_channels=3)
-        assert count(model) == wide_count(16, 4, 7)
+            models = [build_model(f"{layout}_resnet16_4", num_classes=7, in_channels=3)
+                      for layout in ("wide", "dm_wide")]  # fmt: skip
+        assert [count(model) for model in models] == [wide_count(16, 4, 7)] * 2
         with pytest.raises(ValueError, match=r"depth must be 6n \+ 4 .* got 17"):
             build_model("wide_resnet17_4", num_classes=10, in_channels=3)
 

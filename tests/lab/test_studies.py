@@ -36,6 +36,8 @@ def changes(config, base=BASE):
         ({"train_steps": 1}, 5),
         ({"method": "trades", "gamma": 0.01}, 33),
         ({"method": "mart"}, 26),
+        ({"method": "gkl", "gamma": 0.01}, 33),
+        ({"method": "score", "gamma": 0.01, "ascent_below": 1.7}, 33),
         ({"train_attack": "n-fgsm"}, 5),
         ({"train_attack": "n-fgsm", "gamma": 0.01}, 8),
         ({"train_attack": "n-fgsm", "method": "trades"}, 9),
@@ -58,7 +60,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", ["at", "trades", "mart"])
+@pytest.mark.parametrize("method", ["at", "trades", "mart", "gkl", "score"])
 @pytest.mark.parametrize(
     "settings",
     [

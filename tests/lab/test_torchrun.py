@@ -151,7 +151,14 @@ def test_errors_are_the_same_on_all_ranks(runs):
 
 def test_the_command_speaks_once(runs):
     names = {p.name for p in (runs.two / "command").iterdir()} - {"tensorboard"}
-    assert names == {"best.pt", "last.pt", "config.json", "metrics.csv", "curves.png"}
+    assert names == {
+        "best.pt",
+        "best.safetensors",
+        "last.pt",
+        "config.json",
+        "metrics.csv",
+        "curves.png",
+    }
     assert len(list((runs.two / "command").glob("tensorboard/*"))) <= 1
     assert len(read_metrics(runs.two / "command")) == 2
     for text in ("epoch 1/2", "epoch 2/2", "Robust test accuracy (PGD-1): best"):

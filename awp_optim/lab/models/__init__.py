@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from awp_optim.lab.models.common import Activation, Normalize
+from awp_optim.lab.models.deepmind import DeepMindWideResNet
 from awp_optim.lab.models.preact import PreActBlock, PreActBottleneck, PreActResNet
 from awp_optim.lab.models.vgg import VGG
 from awp_optim.lab.models.wide import WideResNet
@@ -21,6 +22,7 @@ __all__ = [
     "ACTIVATIONS",
     "MODELS",
     "VGG",
+    "DeepMindWideResNet",
     "Normalize",
     "PreActBlock",
     "PreActBottleneck",
@@ -40,6 +42,8 @@ PREACT_RESNETS: dict[int, Callable[..., nn.Module]] = {
 MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"preact_resnet{depth}": build for depth, build in PREACT_RESNETS.items()},
     "preact_resnet_small": partial(PreActResNet, (1, 1, 1), width=16),  # for 8x8 digits, on a CPU
+    "dm_wide_resnet28_10": partial(DeepMindWideResNet, 28, 10),
+    "dm_wide_resnet70_16": partial(DeepMindWideResNet, 70, 16),
     "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
     "wide_resnet28_10": partial(WideResNet, 28, 10),
     "wide_resnet34_10": partial(WideResNet, 34, 10),
@@ -62,52 +66,61 @@ def build_model(
     *,
     num_classes: int,
     in_channels: int,
-    mean: float | Sequence[float] = 0.0,
-    std: float | Sequence[float] = 1.0,
-    activation: str = "relu",
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    activation: str | None = None,
 ) -> nn.Module:
     """Build a new network by name, for images in [0, 1].
 
     Args:
         name: A name in :data:`MODELS`; ``"wide_resnet16_4"`` and so on, of depth 16 and width 4;
-            ``"preact_resnet10_32"`` and so on, with 32 channels in the stem instead of 64; or
+            ``"preact_resnet10_32"`` and so on, with 32 channels in the stem instead of 64;
+            ``"dm_wide_resnet28_10"`` and so on, a wide ResNet in DeepMind's layout; or
             ``"torchvision/resnet18"`` and so on: any classifier of ``torchvision.models``,
             untrained, after :class:`Normalize`. Those are made for RGB images of about 224x224;
             not all of them accept small ones.
         num_classes: Number of logits.
         in_channels: Channels of the images.
-        mean: For :class:`Normalize`.
-        std: For :class:`Normalize`.
-        activation: A name in :data:`ACTIVATIONS`; the networks of torchvision have their own.
+        mean: For :class:`Normalize`. None for no normalization; in DeepMind's layout, for the
+            statistics of CIFAR.
+        std: The same; give both or none.
+        activation: A name in :data:`ACTIVATIONS`. None for "relu"; in DeepMind's layout, for
+            "silu". The networks of torchvision have their own.
 
     Raises:
         ImportError: A network of torchvision was asked for, and torchvision is not installed.
         ValueError: There is no such name (the message lists the names), or a network of
             torchvision was asked for with other images than RGB, or another activation.
     """
-    settings: dict[str, Any] = {
-        "num_classes": num_classes, "in_channels": in_channels, "mean": mean, "std": std
-    }  # fmt: skip
+    settings: dict[str, Any] = {"num_classes": num_classes, "in_channels": in_channels}
+    if mean is not None and std is not None:
+        settings |= {"mean": mean, "std": std}
     if name.startswith(TORCHVISION):
-        if activation != "relu":
+        if activation not in (None, "relu"):
             raise ValueError(f"{name} has its own activation: {activation!r} cannot be set")
         return _torchvision_model(name.removeprefix(TORCHVISION), **settings)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
-    settings["activation"] = ACTIVATIONS[activation]
+    if activation is not None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
+        settings["activation"] = ACTIVATIONS[activation]
+    return _layout(name)(**settings)
+
+
+def _layout(name: str) -> Callable[..., nn.Module]:
+    """What builds the network of this name."""
     if name in MODELS:
-        return MODELS[name](**settings)
-    if sizes := re.fullmatch(r"wide_resnet(\d+)_(\d+)", name):
-        return WideResNet(int(sizes[1]), int(sizes[2]), **settings)
-    if sizes := re.fullmatch(r"preact_resnet(\d+)_(\d+)", name):
-        depth, width = int(sizes[1]), int(sizes[2])
+        return MODELS[name]
+    if not (parts := re.fullmatch(r"(dm_wide|wide|preact)_resnet(\d+)_(\d+)", name)):
+        raise ValueError(
+            f"no model {name!r}; there are: {', '.join(sorted(MODELS))}; preact_resnetDEPTH_WIDTH; "
+            f"wide_resnetDEPTH_WIDTH; dm_wide_resnetDEPTH_WIDTH; and {TORCHVISION}NAME"
+        )
+    depth, width = int(parts[2]), int(parts[3])
+    if parts[1] == "preact":
         if depth not in PREACT_RESNETS:
             raise ValueError(f"depth must be one of {[*PREACT_RESNETS]}, got {depth}")
-        return PREACT_RESNETS[depth](width=width, **settings)
-    raise ValueError(
-        f"no model {name!r}; there are: {', '.join(sorted(MODELS))}; preact_resnetDEPTH_WIDTH; "
-        f"wide_resnetDEPTH_WIDTH; and {TORCHVISION}NAME"
-    )
+        return partial(PREACT_RESNETS[depth], width=width)
+    return partial(WideResNet if parts[1] == "wide" else DeepMindWideResNet, depth, width)
 
 
 def _torchvision_model(
@@ -115,8 +128,8 @@ def _torchvision_model(
     *,
     num_classes: int,
     in_channels: int,
-    mean: float | Sequence[float],
-    std: float | Sequence[float],
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
 ) -> nn.Module:
     """torchvision's classifier ``name``, untrained: its parameters have the prefix ``model.``."""
     from torchvision import models

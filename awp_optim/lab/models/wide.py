@@ -9,7 +9,7 @@ adversarial training.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,14 +46,30 @@ class WideBlock(nn.Module):
         return out + shortcut
 
 
-def _stage(
-    blocks: int, in_planes: int, planes: int, stride: int, activation: Activation
-) -> nn.Sequential:
-    """``blocks`` wide blocks in a row, the first of them with the stride."""
-    first = WideBlock(in_planes, planes, stride, activation)
-    rest = [WideBlock(planes, planes, 1, activation) for _ in range(blocks - 1)]
-    # The outer one is for the usual parameter names.
-    return nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
+def make_stages(
+    block: Callable[..., nn.Module], name: str, depth: int, width: int, activation: Activation
+) -> list[nn.Sequential]:
+    """The three stages of a wide ResNet: blocks in a row, the first with the stride, if any.
+
+    Each is a module with a single child, ``name``, for the usual parameter names.
+    """
+    if depth < 10 or depth % 6 != 4:
+        raise ValueError(f"depth must be 6n + 4 with n at least 1 (10, 16, ...), got {depth}")
+    stages = []
+    planes = (16, 16 * width, 32 * width, 64 * width)
+    for before, after, stride in zip(planes, planes[1:], (1, 2, 2), strict=False):
+        first = block(before, after, stride, activation)
+        rest = [block(after, after, 1, activation) for _ in range((depth - 4) // 6 - 1)]
+        stages.append(nn.Sequential(OrderedDict({name: nn.Sequential(first, *rest)})))
+    return stages
+
+
+def initialize_layers(network: nn.Module, head: nn.Linear) -> None:
+    """He's initialization of the convolutions, by the outputs; the head starts without a bias."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(head.bias)
 
 
 class WideResNet(nn.Module):
@@ -82,22 +98,15 @@ class WideResNet(nn.Module):
         activation: Activation = F.relu,
     ) -> None:
         super().__init__()
-        if depth < 10 or depth % 6 != 4:
-            raise ValueError(f"depth must be 6n + 4 with n at least 1 (10, 16, ...), got {depth}")
         check_sizes(width=width, num_classes=num_classes, in_channels=in_channels)
-        n = (depth - 4) // 6
         self.activation = activation
         self.normalize = Normalize(mean, std, in_channels)
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.block1 = _stage(n, 16, 16 * width, 1, activation)
-        self.block2 = _stage(n, 16 * width, 32 * width, 2, activation)
-        self.block3 = _stage(n, 32 * width, 64 * width, 2, activation)
+        stages = make_stages(WideBlock, "layer", depth, width, activation)
+        self.block1, self.block2, self.block3 = stages
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.fc.bias)
+        initialize_layers(self, self.fc)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.conv1(self.normalize(x))

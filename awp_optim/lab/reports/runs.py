@@ -19,8 +19,16 @@ from awp_optim.lab.shipped import locate
 
 __all__ = ["Groups", "NotEnough", "Run", "by_gamma", "comparable", "find_runs", "grouped", "select"]
 
-# In the paper's order.
-METHODS = {"at": "AT", "trades": "TRADES", "mart": "MART", "rst": "RST", "pretrain": "Pre-training"}
+# In the paper's order, then those that are not in it.
+METHODS = {
+    "at": "AT",
+    "trades": "TRADES",
+    "mart": "MART",
+    "rst": "RST",
+    "pretrain": "Pre-training",
+    "gkl": "GKL",
+    "score": "SCORE",
+}
 NOT_COMPARED = ("seed", "save_every", "eval_every", "train_eval")
 """Settings that may differ within a group: the seed, and what is measured of a run."""
 
