@@ -57,7 +57,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "n-fgsm": {"gamma": 0.01, "train_attack": "n-fgsm", "batch_size": 25},
     "rst": {"method": "rst", "gamma": 0.01, "norm": "l2", "mixup": 1.0, "batch_size": 25},
     "rwp": {"gamma": 0.01, "direction": "random", "awp_start": 1, "eps_schedule": "linear"},
-    "cutmix": {"cutmix": 1.0, "nesterov": True, "bn_decay": False, "epochs": 1},
+    "cutmix": {"gamma": 0.01, "cutmix": 1.0, "nesterov": True, "bn_decay": False, "epochs": 1},
     "killed": {"gamma": 0.01, "batch_size": 25, "epochs": 4},
 }
 DATA = load_digits().limit(37, 129)
