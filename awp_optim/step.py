@@ -148,7 +148,7 @@ class AdversarialStep:
             self._attacked = model.get_submodule("module")
         if cuda_graph == "auto" and not isinstance(self.attack, Attack):
             cuda_graph = False  # an arbitrary function may not be capturable
-        self._captured = CapturedStep(self._perturb_and_backpropagate, model, optimizer, cuda_graph)
+        self._captured = CapturedStep(model, optimizer, cuda_graph)
 
     def __call__(self, x: Tensor, y: Tensor) -> StepOutput:
         """Train on one batch.
@@ -175,7 +175,8 @@ class AdversarialStep:
             )
         try:
             if self._captured.applies_to(x.device):
-                outputs = self._captured(x, y, self._settings_key())  # including the update
+                passes = self._perturb_and_backpropagate
+                outputs = self._captured(passes, x, y, self._settings_key())  # and the update
             else:
                 outputs = self._perturb_and_backpropagate(x, y)
                 self.optimizer.step()

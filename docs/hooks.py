@@ -48,7 +48,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Point links at where the site has the files."""
+    """Point links at where the site has the files; give tables of the paper's values room."""
+    if page.file.src_uri.startswith("paper/"):  # short pages with wide tables
+        page.meta["hide"] = ["toc"]
     folder = _source(page.file.src_uri).parent
     here = posixpath.dirname(page.file.src_uri)
 

@@ -4,7 +4,7 @@ python examples/cifar10.py --out runs/at-awp                     # the paper's A
 python examples/cifar10.py --out runs/at --gamma 0               # plain adversarial training
 python examples/cifar10.py --out runs/wide --recipe trades-awp/cifar10-linf-wrn34-10
 python examples/cifar10.py --out runs/rst --method rst --labeled 4000
-python examples/cifar10.py --out runs/fast --precision bfloat16  # faster on a recent GPU
+python examples/cifar10.py --out runs/fast --compile            # faster, after minutes of compiling
 python examples/cifar10.py --out runs/try --limit 512 --epochs 2 # to try it on a CPU
 python examples/cifar10.py --help                                # all settings
 

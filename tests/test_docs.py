@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import re
+import shlex
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,13 @@ from awp_optim.attacks import PGD
 
 ROOT = Path(__file__).parents[1]
 OF_THE_ROOT = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
-FILES = [*OF_THE_ROOT, *sorted((ROOT / "docs").glob("*.md"))]
-PAGES = {file.stem: file.read_text(encoding="utf-8") for file in FILES}
+GUIDES = sorted((ROOT / "docs").glob("*.md"))
+OF_THE_PAPER = sorted((ROOT / "docs" / "paper").glob("*.md"))
+FILES = {
+    **{file.stem: file for file in [*OF_THE_ROOT, *GUIDES]},
+    **{f"paper/{file.stem}": file for file in OF_THE_PAPER},
+}
+PAGES = {page: file.read_text(encoding="utf-8") for page, file in FILES.items()}
 # In docs/migration.md, a block of another package's code comes before each of ours.
 BLOCKS = {
     f"{page}-{i}": code
@@ -166,7 +172,7 @@ def test_every_page_with_code_is_tested():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    folder = ROOT if page.isupper() else ROOT / "docs"
+    folder = FILES[page].parent
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
         if target.startswith("https://"):
             continue
@@ -189,6 +195,59 @@ def test_commands_exist():
     commands = pytest.importorskip("awp_optim.cli").COMMANDS
     for command in set(re.findall(r"^    awp ([\w-]+)", text, re.M)):
         assert command in commands, command
+
+
+def commands(page: str) -> list[list[str]]:
+    """The ``awp`` commands of a page, as words; those without options are left out."""
+    joined = PAGES[page].replace("\\\n", " ")
+    lines = re.findall(r"^    awp (\w.*)$", joined, re.M)
+    return [words for line in lines if len(words := shlex.split(line, comments=True)) > 1]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_the_options_of_commands_exist(page, monkeypatch):
+    cli = pytest.importorskip("awp_optim.cli")
+    shared = pytest.importorskip("awp_optim.lab.commands.options")
+
+    class Read(Exception):
+        """The command line has been read."""
+
+    def parse_and_stop(*arguments, **more):
+        shared.parse(*arguments, **more)
+        raise Read
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # so that there is a "cuda"
+    for name, *options in commands(page):
+        module = importlib.import_module(f"awp_optim.lab.commands.{name.replace('-', '_')}")
+        monkeypatch.setattr(module, "parse", parse_and_stop)
+        assert name in cli.COMMANDS
+        with pytest.raises(Read):
+            module.main(options, None)
+
+
+TABLES = ("table-1", "table-2", "table-3", "tables-4-5")
+CELL = r"(\d+\.\d\d)(?: ± \d\.\d\d)?"
+
+
+def rows(page: str) -> dict[str, list[float]]:
+    """The paper's values in a table by recipe, without their deviations."""
+    found = re.findall(r"^\| `(\w[\w/-]*)` \| (.*) \|$", PAGES[f"paper/{page}"], re.M)
+    return {name: [float(value) for value in re.findall(CELL, row)] for name, row in found}
+
+
+def test_the_values_of_the_paper_are_those_of_the_recipes():
+    recipes = pytest.importorskip("awp_optim.lab.recipes").PAPER
+    tables = {"Table 4": "tables-4-5", "Table 5": "tables-4-5"}
+    for name, recipe in recipes.items():
+        page = tables.get(recipe.source, recipe.source.lower().replace(" ", "-"))
+        assert rows(page)[name] == [*recipe.reported.values()], name
+    for page in TABLES:  # what a page repeats of another
+        for name, values in rows(page).items():
+            reported = [*recipes[name].reported.values()]
+            assert values[: len(reported)] == reported, (page, name)
+    assert [len(rows(page)) for page in TABLES] == [12, 10, 12, 12]
+    for name in rows("table-3").keys() & rows("tables-4-5"):
+        assert rows("table-3")[name] == rows("tables-4-5")[name], name
 
 
 def test_every_public_name_is_documented():

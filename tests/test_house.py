@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_the_core_imports_downward_and_torch_alone(part):
 def test_nothing_but_the_command_line_imports_the_lab(part):
     for module in set().union(*map(imports, files_of(part))):
         assert module.split(".")[:2] not in [["awp_optim", above] for above in ABOVE]
+
+
+def test_names_of_the_package_are_found_when_they_are_used():
+    code = """
+import awp_optim
+assert {*awp_optim.__all__, "attacks", "landscape", "__version__"} <= {*dir(awp_optim)}
+assert callable(awp_optim.attacks.PGD) and callable(awp_optim.landscape.loss_curve)
+from awp_optim import *
+from awp_optim.optimizer import AWP as defined
+assert AWP is defined is awp_optim.AWP and AdversarialStep and frozen_batch_norm
+assert not hasattr(awp_optim, "nothing")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_part_of_the_package_is_covered():

@@ -30,9 +30,10 @@ class CapturedStep:
     Learning rate and gamma may change between calls. If the update cannot be captured (see
     :class:`UpdateKey`), it runs after the replay.
 
+    It does not keep what it calls, so that the caller, which owns it, is freed with its last
+    reference, and the graphs with it.
+
     Args:
-        passes: takes inputs and labels, leaves the weights perturbed and the gradients in
-            ``p.grad``, returns what the step returns.
         model: used in the passes.
         optimizer: holds the parameters; its ``step()`` is the update.
         mode: see :class:`Graphs`.
@@ -40,12 +41,10 @@ class CapturedStep:
 
     def __init__(
         self,
-        passes: Callable[[Tensor, Tensor], Tensors],
         model: nn.Module,
         optimizer: Optimizer,
         mode: bool | str,  # noqa: FBT001 -- as the caller's
     ) -> None:
-        self._passes = passes
         self._model = model
         self._optimizer = optimizer
         self._base = base = optimizer.base_optimizer if isinstance(optimizer, AWP) else optimizer
@@ -57,8 +56,22 @@ class CapturedStep:
         self._update_key = UpdateKey(optimizer, base)
         self.applies_to = self._graphs.applies_to
 
-    def __call__(self, x: Tensor, y: Tensor, settings: Hashable) -> Tensors:
-        """Run the passes, which depend on ``settings``, and the update; return their outputs."""
+    def __call__(
+        self,
+        passes: Callable[[Tensor, Tensor], Tensors],
+        x: Tensor,
+        y: Tensor,
+        settings: Hashable,
+    ) -> Tensors:
+        """Run the passes and the update; return the outputs of the passes.
+
+        Args:
+            passes: takes inputs and labels, leaves the weights perturbed and the gradients in
+                ``p.grad``, returns what the step returns.
+            x: inputs.
+            y: labels.
+            settings: what the passes depend on.
+        """
         optimizer = self._optimizer
         if isinstance(optimizer, AWP):
             for group in optimizer.param_groups:
@@ -68,21 +81,19 @@ class CapturedStep:
         update_key = self._update_key(x.device, weights_key)
         groups_key = tuple(map(_ascent_key, optimizer.param_groups))
         key = (settings, module_key(self._model), weights_key, groups_key, update_key)
-        function = self._passes_alone if update_key is None else self._passes_and_update
+        base = None if update_key is None else self._base
+
+        def function(x: Tensor, y: Tensor) -> Tensors:
+            with self._scalars.installed(optimizer, base):
+                outputs = passes(x, y)
+                if base is not None:
+                    optimizer.step()
+            return outputs
+
         outputs = self._graphs(function, (x.detach(), y.detach()), key, self._host)
         torch.clear_autocast_cache()  # the weights have changed
         if update_key is None:
             optimizer.step()
-        return outputs
-
-    def _passes_alone(self, x: Tensor, y: Tensor) -> Tensors:
-        with self._scalars.installed(self._optimizer, None):
-            return self._passes(x, y)
-
-    def _passes_and_update(self, x: Tensor, y: Tensor) -> Tensors:
-        with self._scalars.installed(self._optimizer, self._base):
-            outputs = self._passes(x, y)
-            self._optimizer.step()
         return outputs
 
 

@@ -1,4 +1,4 @@
-"""Augmentation of a batch at once, on any device: crop and flip, cutout, mixup.
+"""Augmentation of a batch at once, on any device: crop and flip, cutout, mixup, CutMix.
 
 Each consists of two functions: one draws the random numbers, the other applies them. Neither waits
 for the device.
@@ -154,18 +154,8 @@ def mixup(
 
     https://arxiv.org/abs/1710.09412
     """
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating-point, not {x.dtype}: use x.float() / 255 first")
-    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        raise ValueError(f"y must be int64 of shape ({len(x)},), not {y.dtype} of {tuple(y.shape)}")
-    if not alpha > 0:
-        raise ValueError(f"alpha must be above 0, not {alpha}")
-    concentration = torch.full((), float(alpha), device=x.device)
-    # Validation of the arguments would wait for the device.
-    lam = Beta(concentration, concentration, validate_args=False).sample()
-    device = x.device if generator is None else generator.device
-    partner = torch.randperm(len(x), generator=generator, device=device)
-    return mix(x, y, num_classes, lam, partner.to(x.device, non_blocking=True))
+    _check_pairs(x, y, alpha)
+    return mix(x, y, num_classes, _share(alpha, x.device), _partners(x, generator))
 
 
 def mix(
@@ -183,7 +173,110 @@ def mix(
     Returns:
         As :func:`mixup`.
     """
-    one_hot = torch.zeros(len(y), num_classes, device=y.device).scatter(1, y[:, None], 1.0)
-    # lerp, unlike a weighted sum, never leaves the range of its ends: images stay in [0, 1].
-    mixed_x, mixed_y = (torch.lerp(t[partner], t, lam.to(t.dtype)) for t in (x, one_hot))
-    return mixed_x, mixed_y
+    return _lerp(x, partner, lam), _lerp(_one_hot(y, num_classes), partner, lam)
+
+
+def cutmix(
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    alpha: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of another image of the batch into each: CutMix (Yun et al., 2019).
+
+    As in the authors' code, a batch has a single rectangle, of ``sqrt(1 - lam)`` of the height and
+    of the width with lam from Beta(alpha, alpha). Its center is uniform over the image, and it is
+    clipped at the border. A label's probability is its share of the pixels. In adversarial
+    training: Rebuffi et al. (2021, https://arxiv.org/abs/2103.01946).
+
+    Args:
+        x: Images of a floating-point dtype, shape (N, C, H, W).
+        y: Class indices, int64 in [0, num_classes), shape (N,).
+        num_classes: Number of classes.
+        alpha: Parameter of the Beta distribution, above 0; the paper's is 1.
+        generator: Source of the partners and of the center; lam is drawn as by :func:`mixup`.
+
+    Returns:
+        The images, like ``x``; the probabilities, float32, shape (N, num_classes).
+
+    Raises:
+        ValueError: ``x`` or ``y`` is not as above, or ``alpha`` is not positive.
+
+    https://arxiv.org/abs/1905.04899
+    """
+    if x.ndim != 4:
+        raise ValueError(f"x must be of shape (N, C, H, W), not {tuple(x.shape)}")
+    _check_pairs(x, y, alpha)
+    lam, partner = _share(alpha, x.device), _partners(x, generator)
+    device = x.device if generator is None else generator.device
+    row, column = (
+        torch.randint(side, (), generator=generator, device=device).to(x.device, non_blocking=True)
+        for side in x.shape[2:]
+    )
+    return paste(x, y, num_classes, lam, partner, row, column)
+
+
+def paste(
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    lam: Tensor,
+    partner: Tensor,
+    row: Tensor,
+    column: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What :func:`cutmix` does, with given random numbers.
+
+    Args:
+        x: Images of a floating-point dtype, shape (N, C, H, W).
+        y: Class indices, int64, shape (N,).
+        num_classes: Number of classes.
+        lam: The share of each image itself before the rectangle is clipped and rounded, in [0, 1],
+            a floating-point scalar.
+        partner: The image that each one gets a part of, int64, shape (N,).
+        row: Row of the rectangle's center, an integer scalar.
+        column: Column of the rectangle's center, likewise.
+
+    Returns:
+        As :func:`cutmix`.
+    """
+
+    def inside(center: Tensor, side: int) -> Tensor:  # bool (side,)
+        half = (side * (1 - lam).sqrt()).long() // 2
+        index = torch.arange(side, device=x.device)
+        return (index >= center - half) & (index < center + half)
+
+    is_pasted = inside(row, x.shape[2])[:, None] & inside(column, x.shape[3])
+    own = 1 - is_pasted.float().mean()
+    return torch.where(is_pasted, x[partner], x), _lerp(_one_hot(y, num_classes), partner, own)
+
+
+def _check_pairs(x: Tensor, y: Tensor, alpha: float) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating-point, not {x.dtype}: use x.float() / 255 first")
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        raise ValueError(f"y must be int64 of shape ({len(x)},), not {y.dtype} of {tuple(y.shape)}")
+    if not alpha > 0:
+        raise ValueError(f"alpha must be above 0, not {alpha}")
+
+
+def _share(alpha: float, device: torch.device) -> Tensor:
+    concentration = torch.full((), float(alpha), device=device)
+    # Validation of the arguments would wait for the device.
+    return Beta(concentration, concentration, validate_args=False).sample()
+
+
+def _partners(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = x.device if generator is None else generator.device
+    partner = torch.randperm(len(x), generator=generator, device=device)
+    return partner.to(x.device, non_blocking=True)
+
+
+def _one_hot(y: Tensor, num_classes: int) -> Tensor:
+    return torch.zeros(len(y), num_classes, device=y.device).scatter(1, y[:, None], 1.0)
+
+
+def _lerp(t: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
+    # Unlike a weighted sum, it never leaves the range of its ends: images stay in [0, 1].
+    return torch.lerp(t[partner], t, lam.to(t.dtype))

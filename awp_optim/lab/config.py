@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
@@ -18,18 +18,19 @@ from awp_optim.attacks import NFGSM, PGD
 from awp_optim.lab.schedules import Schedule
 from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
-__all__ = ["METHODS", "PRECISIONS", "THREATS", "Config"]
+__all__ = ["METHODS", "PRECISIONS", "THREATS", "Config", "Precision"]
 
 Method = Literal["at", "trades", "mart", "rst", "pretrain", "gkl", "score"]
 Activation = Literal[
     "relu", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "tanh"
 ]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 """RST is TRADES with more data; pretrain is adversarial training from given weights."""
 PRECISIONS: dict[Precision, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
-"""Autocast's dtype by name; weights and optimizer state are float32 either way."""
+"""Autocast's dtype by name; weights and optimizer state are float32 either way. "auto" is replaced
+by one of the two before a run begins (:mod:`awp_optim.lab.precision`)."""
 
 
 THREATS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ THREATS: dict[str, dict[str, Any]] = {
 
 _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta alpha gamma ascent_below": ("finite and >= 0", lambda v: 0 <= v < math.inf),
-    "lr weight_decay l1 l2 mixup": ("finite and >= 0", lambda v: 0 <= v < math.inf),
+    "lr weight_decay l1 l2 mixup cutmix": ("finite and >= 0", lambda v: 0 <= v < math.inf),
     "momentum ema label_smoothing": ("in [0, 1)", lambda v: 0 <= v < 1),
     "unlabeled_share": ("in (0, 1)", lambda v: 0 < v < 1),
     "bn_momentum": ("in (0, 1]", lambda v: v is None or 0 < v <= 1),
@@ -96,6 +97,8 @@ class Config:
     """Radius of the threat, for images in [0, 1]."""
     step_size: float = 2 / 255
     """Step size of PGD, for images in [0, 1]."""
+    eps_schedule: Literal["constant", "linear"] = "constant"
+    """linear: in epoch t of T the training attack has t/T of eps and step_size."""
     train_steps: int = 10
     """PGD steps of the training attack."""
     test_steps: int = 20
@@ -136,15 +139,22 @@ class Config:
     label_smoothing: float = 0.0
     """Label smoothing applied to the objective's cross-entropy, not to the attack's."""
     precision: Precision = "float32"
-    """Precision of the forward passes; bfloat16 uses autocast."""
+    """Precision of the forward passes; bfloat16 uses autocast. auto is bfloat16 on GPUs from Ampere
+    on, and for convolutional networks on CPUs with AMX or AVX512-BF16, else float32."""
+    compile: bool = False
+    """Compile the network by torch.compile, which takes a minute or more at the start."""
     schedule: Schedule = "piecewise"
     """Learning-rate schedule, stepped after every batch."""
     augment: bool = True
     """Augment by random crops (4 pixels of padding) and horizontal flips."""
+    idbh: bool = False
+    """Augment by IDBH-weak (Li and Spratling, 2023) instead of random crops and flips."""
     cutout: int = 0
     """Side of a square blackened in every training image; 0 for none, the paper's is 14."""
     mixup: float = 0.0
     """Alpha of mixup's Beta distribution; 0 for none, the paper's is 1.4."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution; 0 for none, 1 is usual. Not with mixup."""
     unlabeled_share: float = 0.5
     """Share of each batch drawn from pseudo-labeled or generated images, if there are any."""
     train_eval: int = 1000
@@ -171,8 +181,10 @@ class Config:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
-        if self.mixup and self.batch_size < 2:
-            raise ValueError("mixup needs pairs: a batch_size of 2 or more")
+        if self.mixup and self.cutmix:
+            raise ValueError("mixup and cutmix: give one of the two")
+        if (self.mixup or self.cutmix) and self.batch_size < 2:
+            raise ValueError("mixup and cutmix need pairs: a batch_size of 2 or more")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
         if self.train_attack == "n-fgsm" and self.norm != "linf":
@@ -216,7 +228,11 @@ class Config:
 
     @property
     def training_mode(self) -> Literal["eval", "train"]:
-        """The mode of the model in the training attack; by default the published scripts'."""
+        """The mode of the model in the training attack; by default the published scripts'.
+
+        SCORE's script normalizes by the batch without updating BatchNorm's statistics, which is not
+        to be had here: by default its attack runs in eval mode.
+        """
         return self.attack_mode or ("train" if isinstance(self.objective, AT) else "eval")
 
     @property
@@ -234,6 +250,17 @@ class Config:
             model_mode=self.training_mode,
             start_std=None if isinstance(self.objective, (AT, SCORE)) else 0.001,
         )
+
+    def training_attack_in(self, epoch: int) -> PGD | NFGSM:
+        """The method's attack in an epoch, counted from 0.
+
+        The linear schedule is that of Addepalli et al. (2022), whose steps are a fixed part of
+        eps. https://arxiv.org/abs/2210.15318
+        """
+        if self.eps_schedule == "constant":
+            return self.training_attack
+        part = (epoch + 1) / self.epochs
+        return replace(self, eps=part * self.eps, step_size=part * self.step_size).training_attack
 
     @property
     def test_attack(self) -> PGD:

@@ -33,6 +33,7 @@ def natural(config: Config) -> Config:
         epoch_images=0,
         ema=0.0,
         mixup=0.0,
+        cutmix=0.0,
         eval_every=config.epochs,
         patience=0,
     )

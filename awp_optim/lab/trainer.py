@@ -6,6 +6,7 @@ trains, evaluates after each epoch, and writes a run folder from which it can re
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from awp_optim.lab.ema import MovingAverage
 from awp_optim.lab.evaluator import Evaluator, Images
 from awp_optim.lab.job import naming_lost_ranks
 from awp_optim.lab.models import build_model
+from awp_optim.lab.precision import resolve_precision
 from awp_optim.lab.pseudo import PseudoLabeled
 from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
@@ -60,7 +62,7 @@ def fit(
     single process, within rounding, and so are the files.
 
     Args:
-        config: the run's settings.
+        config: the run's settings. The precision "auto" is decided here.
         data: images and labels, on the device to train on.
         out: the run folder; None writes nothing.
         unlabeled: more images with labels that a classifier gave them: ``config.unlabeled_share``
@@ -90,6 +92,8 @@ def fit(
     """
     ranks = TrainingRanks()
     with naming_lost_ranks(ranks):
+        continued = out if resume else None
+        config = ranks.first(lambda: resolve_precision(config, data.x_train.device, continued))
         run = _Run(config, data, unlabeled, init, ranks)
         with _opened(out, run, resume=resume) as folder:
             _train(
@@ -110,6 +114,7 @@ def check(
     init: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Raise what :func:`fit` would raise for these arguments, without training."""
+    config = resolve_precision(config, data.x_train.device)
     _Run(config, data, unlabeled, init, TrainingRanks())
 
 
@@ -247,7 +252,9 @@ class _Run:
 
         self.model = _build(config, data, init).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
-        shared_model = ranks.shared_model(self.model)
+        if config.compile:
+            _compile(self.model)
+        self._shared_model = ranks.shared_model(self.model)
         optimizer = _optimizer(self.model, config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
@@ -263,16 +270,7 @@ class _Run:
             ClassMeans(data.num_classes, self.device) if config.method == "gkl" else None,
             rows=[],
         )
-        self.adversarial_step = AdversarialStep(
-            shared_model,
-            optimizer,
-            ranks.shared_attack(config.training_attack),
-            ranks.shared_objective(self._objective()),
-            alternations=config.alternations,
-            ascent=config.ascent,
-            ascent_below=config.ascent_below or None,
-            autocast=PRECISIONS[config.precision],
-        )
+        self.adversarial_step = self._adversarial_step(epoch=0)
         self.evaluate = Evaluator(config, data, held_out, ranks)
 
     def _average(self) -> MovingAverage | None:
@@ -280,7 +278,23 @@ class _Run:
         if not config.ema:
             return None
         start = config.ema_start * self.training_set.steps
-        return MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
+        average = MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
+        if config.compile:
+            _compile(average.module)
+        return average
+
+    def _adversarial_step(self, epoch: int) -> AdversarialStep:
+        config, ranks = self.config, self.ranks
+        return AdversarialStep(
+            self._shared_model,
+            self.state.optimizer,
+            ranks.shared_attack(config.training_attack_in(epoch)),
+            ranks.shared_objective(self._objective()),
+            alternations=config.alternations,
+            ascent=config.ascent,
+            ascent_below=config.ascent_below or None,
+            autocast=PRECISIONS[config.precision],
+        )
 
     def _objective(self) -> Objective:
         objective, means = self.config.objective, self.state.class_means
@@ -296,6 +310,9 @@ class _Run:
         gamma = 0.0 if len(state.rows) < self.config.awp_start else self.config.gamma
         for group in state.optimizer.param_groups:
             group["gamma"] = gamma
+        if self.config.eps_schedule != "constant":
+            # A new step rather than a new attack for it: its CUDA graphs replace the previous ones.
+            self.adversarial_step = self._adversarial_step(len(state.rows))
         self.model.train()
         return state.epoch
 
@@ -411,6 +428,19 @@ def _build(config: Config, data: ImageData, init: Mapping[str, Tensor] | None) -
         for layer in _batch_norms(model):
             layer.momentum = config.bn_momentum
     return model
+
+
+def _compile(model: nn.Module) -> None:
+    """Compile a network in place, which keeps the names of its parameters.
+
+    Steps and evaluations need five or six versions of it: BatchNorm in train mode, in eval mode and
+    with frozen statistics; gradients of inputs, of weights, of neither. With dynamic shapes, no
+    other size of a batch needs more, except for those below 16 on a CPU and of 1. Beyond a limit,
+    8 by default, torch would run the network eagerly.
+    """
+    options = inspect.signature(torch.compile).parameters
+    limit = {"recompile_limit": 32} if "recompile_limit" in options else {}  # not in torch 2.6
+    model.compile(dynamic=True, **limit)
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awp_optim.lab.augment import cutout, mixup, random_crop_flip
+from awp_optim.lab.augment import cutmix, cutout, mixup, random_crop_flip
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.data.stored import StoredImages
 from awp_optim.lab.distributed import TrainingRanks
+from awp_optim.lab.idbh import SMALLEST, idbh_weak
 from awp_optim.lab.prefetch import prefetched
 from awp_optim.lab.pseudo import PseudoLabeled
 
@@ -54,7 +55,8 @@ class TrainingSet:
         generators: the random generators of the order and of the augmentation.
 
     Raises:
-        ValueError: the pseudo-labeled images do not fit the data or the batch.
+        ValueError: the pseudo-labeled images do not fit the data or the batch, or the images are
+            too small for the augmentation.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class TrainingSet:
         unlabeled: PseudoLabeled | None,
         ranks: TrainingRanks,
     ) -> None:
+        if config.idbh and min(data.x_train.shape[2:]) < SMALLEST:
+            raise ValueError(f"idbh needs images at least {SMALLEST} pixels wide and high")
         self._config, self._ranks = config, ranks
         self._num_classes = data.num_classes
         self._images = config.epoch_images or len(data.x_train)
@@ -99,8 +103,8 @@ class TrainingSet:
         them and be continued.
 
         Yields:
-            Inputs in [0, 1]; their targets, which are labels, or probabilities with mixup; and
-            their labels, with mixup the likelier ones.
+            Inputs in [0, 1]; their targets, which are labels, or probabilities with mixup or
+            CutMix; and their labels, with these the likelier ones.
         """
         batches = torch.split(order, self._config.batch_size)[first : self.steps]
         if not self._unlabeled:
@@ -133,19 +137,27 @@ class TrainingSet:
     def _augmented(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A batch of images and labels as :meth:`batches` yields it."""
         config = self._config
-        if config.augment:
+        if config.idbh:
+            images = idbh_weak(images, self._augmenter)
+        elif config.augment:
             images = random_crop_flip(images, generator=self._augmenter)
         if config.cutout:
             images = cutout(images, config.cutout, generator=self._augmenter)
         x = as_inputs(images)
-        if not config.mixup:
+        if config.cutmix:
+            x, y = cutmix(x, labels, self._num_classes, config.cutmix, self._augmenter)
+        elif config.mixup:
+            x, y = mixup(x, labels, self._num_classes, config.mixup, self._augmenter)
+        else:
             return x, labels, labels
-        x, y = mixup(x, labels, self._num_classes, config.mixup, self._augmenter)
         return x, y, y.argmax(1)
 
 
 def as_inputs(images: Tensor) -> Tensor:
-    """uint8 images as inputs of a model: in [0, 1], in torch's default dtype as its weights are."""
+    """uint8 images as inputs of a model: in [0, 1], in torch's default dtype as its weights are.
+
+    They are channels_last, in which convolutions are fastest.
+    """
     return images.to(torch.get_default_dtype(), memory_format=torch.channels_last) / 255
 
 

@@ -30,6 +30,15 @@ RUN = ("--dataset", "digits", "--arch", "preact_resnet_small", "--limit", 64, "-
 RUN = ("train", *RUN, "--train-steps", 1, "--test-steps", 1)
 
 
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_no_one_waits_for_torch_to_see_the_commands(option):
+    code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = ['{option}']\n"
+    code += "import awp_optim.cli; awp_optim.cli.main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "awp" in ended.stdout
+
+
 def test_help_lists_the_commands(awp):
     for arguments in ((), ("--help",)):
         ended = awp(*arguments)

@@ -14,6 +14,7 @@ import torch
 from awp_optim.attacks import PGD, AutoAttack
 from awp_optim.evaluation import evaluate
 from awp_optim.lab.commands import evaluate as module
+from awp_optim.lab.commands.attacks import make_attack
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 
@@ -294,3 +295,12 @@ class TestSubmission:
         assert word in " ".join(ended.err.split())
         assert not (tmp_path / "evaluation").exists()
         assert not (tmp_path / "entry.json").exists()
+
+
+def test_the_names_of_pgd():
+    assert make_attack("pgd20", 8 / 255, "linf") == PGD(8 / 255, 2 / 255, 20)
+    assert make_attack("pgd50x10", 8 / 255, "linf") == PGD(8 / 255, 2 / 255, 50, restarts=10)
+    assert make_attack("pgd5", 0.5, "l2") == PGD(0.5, 0.0625, 5, "l2")
+    for name in ("pgd0", "pgd5x0", "pgd", "pgd5x"):
+        with pytest.raises(ValueError, match="no attack"):
+            make_attack(name, 0.1, "linf")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from awp_optim.lab.commands.options import peek
-from awp_optim.lab.commands.train import starting_point
+from awp_optim.lab import precision
+from awp_optim.lab.commands.options import DataOptions, parse, peek
+from awp_optim.lab.commands.train import Options, starting_point
 from awp_optim.lab.config import Config
+from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.run_folder import read_metrics
@@ -21,6 +24,7 @@ from awp_optim.lab.run_folder import read_metrics
 SMALL = ("train", "--dataset", "digits", "--arch", "preact_resnet_small", "--limit", 64)
 QUICK = (*SMALL, "--train-steps", 1, "--test-steps", 1, "--epochs", 2)
 TIMES = ("train_seconds", "eval_seconds")
+AUTO = {"precision": "auto"}  # where no recipe names one
 
 
 def config_of(folder):
@@ -46,7 +50,7 @@ def test_trains_stops_in_time_and_resumes(awp, tmp_path):
 def test_a_signal_saves_the_run(awp, start, tmp_path, number, status):
     arguments = (*QUICK, "--limit", 200, "--epochs", 500, "--out", "run")
     with start(*arguments) as process:
-        text = process.stdout.readline()  # of the first epoch
+        text = process.stdout.readline() + process.stdout.readline()  # of the first epoch
         process.send_signal(number)
         rest, err = process.communicate()
     text += rest
@@ -63,6 +67,7 @@ def test_a_killed_run_resumes_to_the_same_end(awp, start, tmp_path):
     assert awp(*arguments, "whole").status == 0
     with start(*arguments, "killed") as process:
         process.stdout.readline()
+        process.stdout.readline()  # of the first epoch
         process.kill()
         process.communicate()
     assert awp(*arguments, "killed", "--resume").status == 0
@@ -81,10 +86,12 @@ def option(name, value):
 
 def test_every_setting_is_an_option(awp, tmp_path):
     given = {
-        "method": "mart", "beta": 3.0, "gamma": 0.02, "direction": "random", "awp_start": 1,
+        "method": "mart", "beta": 3.0, "alpha": 5.0, "ascent_below": 1.5, "gamma": 0.02,
+        "direction": "random", "awp_start": 1,
         "awp_norm": "l1", "ascent_steps": 2, "alternations": 2,
         "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
-        "step_size": 0.25, "train_steps": 2, "test_steps": 3, "attack_mode": "train", "epochs": 1,
+        "step_size": 0.25, "eps_schedule": "linear", "train_steps": 2, "test_steps": 3,
+        "attack_mode": "train", "epochs": 1,
         "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "nesterov": True,
         "weight_decay": 1e-3, "bn_decay": False, "bn_momentum": 0.01,
         "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "ema_start": 1, "ema_warmup": True,
@@ -94,8 +101,9 @@ def test_every_setting_is_an_option(awp, tmp_path):
         "save_every": 1, "select_on": "val", "val_images": 8,
         "patience": 3, "seed": 7,
     }  # fmt: skip
-    # ascent does not go with ascent_steps, nor n-fgsm with l2
-    assert given.keys() == {f.name for f in fields(Config)} - {"ascent", "train_attack"}
+    # These do not go with ascent_steps, l2, mixup and images so small; compiling takes a minute.
+    left_out = {"ascent", "train_attack", "cutmix", "idbh", "compile"}
+    assert given.keys() == {f.name for f in fields(Config)} - left_out
     assert all(
         value != getattr(Config(), name) for name, value in given.items() if name != "augment"
     )
@@ -112,9 +120,9 @@ def test_every_setting_is_an_option(awp, tmp_path):
 @pytest.mark.parametrize(
     ("words", "dataset", "expected", "changes"),
     [
-        ("", "cifar10", "at-awp/cifar10-linf-preact18", {}),
-        ("--threat l2", "cifar10", "at-awp/cifar10-l2-preact18", {}),
-        ("--dataset svhn", "svhn", "at-awp/svhn-linf-preact18", {}),
+        ("", "cifar10", "at-awp/cifar10-linf-preact18", AUTO),
+        ("--threat l2", "cifar10", "at-awp/cifar10-l2-preact18", AUTO),
+        ("--dataset svhn", "svhn", "at-awp/svhn-linf-preact18", AUTO),
         ("--dataset digits", "digits", "at-awp/cifar10-linf-preact18", {"augment": False}),
         ("--recipe at/cifar10-small", "cifar10", "at/cifar10-small", {}),
         ("--recipe mart/cifar10-linf-wrn34-10", "cifar10", "mart/cifar10-linf-wrn34-10", {}),
@@ -136,8 +144,31 @@ def test_what_decides_the_defaults(words, dataset, expected, changes):
 
 def test_the_method_decides_the_defaults():
     config = peek(starting_point, ["--method", "trades"], "awp train").settings
-    assert config == defaults("cifar10", "linf", "trades")
+    assert config == replace(defaults("cifar10", "linf", "trades"), **AUTO)
     assert config.awp_start == 10
+
+
+@pytest.mark.parametrize("words", [(), ("--dataset", "digits"), ("--precision", "bfloat16")])
+def test_the_precision_is_chosen_shown_and_kept(awp, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(precision, "_cpu_features", lambda: {"amx_bf16"})
+    monkeypatch.setattr(DataOptions, "load", lambda self: load_digits().limit(24, 8))
+    quick = ("train", "--arch", "preact_resnet_small", "--epochs", 1, "--test-steps", 1)
+    expected = "float32" if "digits" in words else "bfloat16"
+    ended = awp(*quick, *words, "--out", "run")
+    assert ended.status == 0, ended.err
+    assert f"preact_resnet_small in {expected}, on cpu" in ended.out
+    assert config_of(tmp_path / "run")["precision"] == expected
+    monkeypatch.setattr(precision, "_cpu_features", set)
+    again = awp(*quick, *words, "--out", "run", "--resume")
+    assert again.status == 0, again.err
+    assert f"in {expected}," in again.out
+
+
+def test_a_recipe_names_its_precision_and_compile_is_an_option():
+    default = peek(starting_point, ["--recipe", "at/cifar10-linf-preact18"], "awp train")
+    assert default.settings.precision == "float32"
+    options = parse(Options, ["--out", "run", "--compile"], "awp train", "", default=default)
+    assert options.settings.compile
 
 
 def test_a_balanced_part_of_the_training_images(awp, tmp_path):
@@ -170,6 +201,12 @@ def test_images_without_labels_and_given_weights(awp, tmp_path):
     assert (config["train_images"], config["unlabeled_images"]) == (32, 32)
     assert (config["epoch_images"], config["batch_size"]) == (64, 256)
     assert config["train_eval"] == 20
+    for name in ("a", "b"):  # two parts, for a method that does not need them
+        np.savez(tmp_path / name, image=np.zeros((50, 8, 8, 1), np.uint8), label=np.arange(50) % 10)
+    ended = awp(*QUICK, "--extra-data", "a.npz", "b.npz", "--unlabeled-share", 0.8, "--out", "at")
+    assert ended.status == 0, ended.err
+    config = config_of(tmp_path / "at")
+    assert (config["method"], config["unlabeled_images"]) == ("at", 100)
     last = ("--init", "rst/last.pt", "--lr", 0.01)
     ended = awp(*QUICK, "--method", "pretrain", *last, "--out", "pretrain")
     assert ended.status == 0, ended.err

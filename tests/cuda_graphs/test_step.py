@@ -152,15 +152,17 @@ def test_class_probabilities_are_read_at_every_replay(graph_device):
     assert_captured_equals_eager(graph_device, data, **kwargs)
 
 
-def test_other_class_probabilities_get_their_own_graph(graph_device):
+def test_other_class_probabilities_and_losses_to_stay_below_get_their_own_graph(graph_device):
     device, counts = graph_device
-    data, (one, two) = batches(10, device), torch.rand(2, 3, 3, dtype=torch.float64)
+    data, (one, two) = batches(15, device), torch.rand(2, 3, 3, dtype=torch.float64)
     opt = awp(model := network(device))
     step = AdversarialStep(model, opt, KL, GKL(class_probs=one.to(device)), cuda_graph=True)
     run(step, data[:5])
     step.objective = GKL(class_probs=two.to(device))
-    run(step, data[5:])
-    assert counts.captures == 2
+    run(step, data[5:10])
+    step.ascent_below = 1.5
+    run(step, data[10:])
+    assert counts.captures == 3
 
 
 def test_learning_rate_and_gamma_change_without_a_new_graph(graph_device):

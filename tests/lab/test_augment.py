@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from awp_optim.lab.augment import crop_flip, cut_square, cutout, mix, mixup, random_crop_flip
+from awp_optim.lab.augment import (
+    crop_flip,
+    cut_square,
+    cutmix,
+    cutout,
+    mix,
+    mixup,
+    paste,
+    random_crop_flip,
+)
 
 
 def reference(x, top, left, mirror, padding):
@@ -116,6 +127,8 @@ def test_the_generator_alone_decides(augment):
         (lambda: mixup(torch.zeros(4, 1), torch.zeros(4), 4), r"y must be int64 of shape \(4,\)"),
         (lambda: mixup(torch.zeros(4, 1), torch.arange(3), 4), r"y must be int64 .* \(3,\)"),
         (lambda: mixup(torch.zeros(4, 1), torch.arange(4), 4, alpha=0), "alpha must be above 0"),
+        (lambda: cutmix(torch.zeros(4, 1), torch.arange(4), 4), r"\(N, C, H, W\)"),
+        (lambda: cutmix(torch.zeros(4, 1, 2, 2).byte(), torch.arange(4), 4), "use x.float"),
     ],
 )
 def test_bad_input(call, message):
@@ -133,6 +146,7 @@ def test_cuda_without_synchronization(on_device):
 
     def augment():
         images = cutout(random_crop_flip(x, generator=generator), generator=generator)
+        cutmix(images, y, 10, generator=generator)
         return mixup(images, y, 10, generator=generator)
 
     augment()
@@ -310,3 +324,96 @@ def test_mixup_is_repeatable():
     for _ in range(2):
         torch.randperm(16, generator=plain)
     assert torch.equal(generator.get_state(), plain.get_state())
+
+
+# --- CutMix -----------------------------------------------------------------------------------
+
+
+def published_box(lam, row, column, height, width):
+    """The authors' ``rand_bbox``, in float64: first and last row, first and last column."""
+    cut = math.sqrt(1 - lam)
+    half_height, half_width = int(height * cut) // 2, int(width * cut) // 2
+    top, bottom = (min(max(row + s * half_height, 0), height) for s in (-1, 1))
+    left, right = (min(max(column + s * half_width, 0), width) for s in (-1, 1))
+    return top, bottom, left, right
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lam=st.floats(0, 1),
+    h=st.integers(1, 9),
+    w=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    channels_last=st.booleans(),
+)
+def test_paste_equals_the_loop(lam, h, w, seed, channels_last):
+    torch.manual_seed(seed)
+    x, y = torch.rand(5, 3, h, w), torch.randint(4, (5,))
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    partner, row, column = torch.randperm(5), torch.randint(h, ()), torch.randint(w, ())
+    top, bottom, left, right = published_box(lam, int(row), int(column), h, w)
+    expected, labels = x.clone(), torch.zeros(5, 4)
+    own = 1 - (bottom - top) * (right - left) / (h * w)
+    for i, j in enumerate(partner.tolist()):
+        expected[i, :, top:bottom, left:right] = x[j, :, top:bottom, left:right]
+        labels[i, y[i]] += own
+        labels[i, y[j]] += 1 - own
+    copy = x.clone()
+    mixed, p = paste(x, y, 4, torch.tensor(lam, dtype=torch.float64), partner, row, column)
+    assert torch.equal(mixed, expected)
+    torch.testing.assert_close(p, labels)
+    assert torch.equal(x, copy)
+
+
+def pasting(alpha, generator, side=12):
+    """The rectangle and the own share of one call; None if nothing of another image is seen."""
+    x = torch.arange(1.0, 4.0)[:, None, None, None].expand(3, 1, side, side)
+    mixed, labels = cutmix(x, torch.arange(3), 3, alpha, generator)
+    other = (mixed != x)[:, 0]
+    if not other.any():
+        return None
+    i = int(other.flatten(1).any(1).int().argmax())
+    rows, columns = other[i].any(1).int(), other[i].any(0).int()
+    assert other[i].sum() == rows.sum() * columns.sum()
+    for j in range(3):  # one rectangle for the batch
+        assert not other[j].any() or torch.equal(other[j], other[i])
+        share = (mixed[j] == mixed[j].max()).float().mean()
+        torch.testing.assert_close(labels[j].max(), torch.maximum(share, 1 - share))
+    place = int(rows.argmax()), int(columns.argmax()), int(rows.sum()), int(columns.sum())
+    return *place, labels[i, i].item()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_the_rectangle_has_the_published_distribution(alpha):
+    numpy, stats = pytest.importorskip("numpy"), pytest.importorskip("scipy.stats")
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    ours = [box for _ in range(4000) if (box := pasting(alpha, generator))]
+    rng, theirs = numpy.random.default_rng(0), []
+    for _ in range(4000):
+        lam, row, column = rng.beta(alpha, alpha), *rng.integers(0, 12, 2)
+        top, bottom, left, right = published_box(lam, row, column, 12, 12)
+        height, width = bottom - top, right - left
+        if height and width and not numpy.array_equal(rng.permutation(3), range(3)):
+            theirs.append((top, left, height, width, 1 - height * width / 144))
+    a, b = numpy.array(ours).T, numpy.array(theirs).T
+    for one, other in zip(a[:4], b[:4], strict=True):
+        table = [numpy.bincount(sample.astype(int), minlength=13) for sample in (one, other)]
+        table = numpy.array(table)[:, numpy.sum(table, 0) > 10]
+        assert stats.chi2_contingency(table).pvalue > 1e-3
+    assert stats.ks_2samp(a[4], b[4]).pvalue > 1e-3
+    assert abs(len(ours) - len(theirs)) < 150
+
+
+def test_cutmix_is_repeatable():
+    x, y = torch.rand(16, 3, 8, 8), torch.arange(16)
+
+    def draw(seed, of_places=5):
+        torch.manual_seed(seed)
+        return cutmix(x, y, 16, generator=torch.Generator().manual_seed(of_places))
+
+    first, again, *others = draw(3), draw(3), draw(4), draw(3, 6)
+    assert all(map(torch.equal, first, again))
+    for other in others:
+        assert not torch.equal(first[0], other[0])

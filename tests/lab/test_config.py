@@ -43,9 +43,15 @@ def test_nesterov_needs_momentum():
         Config(nesterov=True, momentum=0.0)
 
 
-def test_mixup_needs_pairs():
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixing_needs_pairs(name):
     with pytest.raises(ValueError, match="batch_size"):
-        Config(mixup=1.0, batch_size=1)
+        Config(**{name: 1.0}, batch_size=1)
+
+
+def test_images_are_mixed_in_one_way():
+    with pytest.raises(ValueError, match="mixup and cutmix: give one"):
+        Config(mixup=1.0, cutmix=1.0)
 
 
 def test_each_method_has_its_published_attack_and_objective():

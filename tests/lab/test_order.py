@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import pytest
 import torch
 
+from awp_optim.lab import training_set
 from awp_optim.lab.training_set import epoch_order, split_batch, steps_per_epoch
 
 
@@ -56,3 +60,26 @@ def test_the_generator_decides():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_a_few_of_millions_are_drawn_without_a_permutation_of_them(monkeypatch):
+    monkeypatch.setattr(torch, "randperm", None)
+    n = 50_000_000
+    first, again = (training_set._permutations(n, 200_000, generator(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert len(first.unique()) == len(first) == 200_000
+    assert 0 <= first.min() < 1000 < n - 1000 < first.max() < n
+    # As many from each of ten parts, within five standard deviations.
+    assert (first // (n // 10)).bincount().sub(20_000).abs().max() < 5 * 18_000**0.5
+
+
+def test_every_order_of_a_few_is_as_likely(monkeypatch):
+    """With three of nine, repeated values are common: a third of the draws has some."""
+    monkeypatch.setattr(training_set, "MANY", 0)
+    source, draws = generator(), 20_000
+    found = Counter(tuple(training_set._distinct(9, 3, source).tolist()) for _ in range(draws))
+    counts = torch.tensor([found[order] for order in itertools.permutations(range(9), 3)])
+    assert counts.sum() == draws  # no order repeats a value
+    expected = draws / len(counts)
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi2 - 503) < 5 * (2 * 503) ** 0.5

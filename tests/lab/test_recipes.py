@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from awp_optim.attacks import PGD
 from awp_optim.lab.config import Config
 from awp_optim.lab.data import DATASETS
+from awp_optim.lab.models import build_model
 from awp_optim.lab.recipes import PAPER, RECIPES, defaults
+from awp_optim.lab.training_set import split_batch
 from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
 ARCHES = {
@@ -70,6 +73,35 @@ def test_table_2(name, objective, start, autoattack):
     assert recipe.config.objective == objective
     assert (recipe.config.gamma, recipe.config.awp_start) == (5e-3, start)
     assert recipe.reported["AutoAttack"] == autoattack
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_can_be_built(name):
+    recipe = RECIPES[name]
+    config = recipe.config
+    assert recipe.dataset in DATASETS
+    with torch.device("meta"):
+        build_model(config.arch, num_classes=10, in_channels=3, activation=config.activation)
+    assert (config.gamma > 0) == ("awp" in name.split("/")[0])
+    assert isinstance(config.objective.attack_loss, str)
+    if "edm1m" in name:
+        assert recipe.needs
+
+
+def test_a_growing_radius():
+    gkl = RECIPES["gkl-awp/cifar10-linf-wrn34-10"].config
+    attack = {"loss": "kl", "model_mode": "eval", "start_std": 0.001}
+    assert gkl.training_attack_in(99) == PGD(4 / 255, 2 / 255, 5, **attack)
+    assert gkl.training_attack_in(199) == PGD(8 / 255, 4 / 255, 5, **attack)
+    assert gkl.objective == GKL(alpha=4.0, beta=20.0)
+    assert gkl.test_attack.eps == 8 / 255
+
+
+def test_generated_images():
+    config = RECIPES["rst-awp/cifar10-linf-wrn28-10-edm1m"].config
+    assert split_batch(config.batch_size, config.unlabeled_share) == (154, 358)
+    assert config.objective == TRADES(5.0, label_smoothing=0.1)
+    assert config.ema_start == 0.025 * config.epochs  # where the schedule has its peak
 
 
 def test_defaults_are_those_of_the_data_set():

@@ -46,9 +46,8 @@ def test_a_run_resumes_after_an_epoch(config, data, tmp_path, epochs):
 @pytest.mark.parametrize("stop_at", [1, 2, 3, 4, 5, 7, 8, 9, 14])
 def test_a_stopped_run_resumes(config, data, tmp_path, stop_at):
     """Stopped before, after and between steps, and while evaluating."""
-    config = replace(
-        config, method="gkl", epochs=2, ema=0.5, ema_start=1, ema_warmup=True, mixup=1.4
-    )
+    config = replace(config, method="gkl", epochs=2, eps_schedule="linear", mixup=1.4)
+    config = replace(config, ema=0.5, ema_start=1, ema_warmup=True)
     model, rows = fit(config, data, tmp_path / "one")
     asked = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch.nn import functional as F
 
 from awp_optim import AWP
+from awp_optim._cuda_graphs.graphs import _Graph
 from awp_optim.attacks import PGD
 from awp_optim.lab import evaluator, trainer
 from awp_optim.lab.config import METHODS
 from awp_optim.lab.data import load_digits
+from awp_optim.lab.idbh import idbh_weak
 from awp_optim.lab.models import build_model
 from awp_optim.lab.pseudo import PseudoLabeled
 from awp_optim.lab.recipes import QUICKSTART, QUICKSTART_IMAGES
@@ -117,7 +120,62 @@ def test_a_run_by_graphs_equals_an_eager_one(config, data, precision, request):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_with_a_growing_eps_the_graphs_of_earlier_epochs_are_gone(
+    config, data, request, monkeypatch
+):
+    """Each epoch captures its attack anew."""
+    config = replace(config, eps_schedule="linear", batch_size=12, epochs=4, eval_every=4)
+    model, rows = fit(config, data)
+    counting = request.getfixturevalue("cpu_graphs")
+    alive = weakref.WeakSet()
+    monkeypatch.setattr(_Graph, "__init__", noting(_Graph.__init__, alive.add))
+    kept = []
+    captured, rows_captured = fit(config, data, on_epoch=lambda row: kept.append(len(alive)))
+    assert counting.captures >= 4
+    assert counting.replays >= 4
+    assert kept == [1, 1, 1, 1]
+    for a, b in zip(rows, rows_captured, strict=True):
+        assert a["step_robust_loss"] == pytest.approx(b["step_robust_loss"], rel=1e-3)
+    for a, b in zip(model.state_dict().values(), captured.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def noting(function, note):
+    def noted(self, *args):
+        note(self)
+        function(self, *args)
+
+    return noted
+
+
 # -------------------------------------------------------------------------- what the settings do
+
+
+@pytest.mark.parametrize(("norm", "method"), [("linf", "at"), ("l2", "trades")])
+def test_eps_grows_linearly_to_its_value(config, data, monkeypatch, norm, method):
+    seen, attacks = [], set()
+    attack = PGD.__call__
+
+    def attacking(self, *args):
+        attacks.add((self.steps, self.eps))
+        return attack(self, *args)
+
+    def watched(self, x, y):
+        out = STEP(self, x, y)
+        moved = (out.x_adv - x).flatten(1).norm(torch.inf if norm == "linf" else 2, dim=1)
+        seen.append((self.attack.eps, self.attack.step_size, moved.max().item()))
+        return out
+
+    monkeypatch.setattr(trainer.AdversarialStep, "__call__", watched)
+    monkeypatch.setattr(PGD, "__call__", attacking)
+    config = replace(config, norm=norm, method=method, epochs=4, eps_schedule="linear")
+    fit(replace(config, step_size=0.15, test_steps=5), data)
+    assert len(seen) == 4 * 3
+    for i, (eps, step_size, moved) in enumerate(seen):
+        part = (1 + i // 3) / 4
+        assert (eps, step_size) == pytest.approx((0.2 * part, 0.15 * part))
+        assert 0.99 * eps < moved < 1.00001 * eps
+    assert {eps for steps, eps in attacks if steps == 5} == {0.2}
 
 
 @pytest.mark.parametrize("method", ["at", "trades"])
@@ -330,6 +388,39 @@ def test_mixup_mixes_images_and_labels_alike(config, data, batches_of):
         torch.testing.assert_close(mixed, lam * x + (1 - lam) * x[partners], atol=1e-5, rtol=0)
         own, others = (F.one_hot(labels, 10).float() for labels in (y, y[partners]))
         torch.testing.assert_close(p, lam * own + (1 - lam) * others)
+
+
+@pytest.mark.parametrize("method", ["at", "trades", "mart"])
+def test_cutmix_labels_images_by_their_pixels(config, data, batches_of, method):
+    plain = replace(config, method=method, epochs=1, augment=False)
+    before = batches_of(plain, data)
+    after = batches_of(replace(plain, cutmix=1.0), data)
+    for (x, y), (mixed, p) in zip(before, after, strict=True):
+        foreign = (mixed != x).any(1)
+        rows, columns = foreign.any(2).any(0), foreign.any(1).any(0)
+        share = rows.sum() * columns.sum() / 64  # digits are black at the border
+        own = p.gather(1, y[:, None])[:, 0]
+        assert (own.min() <= 1 - share + 1e-6) or share == 0
+        torch.testing.assert_close(p.sum(1), torch.ones(len(y)))
+        assert torch.equal(mixed[:, :, ~rows], x[:, :, ~rows])
+    assert any((p.amax(1) < 1).any() for _, p in after)
+
+
+def test_idbh_replaces_crops_and_flips(config, data, batches_of, tmp_path):
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        fit(replace(config, idbh=True), data)
+    large = {
+        name: getattr(data, name).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        for name in ("x_train", "x_test")
+    }
+    data = replace(data, **large)
+    config = replace(config, epochs=1, gamma=0.0)
+    plain = batches_of(replace(config, augment=False), data)
+    generator = torch.Generator().manual_seed(config.seed)
+    for (x, y), (seen, labels) in zip(plain, batches_of(replace(config, idbh=True), data)):
+        assert torch.equal(y, labels)
+        expected = idbh_weak((255 * x).round().byte(), generator)
+        assert torch.equal(seen, expected / 255)
 
 
 def test_unlabeled_images_have_their_share_of_every_batch(config, data, batches_of):

@@ -52,11 +52,12 @@ CONFIG = Config(
 RUNS: dict[str, dict[str, Any]] = {
     "at": {},
     "at-awp": {"gamma": 0.01, "batch_size": 25, "cutout": 3, "epochs": 3},
-    "cheap": {"gamma": 0.01, "ascent": "attack", "alternations": 2, "ema": 0.9},
+    "cheap": {"gamma": 0.01, "ascent": "attack", "alternations": 2, "ema": 0.9, "ema_warmup": True},
     "gkl": {"method": "gkl", "gamma": 0.01, "ascent_below": 2.3, "batch_size": 25, "epochs": 3},
     "n-fgsm": {"gamma": 0.01, "train_attack": "n-fgsm", "batch_size": 25},
     "rst": {"method": "rst", "gamma": 0.01, "norm": "l2", "mixup": 1.0, "batch_size": 25},
-    "rwp": {"gamma": 0.01, "direction": "random", "awp_start": 1},
+    "rwp": {"gamma": 0.01, "direction": "random", "awp_start": 1, "eps_schedule": "linear"},
+    "cutmix": {"cutmix": 1.0, "nesterov": True, "bn_decay": False, "epochs": 1},
     "killed": {"gamma": 0.01, "batch_size": 25, "epochs": 4},
 }
 DATA = load_digits().limit(37, 129)

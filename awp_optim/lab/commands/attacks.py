@@ -10,8 +10,8 @@ from awp_optim.attacks import APGD, CW, FGSM, PGD, SPSA, Attack, AutoAttack
 __all__ = ["NAMES", "make_attack", "make_attacks"]
 
 NAMES = (
-    "fgsm, pgdN (pgd20, pgd100), cw, spsa, apgd, apgd-dlr, apgd-t, square, autoattack (or aa), "
-    "autoattack-plus, autoattack-rand"
+    "fgsm, pgdN (pgd20, pgd100), pgdNxR with R restarts (pgd50x10), cw, spsa, apgd, apgd-dlr, "
+    "apgd-t, square, autoattack (or aa), autoattack-plus, autoattack-rand"
 )
 
 _AUTOATTACKS = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
@@ -38,9 +38,9 @@ def make_attack(name: str, eps: float, norm: str, backend: str = "reference") ->
     Raises:
         ValueError: there is no such attack, or it does not exist in this norm.
     """
-    if steps := re.fullmatch(r"pgd([1-9]\d*)", name):
-        step_size = eps / (4 if norm == "linf" else 8)
-        return PGD(eps, step_size or 1.0, int(steps[1]), norm)  # with eps=0 there are no steps
+    if pgd := re.fullmatch(r"pgd([1-9]\d*)(?:x([1-9]\d*))?", name):
+        step_size = eps / (4 if norm == "linf" else 8) or 1.0  # with eps=0 there are no steps
+        return PGD(eps, step_size, int(pgd[1]), norm, restarts=int(pgd[2] or 1))
     if name in _AUTOATTACKS:
         return AutoAttack(eps, norm, _AUTOATTACKS[name], backend=backend)
     if name in _ATTACKS:

@@ -70,6 +70,7 @@ from awp_optim.lab.submission import (
     model_info,
     submission_form,
 )
+from awp_optim.lab.training_set import as_inputs
 
 __all__ = ["Options", "main"]
 
@@ -195,6 +196,7 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
         check_test_set(len(data.x_test))
         check_writable(options.submission)
     model = _model(task, data, given).to(options.device)
+    model.to(memory_format=torch.channels_last)  # the layout of the images, too
     options.out.mkdir(parents=True, exist_ok=True)
     result = _evaluate(task, model, data)
     console = terminal()
@@ -282,7 +284,7 @@ class _Batches:
                 reported = time.monotonic()
                 print(f"evaluating: batch {i + 1} of {len(self)}", file=sys.stderr, flush=True)
             part = slice(start, start + self._size)
-            yield self._x[part].float() / 255, self._y[part]
+            yield as_inputs(self._x[part]), self._y[part]
 
 
 def _evaluate(task: _Task, model: nn.Module, data: ImageData) -> Evaluation:
@@ -359,7 +361,7 @@ def _cheap(task: _Task) -> list[str]:
 def _draw_curves(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) -> None:
     """Draw accuracy by radius."""
     options, names = task.options, _cheap(task)
-    few = data.x_test[:CURVE_IMAGES].float() / 255, data.y_test[:CURVE_IMAGES]
+    few = as_inputs(data.x_test[:CURVE_IMAGES]), data.y_test[:CURVE_IMAGES]
     settings: dict[str, Any] = {
         "batch_size": options.batch_size,
         "device": options.device,
@@ -390,7 +392,7 @@ def _draw_images(task: _Task, model: nn.Module, data: ImageData, r: Evaluation) 
     shown = (broken[:half] + robust_ones)[:GRID_IMAGES]
     if not shown:
         return
-    x = data.x_test[shown].to(options.device).float() / 255
+    x = as_inputs(data.x_test[shown].to(options.device))
     y = data.y_test[shown].to(options.device)
     torch.manual_seed(options.seed)
     x_adv = task.attack(name, task.eps)(model, x, y)

@@ -33,6 +33,7 @@ from awp_optim.lab.config import THREATS, Config, Method
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.interrupt import StopRequest, graceful_stop
 from awp_optim.lab.job import Job
+from awp_optim.lab.precision import resolve_precision
 from awp_optim.lab.progress import StepBar, step_bars
 from awp_optim.lab.pseudo import PseudoLabeled, load_pseudo_labeled
 from awp_optim.lab.recipes import RECIPES, defaults
@@ -115,6 +116,8 @@ def starting_point(
     if recipe is None:
         dataset = dataset or "cifar10"
         config = defaults(dataset, threat or "linf", method)
+        if dataset != "digits":  # 8x8 pixels gain nothing from bfloat16
+            config = replace(config, precision="auto")
     else:
         images, config = RECIPES[recipe].train_images, RECIPES[recipe].config
         dataset = dataset or RECIPES[recipe].dataset
@@ -156,6 +159,8 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
     data = ranks.in_turns(options.load_data).to(device)
     config = _fit_to_data(options, given, data)
     console = terminal()
+    continued = options.out if options.resume else None
+    console.out(_how(resolve_precision(config, data.x_train.device, continued), device))
     with step_bars(console) as progress, _signals(ranks) as request:
 
         def stop() -> bool:
@@ -168,6 +173,12 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
         _summarize(options, config, data.name, rows, console)
     if status and not is_over(config, rows):
         raise SystemExit(status)
+
+
+def _how(config: Config, device: str) -> str:
+    """The choices that decide how fast a run is."""
+    compiled = ", compiled" if config.compile else ""
+    return f"{config.arch} in {config.precision}{compiled}, on {device}"
 
 
 def fast_kernels() -> None:

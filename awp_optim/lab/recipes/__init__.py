@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from awp_optim.lab.config import Config
+from awp_optim.lab.recipes.modern import MODERN
 from awp_optim.lab.recipes.paper import PAPER, WITH_DATA
 from awp_optim.lab.recipes.recipe import Recipe
 from awp_optim.lab.recipes.small import QUICKSTART, QUICKSTART_IMAGES, SMALL
 
 __all__ = ["PAPER", "QUICKSTART", "QUICKSTART_IMAGES", "RECIPES", "Recipe", "defaults"]
 
-RECIPES: dict[str, Recipe] = {**PAPER, **SMALL}
+RECIPES: dict[str, Recipe] = {**PAPER, **MODERN, **SMALL}
 """All recipes by name, such as ``at-awp/cifar10-linf-preact18``."""
 
 

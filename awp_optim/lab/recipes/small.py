@@ -52,15 +52,15 @@ _FAST = Config(
     eval_every=2,
 )
 SMALL: dict[str, Recipe] = {
-    "fast-at/cifar10-cpu": Recipe(_FAST, "cifar10", "docs/results.md"),
-    "fast-awp/cifar10-cpu": Recipe(replace(_FAST, gamma=5e-3), "cifar10", "docs/results.md"),
+    "fast-at/cifar10-cpu": Recipe(_FAST, "cifar10", "this project"),
+    "fast-awp/cifar10-cpu": Recipe(replace(_FAST, gamma=5e-3), "cifar10", "this project"),
     "at/cifar10-small": Recipe(
-        _CIFAR10_SMALL, "cifar10", "docs/results.md", train_images=_TRAIN_IMAGES
+        _CIFAR10_SMALL, "cifar10", "this project", train_images=_TRAIN_IMAGES
     ),
     "at-awp/cifar10-small": Recipe(
         replace(_CIFAR10_SMALL, gamma=1e-2),
         "cifar10",
-        "docs/results.md",
+        "this project",
         train_images=_TRAIN_IMAGES,
     ),
 }

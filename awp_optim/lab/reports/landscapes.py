@@ -20,6 +20,7 @@ from awp_optim.lab.data import ImageData
 from awp_optim.lab.loading import from_checkpoint
 from awp_optim.lab.reports.runs import Run
 from awp_optim.lab.reports.tables import radius
+from awp_optim.lab.training_set import as_inputs
 from awp_optim.landscape import (
     LossCurve,
     LossSurface,
@@ -171,16 +172,16 @@ class Landscapes:
         }
 
     def model(self, run: Run, checkpoint: Path) -> nn.Module:
-        """The network of a checkpoint, in eval mode on the device."""
-        channels = self._all_images(run).in_channels
-        return from_checkpoint(checkpoint, in_channels=channels).to(self.device)
+        """The network of a checkpoint, in eval mode on the device, in the images' layout."""
+        model = from_checkpoint(checkpoint, in_channels=self._all_images(run).in_channels)
+        return model.to(self.device).to(memory_format=torch.channels_last)
 
     def images(self, run: Run) -> tuple[Tensor, Tensor]:
         """The run's training images, at most ``limit`` of them, in [0, 1], and their labels."""
         data, limit = self._all_images(run), self.how.limit
         if limit is not None and limit < len(data.x_train):
             data = data.limit(limit)
-        return data.x_train.to(self.device).float() / 255, data.y_train.to(self.device)
+        return as_inputs(data.x_train.to(self.device)), data.y_train.to(self.device)
 
     def attack(self, run: Run) -> PGD:
         """PGD on the cross-entropy under the run's threat, whatever the method, as in Section 3."""
