@@ -42,8 +42,6 @@ class StepOutput(NamedTuple):
     """The logits at the adversarial examples and at the same weights, shape (N, C)."""
     x_adv: Tensor
     """The adversarial examples, shaped like the inputs."""
-    logits_nat: Tensor | None = None
-    """The logits at the inputs themselves, if the objective uses them."""
 
 
 class AdversarialStep:
@@ -97,6 +95,10 @@ class AdversarialStep:
             package, the model is distributed or has sparse gradients, or the capture fails.
         clip_grad_norm: clip the total norm of the gradients to this value before the update.
 
+    Attributes:
+        logits_nat: the logits of the last step at the inputs themselves and at the weights of
+            ``out.logits``, detached, shape (N, C); None if the objective does not use them.
+
     Raises:
         TypeError: ``optimizer`` is not an optimizer, or ``attack`` or ``objective`` not callable.
         ValueError: a setting is out of range or incompatible with another.
@@ -139,6 +141,7 @@ class AdversarialStep:
         self.ascent_below = ascent_below
         self.autocast = autocast
         self.clip_grad_norm = clip_grad_norm
+        self.logits_nat: Tensor | None = None
         _check_settings(self)
 
         self._sharded = _sharded_modules(model)
@@ -185,7 +188,9 @@ class AdversarialStep:
                 self._awp.restore()
                 self._reshard()
             raise
-        return StepOutput(*outputs)
+        loss, logits, x_adv, *rest = outputs
+        self.logits_nat = rest[0] if rest else None
+        return StepOutput(loss, logits, x_adv)
 
     def _perturb_and_backpropagate(self, x: Tensor, y: Tensor) -> Outputs:
         """Algorithm 2 up to the update: leaves the weights at w + v, with the gradients there."""

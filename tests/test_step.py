@@ -111,9 +111,9 @@ def test_is_algorithm_2(net, alternations, k2, loss):
     for out, (value, x_adv) in zip(ours, truth):
         torch.testing.assert_close(out.loss, value.detach(), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(out.x_adv, x_adv, rtol=1e-9, atol=1e-9)
-        assert not any(t.requires_grad for t in out if t is not None)
+        assert not any(t.requires_grad for t in out)
     assert out.logits.shape == (8, 3)
-    assert (out.logits_nat is not None) == (loss is both)
+    assert (step.logits_nat is not None) == (loss is both)
     torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=1e-9, atol=1e-9)
 
 

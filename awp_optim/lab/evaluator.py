@@ -17,14 +17,21 @@ from awp_optim.lab.distributed import TrainingRanks
 from awp_optim.lab.run_folder import Row
 from awp_optim.lab.training_set import as_inputs
 
-__all__ = ["Evaluator", "measure"]
+__all__ = ["Evaluator", "bytes_per_image", "largest_batch", "measure"]
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 Images = tuple[Tensor, Tensor]
 
 
+LARGEST_BATCH = 1000
+
+
 class Evaluator:
     """Measures a run's model on training, test and held-out images.
+
+    On a GPU the size of the batches follows from the network and the card's memory, and is halved
+    if they do not fit all the same. It decides which random numbers an image's attack starts from,
+    as another seed would; nothing else depends on it, except for rounding.
 
     Args:
         config: the run's settings.
@@ -48,7 +55,7 @@ class Evaluator:
         attack = ranks.shared_attack(config.test_attack)
         # What an attack on several ranks does depends on their shares, which a graph cannot see.
         self._attack = Captured(attack, "auto" if ranks.world == 1 else False)
-        self._batch_size = 1000 if data.x_train.device.type == "cuda" else 128
+        self._batch_size = 0 if data.x_train.device.type == "cuda" else 128
         self._autocast = PRECISIONS[config.precision]
         self._ranks = ranks
 
@@ -75,9 +82,23 @@ class Evaluator:
             parts += [(f"ema_{name}", average, images) for name, _, images in parts]
         row: Row = {}
         try:
-            for name, net, (x, y) in parts:
-                row |= measure(
-                    net,
+            for name, net, images in parts:
+                row |= self._measure(net, images, attack, name)
+        except _Stopped:
+            return None
+        return {**row, "eval_seconds": time.perf_counter() - start}
+
+    def _measure(self, model: nn.Module, images: Images, attack: Attack, name: str) -> Row:
+        x, y = images
+        self._batch_size = self._batch_size or self._ranks.first(
+            lambda: largest_batch(
+                bytes_per_image(model, x[:2], self._autocast), torch.cuda.mem_get_info(x.device)[1]
+            )
+        )
+        while True:
+            try:
+                return measure(
+                    model,
                     x,
                     y,
                     attack,
@@ -86,9 +107,51 @@ class Evaluator:
                     autocast=self._autocast,
                     ranks=self._ranks,
                 )
-        except _Stopped:
-            return None
-        return {**row, "eval_seconds": time.perf_counter() - start}
+            except torch.OutOfMemoryError:
+                # The other ranks are in the middle of a batch, and would wait for this one.
+                if self._batch_size == 1 or self._ranks.world > 1:
+                    raise
+            self._batch_size //= 2
+            torch.cuda.empty_cache()
+
+
+def largest_batch(per_image: int, memory: int) -> int:
+    """The images that are evaluated at a time: 1000, halved until they take a quarter of a GPU.
+
+    An attack that is captured as a graph takes their memory twice, and training has taken some.
+
+    Args:
+        per_image: bytes that an image takes.
+        memory: bytes of the GPU, in use or not: so a run is the same beside another one.
+    """
+    size = LARGEST_BATCH
+    while size > 1 and size * per_image > memory / 4:
+        size //= 2
+    return size
+
+
+def bytes_per_image(model: nn.Module, x: Tensor, autocast: torch.dtype | None) -> int:
+    """What a forward pass in eval mode keeps of an image for the backward pass: its activations.
+
+    Args:
+        model: maps images in [0, 1] to logits; it is not called through ``torch.compile``.
+        x: uint8 images, shape (N, C, H, W).
+        autocast: dtype to run the forward pass in; None for the model's own.
+    """
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        if t.ndim and len(t) == len(x):  # no weights
+            storage = t.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+    precision = torch.autocast(x.device.type, autocast, enabled=autocast is not None)
+    with in_mode(model, "eval"), torch.enable_grad(), precision, saved:
+        logits = model.forward(as_inputs(x).requires_grad_())
+    del logits  # until now, no two tensors were at the same address
+    return sum(kept.values()) // len(x)
 
 
 class _Stopped(Exception):

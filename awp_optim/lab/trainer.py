@@ -326,8 +326,9 @@ class _Run:
         if state.average:
             state.average.update_parameters(self.model)
         loss_sum = result.loss * (ranks.batch / ranks.world)
-        if state.class_means and result.logits_nat is not None:
-            sums = state.class_means.sums_of(result.logits_nat, y)
+        logits_nat = self.adversarial_step.logits_nat
+        if state.class_means and logits_nat is not None:
+            sums = state.class_means.sums_of(logits_nat, y)
             state.class_means.sums += ranks.sum(sums)
         correct = (result.logits.argmax(1) == labels).sum()
         epoch.add_step(*ranks.sum(torch.stack([loss_sum, correct.to(loss_sum.dtype)])))

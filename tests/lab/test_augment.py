@@ -367,7 +367,7 @@ def test_paste_equals_the_loop(lam, h, w, seed, channels_last):
 
 
 def pasting(alpha, generator, side=12):
-    """The rectangle and the own share of one call; None if nothing of another image is seen."""
+    """The rectangle and the own pixels by the label; None if nothing of another image is seen."""
     x = torch.arange(1.0, 4.0)[:, None, None, None].expand(3, 1, side, side)
     mixed, labels = cutmix(x, torch.arange(3), 3, alpha, generator)
     other = (mixed != x)[:, 0]
@@ -381,7 +381,7 @@ def pasting(alpha, generator, side=12):
         share = (mixed[j] == mixed[j].max()).float().mean()
         torch.testing.assert_close(labels[j].max(), torch.maximum(share, 1 - share))
     place = int(rows.argmax()), int(columns.argmax()), int(rows.sum()), int(columns.sum())
-    return *place, labels[i, i].item()
+    return *place, round(side**2 * labels[i, i].item())
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
@@ -396,7 +396,7 @@ def test_the_rectangle_has_the_published_distribution(alpha):
         top, bottom, left, right = published_box(lam, row, column, 12, 12)
         height, width = bottom - top, right - left
         if height and width and not numpy.array_equal(rng.permutation(3), range(3)):
-            theirs.append((top, left, height, width, 1 - height * width / 144))
+            theirs.append((top, left, height, width, 144 - height * width))
     a, b = numpy.array(ours).T, numpy.array(theirs).T
     for one, other in zip(a[:4], b[:4], strict=True):
         table = [numpy.bincount(sample.astype(int), minlength=13) for sample in (one, other)]

@@ -63,7 +63,7 @@ def test_a_run_weights_each_epoch_by_the_last(config, data, monkeypatch, capture
     def watched(self, x, y):
         probs = self.objective.class_probs.clone()
         out = step(self, x, y)
-        seen.append((probs, out.logits_nat.clone(), y.clone()))
+        seen.append((probs, self.logits_nat.clone(), y.clone()))
         return out
 
     monkeypatch.setattr(trainer.AdversarialStep, "__call__", watched)

@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from awp_optim.attacks import PGD
+from awp_optim.attacks import PGD, Captured
 from awp_optim.lab import evaluator, trainer
-from awp_optim.lab.evaluator import measure
+from awp_optim.lab.config import Config
+from awp_optim.lab.evaluator import bytes_per_image, largest_batch, measure
 from awp_optim.lab.models import build_model
 from awp_optim.lab.run_folder import read_metrics
 from awp_optim.lab.trainer import fit
+from awp_optim.lab.training_set import as_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +40,79 @@ def test_measures_the_model_in_eval_mode(data):
         assert figures[f"x_{kind}_loss"] == pytest.approx(loss, rel=1e-5)
         correct = (logits.argmax(1) == data.y_test).double().mean().item()
         assert figures[f"x_{kind}_acc"] == pytest.approx(correct)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_memory_of_an_image_is_that_of_its_activations(data, autocast):
+    """The inputs of layers, of which ReLU's output is one; flattening copies from channels_last."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 8, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 10),
+    )
+    numbers = 64 + 2 * 4 * 64 + 2 * 8 * 16
+    expected = 4 * numbers if autocast is None else 2 * numbers
+    assert bytes_per_image(model, data.x_test[:3], autocast) == expected
+    assert model[1].num_batches_tracked == 0
+    assert model.training
+
+
+def test_the_batch_is_halved_until_it_takes_a_quarter_of_the_memory():
+    wide = 23_083_520  # measured: WideResNet-34-10 in float32, 23 GB for 1,000 images
+    sizes = {gib: largest_batch(wide, gib * 2**30) for gib in (141, 80, 24, 8)}
+    assert sizes == {141: 1000, 80: 500, 24: 250, 8: 62}
+    assert largest_batch(2_235_392, 24 * 2**30) == 1000  # PreAct ResNet-18 in bfloat16
+    assert largest_batch(2**40, 2**30) == 1
+
+
+def test_a_batch_that_does_not_fit_is_halved(config, data, monkeypatch):
+    """From a fixed start, the size of the batches makes no difference."""
+    config = replace(config, epochs=1, train_eval=60)
+    attack = replace(config.test_attack, random_start=False)
+    monkeypatch.setattr(Config, "test_attack", attack)
+    sizes = []
+
+    def limited(self, model, x, y):
+        sizes.append(len(x))
+        if len(x) > 10:
+            raise torch.OutOfMemoryError("out of memory")
+        return attack(model, x, y)
+
+    whole = fit(config, data)[1]
+    monkeypatch.setattr(Captured, "__call__", limited)
+    parts = fit(config, data)[1]
+    assert sizes == [60, 60, 32, 16] + [8] * 7 + [4] + [8] * 5
+    for name, value in whole[0].items():
+        if not name.endswith("seconds"):
+            assert parts[0][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_an_image_that_does_not_fit_is_an_error(config, data, monkeypatch):
+    def out_of_memory(self, model, x, y):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Captured, "__call__", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(replace(config, epochs=1), data)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_memory_of_a_gpu_is_estimated_within_a_factor_of_two(data):
+    model = build_model("wide_resnet16_4", num_classes=10, in_channels=3).cuda().eval()
+    model.to(memory_format=torch.channels_last)
+    x = torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    y = torch.zeros(256, dtype=torch.long, device="cuda")
+    estimate = 256 * bytes_per_image(model, x[:2], None)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    PGD(steps=2)(model, as_inputs(x), y)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert estimate / 2 < taken < 2 * estimate
 
 
 def test_the_best_is_picked_on_held_out_images(config, data, tmp_path):

@@ -174,7 +174,7 @@ def test_eps_grows_linearly_to_its_value(config, data, monkeypatch, norm, method
     for i, (eps, step_size, moved) in enumerate(seen):
         part = (1 + i // 3) / 4
         assert (eps, step_size) == pytest.approx((0.2 * part, 0.15 * part))
-        assert 0.99 * eps < moved < 1.00001 * eps
+        assert 0.8 * eps < moved < 1.00001 * eps  # the box stops some
     assert {eps for steps, eps in attacks if steps == 5} == {0.2}
 
 
