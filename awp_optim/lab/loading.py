@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import pickle
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -201,15 +201,14 @@ def from_robustbench(
         folder: The folder in which RobustBench keeps its models.
 
     Raises:
-        ImportError: RobustBench is not installed, or lacks a package that it needs.
+        ImportError: RobustBench, or a package that it needs, is not installed.
         ValueError: It has no such model.
         RuntimeError: It could not download or read the model.
     """
-    from robustbench.utils import load_model
-
+    load = _robustbench_loader()
     threat = {"linf": "Linf", "l2": "L2"}.get(norm, norm)
     try:
-        model: nn.Module = load_model(
+        model: nn.Module = load(
             model_name=name, dataset=dataset, threat_model=threat, model_dir=str(folder)
         )
     except KeyError as error:
@@ -229,6 +228,26 @@ def from_robustbench(
             with suppress(OSError):  # RobustBench makes them before it downloads
                 os.rmdir(path)
     return model.eval()
+
+
+def _robustbench_loader() -> Callable[..., nn.Module]:
+    """RobustBench's ``load_model``.
+
+    Version 1.1.1 requires the package that PyPI calls ``pyautoattack``, but imports it by the name
+    that it has elsewhere, ``autoattack``.
+    """
+    here, elsewhere = map(importlib.util.find_spec, ("pyautoattack", "autoattack"))
+    if here and not elsewhere:
+        for part in ("", ".state"):
+            sys.modules[f"autoattack{part}"] = importlib.import_module(f"pyautoattack{part}")
+    try:
+        return importlib.import_module("robustbench.utils").load_model  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise ImportError(
+            f"RobustBench cannot be imported ({error}): pip install robustbench, with the packages "
+            "that it requires; it needs a certain version of timm, so perhaps in an environment "
+            "of its own"
+        ) from error
 
 
 def normalized(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from awp_optim.attacks import PGD
+from awp_optim.attacks import PGD, AutoAttack
 from awp_optim.evaluation import evaluate
 from awp_optim.lab.commands import evaluate as module
 from awp_optim.lab.commands.attacks import make_attack
@@ -248,6 +248,53 @@ def test_continues_after_a_kill_and_reports_where_nobody_looks(run, start, tmp_p
     assert run(*options, "killed", "--resume").status == 0
     for name in ("results.csv", "record.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+class TestSubmission:
+    """``--submission``, with a test set of a few images in the place of CIFAR-10's."""
+
+    OPTIONS = ("--dataset", "cifar10", "--attacks", "autoattack", "--eps", "8/255")
+
+    @pytest.fixture(autouse=True)
+    def _few_images(self, trained, monkeypatch):
+        few = trained[1].limit(20, 20)
+        monkeypatch.setattr(module.DataOptions, "load", lambda self: few)
+
+    def test_is_written_at_the_end(self, run, monkeypatch, tmp_path):
+        pytest.importorskip("pyautoattack")
+        monkeypatch.setattr("awp_optim.lab.submission.TEST_IMAGES", 20)
+        monkeypatch.setattr(
+            module, "make_attacks",
+            lambda *args: {"aa": AutoAttack(version="standard"), "pgd": PGD(8 / 255, 2 / 255, 1)},
+        )  # fmt: skip
+        monkeypatch.setattr(AutoAttack, "parts", lambda self: {"part": PGD(8 / 255, 2 / 255, 3)})
+        ended = run(*self.OPTIONS, "--submission", "to/Mine2026Awp.json")
+        assert ended.status == 0, ended.err
+        content = results(tmp_path / "evaluation")
+        entry = json.loads((tmp_path / "to/Mine2026Awp.json").read_text())
+        assert entry["clean_acc"] == f"{100 * content['natural']:.2f}"
+        assert entry["autoattack_acc"] == f"{100 * content['robust']['aa']:.2f}"
+        assert entry["architecture"] == "preact_resnet_small"
+        form = (tmp_path / "to/Mine2026Awp.md").read_text()
+        assert content["checkpoint_sha256"] in form
+        assert content["command"] in form
+
+    @pytest.mark.parametrize(
+        ("options", "word"),
+        [
+            ((), "all 10000 test images, not on 20"),
+            (("--attacks", "pgd20"), "--attacks autoattack"),
+            (("--norm", "l2", "--eps", "128/255"), "no leaderboard"),
+            (("--skip-broken",), "--skip-broken"),
+            (("--submission", "entry.md"), ".json"),
+        ],
+    )
+    def test_is_refused_before_the_evaluation(self, run, tmp_path, options, word):
+        ended = run(*self.OPTIONS, "--submission", "entry.json", *options)
+        assert ended.status == 2
+        assert word in " ".join(ended.err.split())
+        assert not (tmp_path / "evaluation").exists()
+        assert not (tmp_path / "entry.json").exists()
 
 
 def test_the_names_of_pgd():

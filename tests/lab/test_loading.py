@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import pickle
 import sys
@@ -174,8 +175,50 @@ class TestRobustBench:
         monkeypatch.syspath_prepend(tmp_path)
         for name in [n for n in sys.modules if n.partition(".")[0] == "robustbench"]:
             monkeypatch.delitem(sys.modules, name)
-        with pytest.raises(ImportError, match="No module named 'not_there_at_all'"):
+        message = "No module named 'not_there_at_all'.*pip install robustbench"
+        with pytest.raises(ImportError, match=message):
             from_robustbench("Wu2020Adversarial", "cifar10", "linf", tmp_path)
+
+    def test_which_imports_autoattack_by_its_other_name(self, monkeypatch, tmp_path):
+        """As version 1.1.1 of PyPI does, which requires pyautoattack."""
+        reference = pytest.importorskip("pyautoattack")
+        (tmp_path / "robustbench").mkdir()
+        (tmp_path / "robustbench/__init__.py").write_text("from .eval import seen\n")
+        (tmp_path / "robustbench/eval.py").write_text(
+            "import autoattack\nfrom autoattack.state import EvaluationState\n"
+            "seen = [autoattack.AutoAttack, EvaluationState]\n"
+        )
+        (tmp_path / "robustbench/utils.py").write_text(
+            "from robustbench import seen\nload_model = lambda **kwargs: seen.pop(0)()\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ("robustbench", "autoattack"):
+                monkeypatch.delitem(sys.modules, name)
+        model = small().train()
+        monkeypatch.setattr(reference, "AutoAttack", lambda: model)
+        try:
+            assert from_robustbench("A", "cifar10", "linf", tmp_path) is model
+        finally:
+            for name in ("robustbench", "robustbench.eval", "robustbench.utils"):
+                sys.modules.pop(name, None)
+
+    def test_of_pypi(self, tmp_path):
+        """With a file of weights where RobustBench keeps those that it has downloaded."""
+        if not any(d.name == "robustbench" for d in importlib.metadata.distributions()):
+            pytest.skip("needs robustbench, and not the part of it that torchattacks brings")
+        threat = {"dataset": "cifar10", "norm": "linf"}
+        with pytest.raises(ValueError, match="RobustBench has no model 'None'"):
+            from_robustbench("None", folder=tmp_path, **threat)
+        zoo = importlib.import_module("robustbench.model_zoo.cifar10").linf
+        model = zoo["Sehwag2021Proxy_R18"]["model"]().eval()
+        file = tmp_path / "cifar10/Linf/Sehwag2021Proxy_R18.pt"
+        file.parent.mkdir(parents=True)
+        torch.save(model.state_dict(), file)
+        loaded = from_robustbench("Sehwag2021Proxy_R18", folder=tmp_path, **threat)
+        x = torch.rand(2, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(loaded(x), model(x))
 
     @pytest.mark.parametrize(
         ("problem", "message"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import math
 import platform
 import shlex
@@ -34,6 +35,7 @@ from awp_optim.lab.commands.options import (
     Flag,
     Number,
     Positive,
+    check_writable,
     number,
     one_of,
     parse,
@@ -61,6 +63,13 @@ from awp_optim.lab.reports.tables import (
     title,
 )
 from awp_optim.lab.shipped import locate
+from awp_optim.lab.submission import (
+    BLANK,
+    check_test_set,
+    leaderboard_attack,
+    model_info,
+    submission_form,
+)
 from awp_optim.lab.training_set import as_inputs
 
 __all__ = ["Options", "main"]
@@ -133,6 +142,8 @@ class Options(ClassifierOptions):
     """Continue the evaluation in --out."""
     plot: Annotated[tuple[float, ...] | None, _RADII] = None
     """Draw curves.png, accuracy by radius (0 to 8 times --eps, or those given), and images.png."""
+    submission: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Write RobustBench's entry for the model to this file, and its form to FILE.md."""
     data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
     """The images to use; else the test images of the run, or of cifar10."""
 
@@ -143,6 +154,11 @@ class Options(ClassifierOptions):
             raise ValueError(
                 "RobustBench's models take images in [0, 1] and normalize them themselves: leave "
                 "--mean and --std out"
+            )
+        if self.submission is not None and (self.submission.suffix != ".json" or self.skip_broken):
+            raise ValueError(
+                "--submission is a .json file, of an evaluation without --skip-broken: there, an "
+                "accuracy counts the attacks before it"
             )
 
     @property
@@ -160,6 +176,7 @@ class _Task:
     eps: float
     norm: str
     attacks: dict[str, Attack]
+    run: dict[str, Any]
 
     def attack(self, name: str, eps: float) -> Attack:
         """An attack at another radius."""
@@ -175,12 +192,19 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
         _refuse(options.out)
     given = _given(task)
     data = replace(options.data, dataset=task.dataset).load()
+    if options.submission is not None:
+        check_test_set(len(data.x_test))
+        check_writable(options.submission)
     model = _model(task, data, given).to(options.device)
     model.to(memory_format=torch.channels_last)  # the layout of the images, too
     options.out.mkdir(parents=True, exist_ok=True)
     result = _evaluate(task, model, data)
     console = terminal()
-    _write(task, data.name, result, shlex.join(["awp", "evaluate", *arguments]), console)
+    command = shlex.join(["awp", "evaluate", *arguments])
+    _write(task, data.name, result, command, console)
+    if options.submission is not None:
+        _submit(task, options.submission, result, command)
+        console.out(f"Submission: {options.submission}; what to fill in begins with {BLANK}")
     if options.plot is not None:
         _draw_curves(task, model, data, result)
         _draw_images(task, model, data, result)
@@ -204,7 +228,9 @@ def _complete(options: Options) -> _Task:
             "folder or npz, and its place with --data-dir"
         )
     attacks = make_attacks(options.attacks, eps, norm, options.backend)
-    return _Task(options, dataset, eps, norm, attacks)
+    if options.submission is not None:
+        leaderboard_attack(dataset, norm, eps, attacks)
+    return _Task(options, dataset, eps, norm, attacks, run)
 
 
 def _refuse(out: Path) -> None:
@@ -291,6 +317,20 @@ def _write(task: _Task, dataset: str, r: Evaluation, command: str, console: Cons
     if r.warnings:
         console.print("Warnings: there are reasons to doubt these accuracies.", style="bold")
         console.out(findings(r))
+
+
+def _submit(task: _Task, file: Path, r: Evaluation, command: str) -> None:
+    """RobustBench's entry, and the text of its form."""
+    options, checkpoint = task.options, ""
+    attack = leaderboard_attack(task.dataset, task.norm, task.eps, task.attacks)
+    arch = options.arch or task.run.get("arch")
+    info = model_info(r, attack, dataset=task.dataset, eps=task.eps, arch=arch, run=task.run)
+    if options.checkpoint is not None:
+        digest = _about(task, command)["checkpoint_sha256"]
+        checkpoint = f"{options.checkpoint.name}, SHA-256 {digest}"
+    form = submission_form(info, r, norm=task.norm, method=command, checkpoint=checkpoint)
+    write_text(file, json.dumps(info, indent=2) + "\n")
+    write_text(file.with_suffix(".md"), form)
 
 
 def _about(task: _Task, command: str) -> dict[str, Any]:
