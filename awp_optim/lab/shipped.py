@@ -30,7 +30,7 @@ def locate(file: str | os.PathLike[str]) -> Path:
         if not path.exists():
             raise FileNotFoundError(
                 f"there is no file {path}, and no network of this name; there are: "
-                f"{', '.join(DIGESTS)}"
+                f"{', '.join(DIGESTS) or 'none'}"
             )
         return path
     path = FOLDER / f"{name}.safetensors"
