@@ -14,7 +14,9 @@ from pathlib import Path
 __all__ = ["DIGESTS", "locate"]
 
 FOLDER = Path(__file__).parent / "networks"
-DIGESTS: dict[str, str] = {}
+DIGESTS = {
+    "cifar10-linf-preact10-32": "5f106388ac22383fdcc34199df72b9a24e1d5048fdc7c3ad180cb19f81f4d1e3",
+}
 """The SHA-256 digest of each network's weights, by name."""
 
 
