@@ -188,6 +188,8 @@ QUICKSTART = ("examples/quickstart.py", "--epochs", 1, "--seeds", 1)
         ((*RUN, "--out", "new", "--method", "pretrain", "--init", "damaged.pt"), "damaged.pt"),
         ((*RUN, "--out", "new", "--unlabeled", "none.npz"), "none.npz"),
         ((*RUN, "--out", "new", "--unlabeled", "x.npz", "--labeled", "3"), "give one of the two"),
+        ((*RUN, "--out", "new", "--unlabeled"), "name one file or more"),
+        ((*RUN, "--out", "new", "--train-images", "20"), "give one of the two"),
         ((*RUN, "--out", "new", "--image-size", "8"), "--image-size is for --dataset folder"),
         ((*RUN, "--out", "new", "--device", "toaster"), "'toaster' is not a device"),
         ((*RUN, "--out", "new", "--device", "cuda:99"), "CUDA devices"),

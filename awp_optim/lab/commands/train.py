@@ -154,6 +154,8 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
     device = ranks.device(options.device)
     init = None if options.init is None else load_weights(options.init)
     unlabeled = None
+    if not options.unlabeled and given & {"--unlabeled", "--extra-data"}:
+        raise ValueError("--unlabeled: name one file or more")
     if options.unlabeled:  # in turns, since a compressed file is unpacked
         unlabeled = ranks.in_turns(lambda: load_pseudo_labeled(*options.unlabeled))
     data = ranks.in_turns(options.load_data).to(device)
