@@ -81,11 +81,13 @@ def test_a_curve_is_that_of_the_checkpoint_and_of_the_runs_images(runs, landscap
     run = find_runs([runs / "awp-0"])[0]
     ours = landscapes.curve(run)
     data = load_digits().limit(32, 16).limit(16)
-    model = from_checkpoint(runs / "awp-0/last.pt", in_channels=1)
+    # In the layout of the images: attacks start from points that depend on it.
+    layout = torch.channels_last
+    model = from_checkpoint(runs / "awp-0/last.pt", in_channels=1).to(memory_format=layout)
     directions = [
         filter_normalized_direction(model, torch.Generator().manual_seed(seed)) for seed in (0, 1)
     ]
-    images = data.x_train.float() / 255, data.y_train
+    images = data.x_train.float().contiguous(memory_format=layout) / 255, data.y_train
     theirs = loss_curve(model, images, PGD(0.2, 0.1, 1), (-0.5, 0.0, 0.5), directions)
     assert np.array_equal(ours.adv_losses, theirs.adv_losses)
     assert ours.n == 16
