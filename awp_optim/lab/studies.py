@@ -155,18 +155,16 @@ def rwp(base: Config, *, digits: bool) -> Study:
 
 def cifar10_small(base: Config, *, digits: bool) -> Study:
     """AT, TRADES and MART with and without AWP, and AT with random perturbation."""
-    plain = {
-        "AT": base,
-        "TRADES": replace(base, method="trades"),
-        "MART": replace(base, method="mart"),
-    }
     configs = {
         "AT": base,
         "AT-AWP": replace(base, gamma=AT_GAMMA),
         "AT-RWP": replace(base, gamma=RWP_GAMMA, direction="random"),
     }
-    for name in ("TRADES", "MART"):
-        configs |= {name: plain[name], f"{name}-AWP": replace(plain[name], gamma=GAMMA)}
+    for name, config in (
+        ("TRADES", replace(base, method="trades")),
+        ("MART", replace(base, method="mart")),
+    ):
+        configs |= {name: config, f"{name}-AWP": replace(config, gamma=GAMMA)}
     compared_with = {label: label.split("-")[0] for label in configs if "-" in label}
 
     def draw(runs: Mapping[str, Runs], file: Path, title: str) -> None:

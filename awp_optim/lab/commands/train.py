@@ -91,9 +91,8 @@ class Options:
 
     def __post_init__(self) -> None:
         config = self.settings
-        PGD(
-            config.eps, config.step_size, norm=config.norm
-        )  # checks the threat before images are loaded
+        # Checks the threat before images are loaded.
+        PGD(config.eps, config.step_size, norm=config.norm)
         if self.unlabeled and self.labeled is not None:
             raise ValueError("--unlabeled and --labeled: give one of the two")
         if self.train_images is not None and self.data.limit is not None:
