@@ -185,6 +185,8 @@ class Config:
             raise ValueError("mixup and cutmix: give one of the two")
         if (self.mixup or self.cutmix) and self.batch_size < 2:
             raise ValueError("mixup and cutmix need pairs: a batch_size of 2 or more")
+        if (self.ema_start or self.ema_warmup) and not self.ema:
+            raise ValueError("ema_start and ema_warmup need ema, such as 0.995")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
         if self.train_attack == "n-fgsm" and self.norm != "linf":

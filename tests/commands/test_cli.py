@@ -97,6 +97,7 @@ def test_the_options_in_a_scripts_docstring_exist(awp, script):
     assert all(option in helps for option in named)
 
 
+@pytest.mark.slow  # .ci/run runs it, too
 def test_quickstart(tmp_path):
     command = [sys.executable, EXAMPLES / "quickstart.py", "--seeds", "1", "--epochs", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)

@@ -231,7 +231,7 @@ def test_a_state_file_that_was_changed_is_an_error(run, tmp_path):
 
 
 def test_continues_after_a_kill_and_reports_where_nobody_looks(run, start, tmp_path):
-    options = ("--attacks", "fgsm,cw", "--limit", 300, "--batch-size", 20, "--out")
+    options = ("--attacks", "fgsm,pgd20", "--limit", 120, "--batch-size", 10, "--out")
     assert run(*options, "whole").status == 0
     command = ("evaluate", "--checkpoint", "best.pt", "--device", "cpu", *options, "killed")
     with start(*command) as killed:
@@ -243,7 +243,7 @@ def test_continues_after_a_kill_and_reports_where_nobody_looks(run, start, tmp_p
             time.sleep(0.005)
         killed.kill()
         _, err = killed.communicate()
-    assert err == "evaluating: batch 1 of 15\n"
+    assert err == "evaluating: batch 1 of 12\n"
     assert not (tmp_path / "killed/results.md").exists()
     assert run(*options, "killed", "--resume").status == 0
     for name in ("results.csv", "record.csv"):

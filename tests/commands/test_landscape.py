@@ -70,6 +70,7 @@ def test_what_can_be_drawn_is_drawn_and_the_rest_named(runs, awp, tmp_path):
     assert (tmp_path / "landscapes/learning.png").exists()
 
 
+@pytest.mark.slow
 def test_a_surface_continues_after_a_kill(runs, awp, start, tmp_path):
     surface = ("landscape", runs / "at", "--figure", "surface", *SMALL[:4], "--steps", 10)
     assert awp(*surface, "--grid", 5, "--out", "whole").status == 0

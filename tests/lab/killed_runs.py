@@ -101,7 +101,7 @@ if __name__ == "__main__":
         folder, times = base / str(runs), 0
         while not is_complete(folder):
             child = fork(folder)
-            if times < 10:  # then it is left to finish
+            if times < min(10, kills - killed):  # then it is left to finish
                 time.sleep(rng.uniform(0, duration / 3))
                 os.kill(child, number)
             _, status = os.waitpid(child, 0)

@@ -58,7 +58,9 @@ def assert_same(run, other):
     ("changes", "versions"),
     [
         ({}, 5),
-        ({"batch_size": 24, "ascent": "attack", "mixup": 1.0}, 8),
+        pytest.param(
+            {"batch_size": 24, "ascent": "attack", "mixup": 1.0}, 8, marks=pytest.mark.slow
+        ),
         ({"batch_size": 22, "method": "trades", "precision": "bfloat16"}, 6),
     ],
 )

@@ -43,6 +43,12 @@ def test_nesterov_needs_momentum():
         Config(nesterov=True, momentum=0.0)
 
 
+@pytest.mark.parametrize("name", ["ema_start", "ema_warmup"])
+def test_settings_of_the_average_need_an_average(name):
+    with pytest.raises(ValueError, match="need ema"):
+        Config(**{name: 1})
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_mixing_needs_pairs(name):
     with pytest.raises(ValueError, match="batch_size"):

@@ -84,7 +84,15 @@ def run_script(name, *arguments, before=()):
     )
 
 
-@pytest.mark.parametrize(("number", "kills"), [("SIGKILL", 25), ("SIGTERM", 10)])
+@pytest.mark.parametrize(
+    ("number", "kills"),
+    [
+        ("SIGKILL", 8),
+        ("SIGTERM", 4),
+        pytest.param("SIGKILL", 50, marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 20, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_at_random_times_resumes(tmp_path, number, kills):
     done = run_script("killed_runs.py", tmp_path, kills, number)
     assert done.returncode == 0, done.stdout + done.stderr
