@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,13 +48,22 @@ def perturb_only(
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     chosen = _choose(named, names, min_ndim)
+    perturbed = {"gamma": gamma, "min_ndim": min_ndim, **settings}
     split = []
     for group in [{"params": list(named.values())}] if groups is None else groups:
-        on, off = _partition(group["params"], chosen)
-        if on:
-            split.append({**group, "params": on, "gamma": gamma, "min_ndim": min_ndim, **settings})
-        if off:
-            split.append({**group, "params": off, "gamma": 0.0})
+        params = group["params"]
+        lists: dict[str, list[Any]] = {
+            "params": [params] if isinstance(params, Tensor) else list(params)
+        }
+        if "param_names" in group:  # of an optimizer that was built with names
+            lists["param_names"] = group["param_names"]
+        is_on = [id(p[1] if isinstance(p, tuple) else p) in chosen for p in lists["params"]]
+        for kind, values in ((True, perturbed), (False, {"gamma": 0.0})):
+            part = {k: list(compress(v, [on is kind for on in is_on])) for k, v in lists.items()}
+            if part["params"]:
+                split.append({**group, **part, **values})
+    if all(group["gamma"] is not gamma for group in split):
+        raise ValueError(f"no weight would be perturbed: the groups hold none that match {names!r}")
     return split
 
 
@@ -82,11 +92,3 @@ def _choose(named: Mapping[str, Tensor], names: str | Sequence[str], min_ndim: i
     reason = reason if chosen else "matches none of the names"
     examples = ", ".join(list(chosen or named)[:4])
     raise ValueError(f"no weight would be perturbed: {names!r} {reason} ({examples}, ...)")
-
-
-def _partition(
-    params: Tensor | Iterable[Tensor], ids: set[int]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters with these ids, and the others."""
-    params = [params] if isinstance(params, Tensor) else list(params)
-    return [p for p in params if id(p) in ids], [p for p in params if id(p) not in ids]

@@ -72,7 +72,20 @@ def test_groups_keep_their_settings_when_they_are_split():
     assert set(given[0]) == {"params", "weight_decay"}
 
 
+def test_groups_may_hold_names():
+    model = net()
+    given = [{"params": list(model.named_parameters()), "lr": 0.2}]
+    for groups in (given, torch.optim.SGD(given, lr=0.1).param_groups):
+        opt = AWP(perturb_only(model, "^3", gamma=0.02, groups=groups), torch.optim.SGD, lr=0.1)
+        named = [g["param_names"] for g in opt.param_groups]
+        assert named == [["3.weight", "3.bias"], ["0.weight", "1.weight", "1.bias"]]
+        assert [g["lr"] for g in opt.param_groups] == [0.2, 0.2]
+        assert set(step(model, opt)) == {"3.weight"}
+
+
 def test_names_that_perturb_nothing_are_an_error():
+    with pytest.raises(ValueError, match="the groups hold none"):
+        perturb_only(net(), "^3", groups=[{"params": list(net().parameters())}])
     with pytest.raises(ValueError, match=r"'embeding'.*0\.weight"):
         perturb_only(net(), "embeding")
     with pytest.raises(ValueError, match="min_ndim=2"):
