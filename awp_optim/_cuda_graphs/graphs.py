@@ -72,6 +72,7 @@ class Graphs:
         self._recorders: dict[torch.device, Recorder] = {}
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._calls: Counter[int] = Counter()  # by the key's hash: a key keeps objects alive
+        self._too_large: set[int] = set()
 
     def applies_to(self, device: torch.device) -> bool:
         """Whether calls on this device are replayed.
@@ -123,7 +124,8 @@ class Graphs:
         if graph is None:
             if self._is_warming_up(key):
                 return recorder.warm_up(lambda: function(*inputs))
-            graph = self._capture(recorder, function, inputs, host)
+            too_large = hash(key) in self._too_large
+            graph = None if too_large else self._capture(recorder, function, inputs, host, key)
             if graph is None:
                 return function(*inputs)
             self._graphs[key] = graph
@@ -144,6 +146,7 @@ class Graphs:
         function: Callable[..., Tensors],
         inputs: Sequence[Tensor],
         host: HostState,
+        key: Hashable,
     ) -> _Graph | None:
         """A graph; or None, after a warning, if the capture fails in the mode "auto"."""
         try:
@@ -155,7 +158,10 @@ class Graphs:
             reason = f"{self._name} cannot be captured as a CUDA graph: {error}"
             if self._mode is True:
                 raise CaptureError(f"{reason}\nSet cuda_graph=False to run eagerly") from error
-            self._mode = False
+            if isinstance(error, torch.OutOfMemoryError):  # smaller batches may fit
+                self._too_large.add(hash(key))
+            else:
+                self._mode = False
             warnings.warn(f"{reason}\nIt runs eagerly from now on", stacklevel=4)
             return None
 

@@ -50,7 +50,7 @@ class CapturedStep:
         self._base = base = optimizer.base_optimizer if isinstance(optimizer, AWP) else optimizer
         # Prevents a warning that a capturable optimizer steps without a graph in the first calls.
         base._warned_capturable_if_run_uncaptured = True  # noqa: SLF001
-        self._graphs = Graphs(_possible_mode(mode, model), "the training step")
+        self._graphs = Graphs(_possible_mode(mode, model, optimizer), "the training step")
         self._host = _StepState(optimizer)
         self._scalars = DeviceScalars()
         self._update_key = UpdateKey(optimizer, base)
@@ -137,17 +137,23 @@ class _StepState(HostState):
             self._awp.backup.forget()
 
 
-def _possible_mode(mode: bool | str, model: nn.Module) -> bool | str:  # noqa: FBT001
+def _possible_mode(
+    mode: bool | str,  # noqa: FBT001 -- as the caller's
+    model: nn.Module,
+    optimizer: Optimizer,
+) -> bool | str:
     """The mode; False instead of "auto" if a step of this model cannot be captured.
 
     Raises:
-        ValueError: the mode is True and the model is distributed.
+        ValueError: the mode is True, and the model is distributed or on several devices.
     """
-    distributed = [type(m).__name__ for m in model.modules() if _is_distributed(m)]
-    if mode is True and distributed:
-        raise ValueError(f"cuda_graph=True does not support {distributed[0]}: leave it at 'auto'")
+    unsupported = [type(m).__name__ for m in model.modules() if _is_distributed(m)]
+    if len({p.device for p in parameters(optimizer)}) > 1:
+        unsupported.append("parameters on several devices")
+    if mode is True and unsupported:
+        raise ValueError(f"cuda_graph=True does not support {unsupported[0]}: leave it at 'auto'")
     has_sparse_gradients = any(getattr(m, "sparse", False) for m in model.modules())
-    return False if mode == "auto" and (distributed or has_sparse_gradients) else mode
+    return False if mode == "auto" and (unsupported or has_sparse_gradients) else mode
 
 
 def _is_distributed(module: nn.Module) -> bool:

@@ -34,6 +34,25 @@ def test_the_least_recently_used_graph_is_dropped(graph_device, monkeypatch):
     assert counts.captures == 4
 
 
+def test_what_is_too_large_to_capture_runs_eagerly_and_smaller_calls_are_captured(cpu_graphs):
+    record, tries = cpu_graphs.record, []
+
+    def scarce(self, function):
+        if len(function()[0]) > 2:
+            tries.append(1)
+            raise torch.OutOfMemoryError("no memory")
+        return record(self, function)
+
+    cpu_graphs.record = scarce
+    call = Graphs("auto", "it")
+    inputs = [torch.ones(n) for n in (3, 3, 3, 3, 3, 2, 2, 2, 2)]
+    with pytest.warns(UserWarning, match="no memory") as warned:
+        outputs = [call(twice, (x,), "key")[0] for x in inputs]
+    assert all(torch.equal(y, 2 * x) for x, y in zip(inputs, outputs))
+    assert (len(warned), len(tries)) == (1, 1)
+    assert (cpu_graphs.captures, cpu_graphs.replays) == (1, 2)
+
+
 @pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(()).item()])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_host_randomness_is_not_replayed_unnoticed(graph_device, draw, threads, monkeypatch):

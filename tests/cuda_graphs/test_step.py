@@ -565,6 +565,15 @@ def test_distributed_models_run_eagerly(cpu_graphs, compiled):
     assert not step._captured.applies_to(torch.device("cpu"))
 
 
+def test_parameters_on_several_devices_run_eagerly(cpu_graphs):
+    model = network()
+    model.elsewhere = nn.Linear(1, 1, device="meta")
+    with pytest.raises(ValueError, match="several devices"):
+        AdversarialStep(model, awp(model), attack("cpu"), cuda_graph=True)
+    step = AdversarialStep(model, awp(model), attack("cpu"))
+    assert not step._captured.applies_to(torch.device("cpu"))
+
+
 def test_auto_does_not_capture_functions_or_sparse_gradients(graph_device):
     device, counts = graph_device
     data, calls = batches(6, device), []
