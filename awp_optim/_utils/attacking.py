@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from awp_optim._utils.checks import describe
 
@@ -31,10 +32,18 @@ def perturb(
 ) -> Tensor:
     """The attack's adversarial examples. It gets copies of x and y, which it may modify.
 
+    The model's buffers are restored: an attack in train mode changes BatchNorm's statistics.
+
     Raises:
         TypeError: it does not return a tensor with the shape of x.
     """
+    in_eval_mode = getattr(getattr(attack, "attack", attack), "model_mode", None) == "eval"
+    buffers = [] if in_eval_mode or not isinstance(model, nn.Module) else list(model.buffers())
+    before = [b.clone() for b in buffers]
     x_adv: Any = attack(model, x.clone(), y.clone())
+    with torch.no_grad():
+        for b, saved in zip(buffers, before, strict=True):
+            b.copy_(saved)
     if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
         raise TypeError(
             f"{name} must return a tensor of shape {tuple(x.shape)}, got {describe(x_adv)}"

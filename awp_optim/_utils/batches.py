@@ -22,6 +22,7 @@ __all__ = [
     "count_batches",
     "device_of",
     "seeded",
+    "set_seed",
     "to_device",
 ]
 
@@ -128,7 +129,8 @@ def check_labels(y: Tensor, classes: int) -> None:
 def to_device(x: Tensor, y: Tensor, device: torch.device | None) -> tuple[Tensor, Tensor]:
     """A batch moved to a device (None keeps its device), with labels as int64."""
     device = device or x.device
-    return x.to(device, non_blocking=True), y.to(device, torch.int64, non_blocking=True)
+    wait = device.type == "cpu"  # else the copy may be read before it has arrived
+    return x.to(device, non_blocking=not wait), y.to(device, torch.int64, non_blocking=not wait)
 
 
 def count_batches(data: Data, batch_size: int | None) -> int | None:
@@ -172,7 +174,20 @@ def seeded(device: torch.device, seed: int | None, batch: int, name: str) -> Ite
     if seed is None:
         yield
         return
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(zlib.crc32(f"{seed} {batch} {name}".encode()))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        set_seed(device, zlib.crc32(f"{seed} {batch} {name}".encode()))
         yield
+
+
+def set_seed(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of a device, and, unlike ``torch.manual_seed``, no others.
+
+    ``torch.random.fork_rng`` restores these two if the device is the CPU or a CUDA device.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from awp_optim._utils.batches import set_seed
 from awp_optim._utils.checks import check_choice, check_int
 from awp_optim.attacks._autoattack_reference import run_reference
 from awp_optim.attacks.apgd import APGD
@@ -174,7 +175,7 @@ class _Part(BallAttack):
             return x.clone()
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
             if self.backend == "native" and self.name in APGD_LOSSES:
-                torch.manual_seed(self.seed)
+                set_seed(x.device, self.seed)
                 return self.native().run(oracle, x, y)
             found, messages = run_reference(
                 self.name,

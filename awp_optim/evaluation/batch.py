@@ -84,13 +84,16 @@ class AttackedBatch:
         x, y, device = self.x, self.y, self.x.device
         chosen = slice(None) if len(rows) == len(x) else rows.to(device)
         replayed = isinstance(attack, Captured) and device.type in RECORDERS
+        target = self.model.for_attacks
         if not replayed:  # a graph has a fixed shape, so it gets the full batch
             x, y, chosen = x[chosen], y[chosen], slice(None)
+        elif self.model.logits is None:  # the caller's model, whose graphs outlive this evaluation
+            target = self.model.model
         self.model.examples = 0
         started = time.perf_counter()
         notes: list[str] = []
         with _collected_warnings(notes), seeded(device, self.seed, self.number, name):
-            x_adv = perturb(f"attack {name!r}", attack, self.model.for_attacks, x, y)
+            x_adv = perturb(f"attack {name!r}", attack, target, x, y)
         passes = None if replayed else self.model.examples
         x, y, x_adv = x[chosen], y[chosen], x_adv[chosen]
         outside = _outside(unwrap(attack), x, x_adv)

@@ -25,6 +25,7 @@ from awp_optim._utils.checks import describe
 from awp_optim._utils.identity import identify
 from awp_optim._utils.optional import require_numpy
 from awp_optim._utils.progress import progress_bar
+from awp_optim.attacks import NFGSM
 from awp_optim.attacks.base import in_mode
 from awp_optim.attacks.captured import unwrap
 from awp_optim.evaluation.batch import AttackedBatch, ObservedModel
@@ -154,6 +155,8 @@ def _split(attacks: Mapping[str, Callable[..., Tensor]]) -> _Parts:
         if name in (NATURAL, "worst_case", "") or "/" in name:
             raise ValueError(f"an attack cannot be named {name!r}: choose another name")
         check_attack(f"attack {name!r}", attack)
+        if isinstance(unwrap(attack), NFGSM):
+            raise ValueError(f"attack {name!r}, N-FGSM, leaves its ball: evaluate with PGD")
         if hasattr(attack, "parts"):
             parts |= {f"{name}/{part}": function for part, function in attack.parts().items()}
         else:

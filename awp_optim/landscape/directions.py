@@ -15,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
 from awp_optim._core.perturbation import arithmetic_dtype
-from awp_optim._utils.attacking import check_attack
+from awp_optim._utils.attacking import check_attack, perturb
 from awp_optim._utils.batches import (
     NO_DATA,
     Data,
@@ -33,7 +33,6 @@ from awp_optim.landscape.probe import (
     MovableWeights,
     check_model,
     count_classes,
-    generate_examples,
 )
 from awp_optim.optimizer import AWP
 
@@ -171,7 +170,7 @@ def awp_direction(
             x, y = to_device(x, y, device)
             check_labels(y, count_classes(model, x))
             with seeded(x.device, seed, number, SEED_NAME):
-                x_adv = generate_examples(attack, model, x, y)
+                x_adv = perturb("the attack", attack, model, x, y)
             for p, g in _gradients(model, weights, x_adv, y):
                 total[p] = g.to(arithmetic_dtype(g.dtype)) + total.get(p, 0)
     if number < 0:

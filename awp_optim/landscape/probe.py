@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,6 @@ __all__ = [
     "Point",
     "check_model",
     "count_classes",
-    "generate_examples",
 ]
 
 Point = tuple[tuple[int, float], ...]
@@ -163,7 +163,8 @@ class LossProbe:
         if self._recompute_bn:
             with seeded(self._batches[0][0].device, self._seed, -1, SEED_NAME):  # for dropout
                 large = [batch for batch in self._batches if len(batch[1]) > 1]
-                update_bn(large or self._batches, self._model)
+                with _momenta_restored(self._model):
+                    update_bn(large or self._batches, self._model)
         losses = [self._batch_losses(i, x, y) for i, (x, y) in enumerate(self._batches)]
         adv, nat = (torch.cat(part).tolist() for part in zip(*losses, strict=True))
         return adv, nat
@@ -177,7 +178,7 @@ class LossProbe:
             return self._attack_and_measure(x, y)
 
     def _attack_and_measure(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x_adv = generate_examples(self._attack, self._model, x, y)
+        x_adv = perturb("the attack", self._attack, self._model, x, y)
         return self._cross_entropies(x_adv, x, y)
 
     def _cross_entropies(self, x_adv: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,17 +188,15 @@ class LossProbe:
 
     def _generate(self, i: int, x: Tensor, y: Tensor) -> Tensor:
         with seeded(x.device, self._seed, i, SEED_NAME):
-            return generate_examples(self._attack, self._model, x, y)
+            return perturb("the attack", self._attack, self._model, x, y)
 
 
-def generate_examples(
-    attack: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor
-) -> Tensor:
-    """Run the attack; restore BatchNorm's statistics, which attacks in train mode change."""
-    in_eval_mode = getattr(unwrap(attack), "model_mode", None) == "eval"
-    kept = [] if in_eval_mode else [(b, b.clone()) for b in model.buffers()]
-    x_adv = perturb("the attack", attack, model, x, y)
-    with torch.no_grad():
-        for b, before in kept:
-            b.copy_(before)
-    return x_adv
+@contextmanager
+def _momenta_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the momenta of BatchNorm layers, which torch's ``update_bn`` only does at its end."""
+    momenta = [(m, m.momentum) for m in model.modules() if hasattr(m, "momentum")]
+    try:
+        yield
+    finally:
+        for layer, momentum in momenta:
+            layer.momentum = momentum

@@ -89,13 +89,16 @@ class LossCurve(_Landscape):
         return self._on_both_sides(alpha, self.adv_losses - self.adv_center)
 
     def _on_both_sides(self, alpha: float, values: Array) -> Array:
-        """Interpolate values of shape (D, A) at those of alpha and -alpha that the curve covers."""
+        """Interpolate rises or their errors, shape (D, A), at alpha and -alpha where covered."""
         import numpy as np
 
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a distance above 0, got {alpha!r}")
-        order = np.argsort(self.alphas, kind="stable")
-        x = self.alphas[order]
+        alphas = self.alphas
+        if 0 not in alphas:  # g(0) is known; at 0, both rises and their errors are 0
+            alphas, values = np.append(alphas, 0), np.pad(values, ((0, 0), (0, 1)))
+        order = np.argsort(alphas, kind="stable")
+        x = alphas[order]
         sides = [side for side in (alpha, -alpha) if x[0] <= side <= x[-1]]
         if not sides:
             raise ValueError(

@@ -188,6 +188,14 @@ PGD20, PGD100 = PGD(0.1, 0.01, 20), PGD(0.1, 0.01, 100)
             {"pgd": (PGD20, Did(0, 30)), "more": (PGD(0.1, 0.01, 20, restarts=5), Did(0, 36))},
             ["restarts"],
         ),
+        # Of the first, more restarts alone would not be an attack.
+        (
+            {
+                "pgd": (PGD(0.1, 0.01, 20, random_start=False), Did(0, 30)),
+                "more": (PGD(0.1, 0.01, 20, restarts=5), Did(0, 36)),
+            },
+            [],
+        ),
         ({"own": (lambda m, x, y: x, Did(0, 90)), "pgd": (PGD20, Did(0, 30))}, []),
     ],
 )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from awp_optim.attacks import FGSM, PGD, Captured
+from awp_optim.attacks import FGSM, NFGSM, PGD, AutoAttack, Captured
 from awp_optim.attacks.base import Attack
 from awp_optim.evaluation import EvaluationWarning, evaluate
 
@@ -299,6 +299,8 @@ class TestSettings:
             ({3: FGSM()}, TypeError, "str"),
             ({"a": "fgsm"}, TypeError, "callable"),
             ({"a": PGD}, TypeError, r"instance, PGD\("),
+            ({"a": NFGSM()}, ValueError, "leaves its ball"),
+            ({"a": Captured(NFGSM())}, ValueError, "leaves its ball"),
         ],
     )
     def test_wrong_attacks(self, attacks, error, words):
@@ -331,6 +333,24 @@ class TestSettings:
         assert torch.equal(after, torch.rand(3))
         a, b = (run(network(), data, l2, seed=None) for _ in range(2))
         assert differ(a.records["l2"], b.records["l2"])
+
+    def test_only_generators_that_are_restored_are_seeded(self, monkeypatch):
+        def refuse(seed):
+            raise AssertionError("torch.manual_seed seeds the generators of all devices")
+
+        model, data = network(), images()
+        monkeypatch.setattr(torch, "manual_seed", refuse)
+        native = AutoAttack(0.04, version="custom", attacks=("apgd-ce",), backend="native")
+        run(model, data, {**ATTACKS, "aa": native})
+
+    def test_attacks_in_train_mode_change_nothing_for_the_others(self):
+        model, data = network(), images()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        in_train = PGD(eps=0.06, step_size=0.02, steps=2, model_mode="train")
+        both = run(model, data, {"train": in_train, "l2": ATTACKS["l2"]}, batch_size=20)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        alone = run(model, data, {"l2": ATTACKS["l2"]}, batch_size=20)
+        np.testing.assert_array_equal(both.records["l2"].loss, alone.records["l2"].loss)
 
     def test_the_model_is_restored(self):
         model = network().train()
@@ -411,6 +431,10 @@ class TestForeignAttacks:
         assert (r.records["pgd"].attacked == plain.records["pgd"].attacked).all()
         np.testing.assert_allclose(r.records["pgd"].loss, plain.records["pgd"].loss, rtol=1e-5)
         assert r.records["pgd"].passes is None
+        attack = Captured(STEADY)
+        for _ in range(3):
+            run(model, data, {"pgd": attack}, batch_size=10)
+        assert cpu_graphs.captures == 2  # the second, for all three
 
     def test_attacks_of_several_parts(self):
         class Both(Attack):

@@ -301,6 +301,7 @@ def test_the_model_is_restored_after_an_exception_anywhere(error, recompute_bn):
         except error:
             pass
         assert_restored(model, before)
+        assert model[1].momentum == 0.1
         assert torch.equal(torch.get_rng_state(), random)
         assert model.training
         assert not model[4].training

@@ -32,6 +32,11 @@ class TestSharpness:
         assert (s.mean, s.worst, s.relative) == (1.0, 3.0, 2.0)
         assert (half.mean, half.worst, half.relative) == (0.5, 1.5, 1.0)
 
+    def test_the_loss_at_the_weights_is_a_point_of_the_curve(self):
+        s = curve([1, -1], [[4.0, 2.0]], 1.0, errors=0.5).sharpness(0.5)
+        assert (s.mean, s.worst, s.stderr) == (1.0, 1.5, 0.25)
+        assert curve([0.1, 1], [[2.0, 3.0]], 1.0).sharpness(0.05).mean == pytest.approx(0.5)
+
     def test_one_side(self):
         c = curve([0.0, 0.01, 0.02], [[1.0, 2.0, 4.0]], 1.0)
         assert c.sharpness(0.015).mean == pytest.approx(2.0)
