@@ -87,7 +87,7 @@ setup(
     entry_points={"console_scripts": ["awp = awp_optim.cli:main"]},
     extras_require={
         "lab": LAB,
-        "examples": LAB,
+        "examples": LAB,  # the name of "lab" in earlier instructions
         "eval": EVAL,
         "bench": BENCH,
         "frameworks": FRAMEWORKS,

@@ -1,1 +1,1 @@
-"""What awp_optim costs, measured; see the README for the commands."""
+"""What awp_optim costs, measured. Commands: ``docs/results.md``, "Repeating the measurements"."""

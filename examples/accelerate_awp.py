@@ -3,7 +3,7 @@
     python examples/accelerate_awp.py                  # or: accelerate launch examples/...
     python examples/accelerate_awp.py --accumulate 1   # the same weights, up to rounding
 
-scikit-learn's digits (no download). Needs `pip install -e ".[examples,frameworks]"`.
+scikit-learn's digits (no download). Needs `pip install -e ".[lab,frameworks]"`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/lightning_awp.py
 
 Trains on scikit-learn's digits (no download) with PGD-7 at eps 0.15 in L_inf, with AWP and without.
-Needs `pip install -e ".[examples,frameworks]"`.
+Needs `pip install -e ".[lab,frameworks]"`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ scikit-learn's digits (1,797 images of 8x8 pixels inside its wheel, no download)
 ResNet, PGD-10 at eps 0.2 in L_inf, the same seeds for both methods. It prints a table and draws
 quickstart.png.
 
-The setting is QUICKSTART in awp_optim/lab/recipes.py; gamma is the paper's for AT-AWP, Section 4.4.
+The setting is QUICKSTART in awp_optim/lab/recipes/small.py; gamma is that of AT-AWP in Section 4.4
+of the paper.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 The data come with scikit-learn (no download). The columns are standardized, and a small MLP is
 trained on half of the rows. The attack moves every column by up to eps standard deviations.
 
-Needs `pip install -e ".[examples]"`.
+Needs `pip install -e ".[lab]"`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import re
 import shlex
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import awp_optim
-from awp_optim import AWP, frozen_batch_norm
+from awp_optim import AWP
 from awp_optim.attacks import PGD
 
 ROOT = Path(__file__).parents[1]
@@ -32,20 +31,33 @@ FILES = {
     **{f"paper/{file.stem}": file for file in OF_THE_PAPER},
 }
 PAGES = {page: file.read_text(encoding="utf-8") for page, file in FILES.items()}
-# In docs/migration.md, a block of another package's code comes before each of ours.
+
+
+def blocks(text: str) -> list[str]:
+    """The Python blocks of a page, each after those imports of the blocks above that it uses.
+
+    In docs/migration.md, a block of another package's code, which is left out, comes before each of
+    ours.
+    """
+    imports: list[str] = []
+    found = []
+    for code in re.findall(r"```python\n(.*?)```", text, re.S):
+        if not code.startswith("# before"):
+            found.append("".join(line for line in imports if is_used(line, code)) + code)
+            imports += re.findall(r"^(?:import|from) .*\n", code, re.M)
+    return found
+
+
+def is_used(line: str, code: str) -> bool:
+    """Whether a block of code has one of the names that an import makes."""
+    names = [part.split()[-1] for part in line.split("import ")[-1].split(",")]
+    return any(re.search(rf"\b{name}\b", code) for name in names)
+
+
 BLOCKS = {
-    f"{page}-{i}": code
-    for page, text in PAGES.items()
-    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.S))
-    if not code.startswith("# before")
+    f"{page}-{i}": code for page, text in PAGES.items() for i, code in enumerate(blocks(text))
 }
-FRAMEWORKS = {
-    "LightningModule": "lightning",
-    "Accelerator(": "accelerate",
-    "AWPTrainer(": "transformers",
-    "create_optimizer_v2": "timm",
-    "NeuralNetClassifier": "skorch",
-}
+FRAMEWORKS = ("lightning", "accelerate", "transformers", "timm", "skorch")
 
 
 class Net(nn.Module):
@@ -62,20 +74,12 @@ class Net(nn.Module):
 
 
 def names_of_the_reader() -> dict[str, Any]:
-    """What a page takes for granted."""
+    """What a page says is the reader's; everything else must be imported on the page."""
     torch.manual_seed(0)
     model = Net()
     x, y = torch.rand(64, 3, 2, 2), torch.randint(4, (64,))
     opt = AWP(model.parameters(), torch.optim.SGD, lr=0.1)
     return {
-        "torch": torch,
-        "nn": nn,
-        "F": F,
-        "AWP": AWP,
-        "PGD": PGD,
-        "frozen_batch_norm": frozen_batch_norm,
-        "nullcontext": nullcontext,
-        "partial": partial,
         "model": model,
         "loader": DataLoader(TensorDataset(x, y), 16),
         "x": x[:8],
@@ -89,21 +93,15 @@ def names_of_the_reader() -> dict[str, Any]:
     }
 
 
-def names_of_the_frameworks(code: str, folder: Path) -> dict[str, Any]:
-    """What a block on a framework takes for granted; skips the test where it is not installed."""
-    needed = [package for word, package in FRAMEWORKS.items() if word in code]
-    modules = {package: pytest.importorskip(package) for package in needed}
+def names_of_the_frameworks(code: str, folder: Path, monkeypatch: Any) -> dict[str, Any]:
+    """The reader's names in a block on a framework; skips the test where it is not installed."""
+    needed = [name for name in FRAMEWORKS if re.search(rf"^(?:import|from) {name}\b", code, re.M)]
+    modules = {name: pytest.importorskip(name) for name in needed}
     names: dict[str, Any] = {}
-    if "lightning" in modules:
-        names["L"] = modules["lightning"]
     if "accelerate" in modules:
-        names["Accelerator"] = partial(modules["accelerate"].Accelerator, cpu=True)
-    if "timm" in modules:
-        names["create_optimizer_v2"] = importlib.import_module("timm.optim").create_optimizer_v2
-        scheduler = importlib.import_module("timm.scheduler")
-        names["create_scheduler_v2"] = scheduler.create_scheduler_v2
+        on_cpu = partial(modules["accelerate"].Accelerator, cpu=True)
+        monkeypatch.setattr(modules["accelerate"], "Accelerator", on_cpu)
     if "skorch" in modules:
-        names["NeuralNetClassifier"] = modules["skorch"].NeuralNetClassifier
         names |= {"Net": partial(nn.Linear, 6, 3), "table": torch.rand(30, 6).numpy()}
         names["labels"] = (torch.arange(30) % 3).numpy()
     if "transformers" in modules:
@@ -117,7 +115,6 @@ def names_of_transformers(transformers: Any, folder: Path) -> dict[str, Any]:
         intermediate_size=8, max_position_embeddings=8,
     )  # fmt: skip
     return {
-        "Trainer": transformers.Trainer,
         "bert": transformers.BertForSequenceClassification(config),
         "dataset": [{"input_ids": torch.arange(4), "labels": torch.tensor(1)}] * 4,
         "training_args": transformers.TrainingArguments(
@@ -127,10 +124,14 @@ def names_of_transformers(transformers: Any, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train_with_lightning(L: Any, module: Any, names: dict[str, Any]) -> None:
-    """Train a LightningModule of a page."""
-    module.net = names["model"]
-    module.configure_optimizers = lambda: AWP(module.parameters(), torch.optim.SGD, lr=0.1)
+def train_with_lightning(L: Any, kind: Any, names: dict[str, Any]) -> None:
+    """Train a LightningModule of a page; the second one has the constructor of the first."""
+    if kind.__init__ is L.LightningModule.__init__:
+        module = kind()
+        module.net = names["model"]
+        module.configure_optimizers = lambda: AWP(module.parameters(), torch.optim.SGD, lr=0.1)
+    else:
+        module = kind(names["model"])
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", **dict.fromkeys(quiet, False))
     trainer.fit(module, names["loader"])
@@ -148,13 +149,13 @@ def _fresh_accelerate(one_thread):
 
 @pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_the_code_of_a_page_runs(code, tmp_path):
-    names = names_of_the_reader() | names_of_the_frameworks(code, tmp_path)
+def test_the_code_of_a_page_runs(code, tmp_path, monkeypatch):
+    names = names_of_the_reader() | names_of_the_frameworks(code, tmp_path, monkeypatch)
     before = copy.deepcopy(names["model"].state_dict())
     exec(code, names)
     for name in ("Robust", "Accumulating"):
         if name in names:
-            train_with_lightning(names["L"], names[name](), names)
+            train_with_lightning(names["L"], names[name], names)
     opt = getattr(names["opt"], "optimizer", names["opt"])
     assert not opt.is_perturbed
     trains = any(word in code for word in (".backward(", "step(x, y)", "def training_step"))

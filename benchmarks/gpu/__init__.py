@@ -7,12 +7,15 @@
 ``mfu``                 which share of the device's matrix rate does a step reach?
 ``memory``              how much more memory does AT-AWP take than AT?
 ``weights``             how long does the weight arithmetic take, against a copy?
-``attacks``             how long does PGD take, against torchattacks?
+``attacks``             how long does PGD take, compared with torchattacks?
 ``reproduce``           which accuracy does the paper's training run reach?
 ``autoattack``          which accuracy does AutoAttack leave to that run's best checkpoint?
 ======================  =======================================================================
 
-Each needs torch alone (``correct`` also pytest, ``reproduce`` numpy), ends within eight minutes,
-writes a JSON file after every case and prints a table last. ``--case TEXT`` selects cases,
-``--device cpu --quick`` checks on the smallest sizes that a question can be answered.
+They need torch alone, except for ``correct`` (pytest), ``reproduce`` (numpy), ``autoattack`` (numpy
+and pyautoattack) and, for the comparison in ``attacks``, torchattacks. Each stops within eight
+minutes: the same command of ``reproduce`` then resumes the run, and ``autoattack`` reports the
+accuracy on the images so far. Each writes a JSON file after every case and prints a table last.
+``--case TEXT`` selects cases, ``--device cpu --quick`` checks on the smallest sizes that a question
+can be answered.
 """

@@ -49,7 +49,7 @@ def sharpness_table(curves: Mapping[str, Sequence[LossCurve]], at: float) -> tup
 def rise_differences(
     groups: Groups, curves: Mapping[str, Sequence[LossCurve]], at: float
 ) -> list[tuple[str, Cells]]:
-    """The rise of each label less that of the first, seed by seed.
+    """The rise of each label minus that of the first, seed by seed.
 
     Args:
         groups: the runs by label.
@@ -76,7 +76,7 @@ def rise_differences(
             ratio = sum(of_label[s] for s in seeds) / sum(base[s] for s in seeds)
             by_seed = ", ".join(f"{difference:+.3f}" for difference in less)
             mean = spread(less, 3, signed=True)
-            cells.append([f"{label} less {first}", mean, by_seed, f"{ratio:.2f}"])
+            cells.append([f"{label} minus {first}", mean, by_seed, f"{ratio:.2f}"])
     title = "The rise compared seed by seed, mean ± standard deviation"
     return [(title, cells)] if len(cells) > 1 else []
 

@@ -83,7 +83,7 @@ def differences(runs: Mapping[str, Runs], compared_with: Mapping[str, str]) -> C
         compared_with: by label, the label to subtract.
     """
     pairs = {
-        f"{label} less {other}": zip(runs[label], runs[other], strict=True)
+        f"{label} minus {other}": zip(runs[label], runs[other], strict=True)
         for label, other in compared_with.items()
     }
     subtracted = {

@@ -125,7 +125,7 @@ def test_the_numbers_are_the_curves(runs, landscapes):
     assert cells[1][1].startswith(f"{unperturbed:.3f} ±")
     assert cells[1][2] == f"{rises['AT'].mean():.3f} ± {rises['AT'].std(ddof=1):.3f}"
     difference = rises["AT-AWP"] - rises["AT"]
-    assert less[1][0] == "AT-AWP less AT"
+    assert less[1][0] == "AT-AWP minus AT"
     assert less[1][2] == ", ".join(f"{d:+.3f}" for d in difference)
     assert less[1][3] == f"{rises['AT-AWP'].sum() / rises['AT'].sum():.2f}"
     assert drawing.data["AT"][1] == curves["AT"][1].to_dict()

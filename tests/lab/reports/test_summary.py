@@ -64,7 +64,7 @@ def test_accuracies():
 def test_differences_are_by_seed():
     head, row = differences(RUNS, {"AT-AWP": "AT"})
     cells = dict(zip(head, row))
-    assert cells[""] == "AT-AWP less AT"
+    assert cells[""] == "AT-AWP minus AT"
     assert cells["robust, best"] == "+1.0 ± 0.0"  # though the seeds are far apart
     assert cells["natural, last"] == "-10.0 ± 0.0"
     with pytest.raises(ValueError, match="shorter"):
