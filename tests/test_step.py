@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from awp_optim import AWP, AdversarialStep
 from awp_optim.attacks import PGD, SPSA, Captured
-from awp_optim.attacks.base import COMPILER_SEES_REQUIRES_GRAD
+from awp_optim.attacks.oracle import COMPILER_SEES_REQUIRES_GRAD
 from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 from tests.toolbox import batches, mixed, network
 

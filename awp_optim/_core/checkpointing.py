@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.optim import Optimizer
 
-from awp_optim._core.dtensors import is_dtensor, local_part
+from awp_optim._core.dtensors import local_part
 
 __all__ = ["is_state_initialization"]
 
@@ -25,4 +25,4 @@ def is_state_initialization(optimizer: Optimizer) -> bool:
 def _is_zero(grad: Tensor | None) -> bool:
     if grad is None:
         return False
-    return not (local_part(grad) if is_dtensor(grad) else grad).any()
+    return not local_part(grad).any()

@@ -66,4 +66,4 @@ class _Check:
 
 def _version(grad: Tensor) -> int:
     """How often a gradient was written to in place, zeroing included."""
-    return (local_part(grad) if is_dtensor(grad) else grad)._version
+    return local_part(grad)._version

@@ -124,7 +124,12 @@ def sharding_of(p: Tensor) -> Sharding:
 
 
 def local_part(t: Tensor) -> Tensor:
-    """The local part of a DTensor, in its own memory; not for use with autograd."""
+    """The local part of a DTensor, in its own memory; not for use with autograd.
+
+    A plain tensor is its own local part.
+    """
+    if not is_dtensor(t):
+        return t
     local: Tensor = t.to_local()  # type: ignore[attr-defined]
     if hasattr(local, "wait"):  # its communication is still running
         local = local.wait()

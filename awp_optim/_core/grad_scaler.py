@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from awp_optim._core.dtensors import is_dtensor, local_part
+from awp_optim._core.dtensors import local_part
 
 __all__ = ["clear", "is_calling", "step_base"]
 
@@ -54,7 +54,7 @@ def _unscale(groups: list[dict[str, Any]], scale: Tensor) -> None:
     """Divide all gradients by the loss scale, in place, as GradScaler.unscale_ does."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for p in (p for group in groups for p in group["params"] if p.grad is not None):
-        grad = local_part(p.grad) if is_dtensor(p.grad) else p.grad
+        grad = local_part(p.grad)
         if grad.dtype == torch.float16:
             raise ValueError("Attempting to unscale FP16 gradients.")
         if grad.layout == torch.strided:

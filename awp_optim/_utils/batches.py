@@ -18,7 +18,7 @@ __all__ = [
     "NO_DATA",
     "Data",
     "batches",
-    "check_labels",
+    "check_classes",
     "count_batches",
     "device_of",
     "seeded",
@@ -102,11 +102,11 @@ def _checked(batch: object) -> tuple[Tensor, Tensor]:
         )
     if not isinstance(y, Tensor) or not is_integer(y):
         raise TypeError(f"y must be a tensor of integer class indices, got {describe(y)}")
-    _check_labels_of(x, y)
+    _check_labels(x, y)
     return x.detach(), y.detach()
 
 
-def _check_labels_of(x: Tensor, y: Tensor) -> None:
+def _check_labels(x: Tensor, y: Tensor) -> None:
     if x.ndim == 0 or y.shape != (len(x),):
         raise ValueError(
             f"y must hold one class index for each example, but x has shape {tuple(x.shape)} and y "
@@ -117,7 +117,7 @@ def _check_labels_of(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"labels must be class indices from 0, got {lowest}: remove such examples")
 
 
-def check_labels(y: Tensor, classes: int) -> None:
+def check_classes(y: Tensor, classes: int) -> None:
     """Raise ValueError for a label that is not among the model's classes.
 
     On an accelerator, such a label would abort the process when a loss is computed.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awp_optim.attacks._oracle import Model, ModelOracle, input_gradient, without_gradients
+from awp_optim.attacks.oracle import Model, ModelOracle, input_gradient, without_gradients
 
 NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 DOCS = "https://github.com/fra31/auto-attack/blob/master/flags_doc.md"

@@ -14,8 +14,9 @@ from torch import Tensor
 from awp_optim._utils.checks import check_bool, check_choice, check_int, check_real
 from awp_optim.attacks._outcome import select
 from awp_optim.attacks.balls import Ball, Projection, per_example_norm
-from awp_optim.attacks.base import BallAttack, ModelOracle
+from awp_optim.attacks.base import BallAttack
 from awp_optim.attacks.losses import LOSSES, Loss, dlr_targeted
+from awp_optim.attacks.oracle import ModelOracle
 
 MOMENTUM = 0.75
 TARGETED = "dlr-targeted"

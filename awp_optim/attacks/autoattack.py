@@ -14,7 +14,8 @@ from awp_optim._utils.batches import set_seed
 from awp_optim._utils.checks import check_choice, check_int
 from awp_optim.attacks._autoattack_reference import run_reference
 from awp_optim.attacks.apgd import APGD
-from awp_optim.attacks.base import Attack, BallAttack, ModelOracle
+from awp_optim.attacks.base import Attack, BallAttack
+from awp_optim.attacks.oracle import ModelOracle
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),

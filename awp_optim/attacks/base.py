@@ -12,30 +12,11 @@ from torch import Tensor
 
 from awp_optim._utils.checks import check_choice, check_real, is_integer
 from awp_optim.attacks._inputs import check_box, check_inputs, check_labels
-from awp_optim.attacks._oracle import (
-    COMPILER_SEES_REQUIRES_GRAD,
-    MODEL_MODES,
-    Gradients,
-    Model,
-    ModelOracle,
-    in_mode,
-    without_gradients,
-)
 from awp_optim.attacks.balls import BALLS, Ball, Projection, at_least_float32
 from awp_optim.attacks.losses import Labels
+from awp_optim.attacks.oracle import MODEL_MODES, Model, ModelOracle, in_mode
 
-__all__ = [
-    "COMPILER_SEES_REQUIRES_GRAD",
-    "MODEL_MODES",
-    "Attack",
-    "BallAttack",
-    "Gradients",
-    "Labels",
-    "Model",
-    "ModelOracle",
-    "in_mode",
-    "without_gradients",
-]
+__all__ = ["Attack", "BallAttack"]
 
 
 class Attack(ABC):

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from awp_optim._cuda_graphs.graphs import Graphs
 from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.checks import describe
-from awp_optim.attacks.base import Attack, Model
+from awp_optim.attacks.base import Attack
+from awp_optim.attacks.oracle import Model
 
 __all__ = ["Captured", "attack_id", "unwrap"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.attacks.losses import Loss, compares_with_clean
+from awp_optim.attacks.oracle import ModelOracle
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from awp_optim.attacks.balls import Projection
-from awp_optim.attacks.base import BallAttack, Gradients, Model, ModelOracle
+from awp_optim.attacks.base import BallAttack
 from awp_optim.attacks.losses import (
     Labels,
     Loss,
@@ -18,6 +18,7 @@ from awp_optim.attacks.losses import (
     labels_of,
     loss_function,
 )
+from awp_optim.attacks.oracle import Gradients, Model, ModelOracle
 
 
 class GradientAscentAttack(BallAttack):

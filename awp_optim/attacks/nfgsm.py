@@ -8,9 +8,9 @@ from torch import Tensor
 
 from awp_optim._utils.checks import check_positive, check_real
 from awp_optim.attacks.balls import Projection, limits
-from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.attacks.losses import Loss, compares_with_clean
+from awp_optim.attacks.oracle import ModelOracle
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,9 +10,9 @@ from torch import Tensor
 from awp_optim._utils.checks import check_bool, check_int, check_positive
 from awp_optim.attacks._outcome import Outcome, comparable, judge, select
 from awp_optim.attacks.balls import Projection
-from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.attacks.losses import Loss, compares_with_clean, loss_function
+from awp_optim.attacks.oracle import ModelOracle
 
 
 @dataclass(frozen=True, repr=False)

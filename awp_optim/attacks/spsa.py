@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from awp_optim._utils.checks import check_bool, check_choice, check_int, check_positive
-from awp_optim.attacks._oracle import uncached_autocast
 from awp_optim.attacks._outcome import Outcome, judge, select
-from awp_optim.attacks.base import BallAttack, ModelOracle
+from awp_optim.attacks.base import BallAttack
 from awp_optim.attacks.losses import LOSSES, Labels, labels_of
+from awp_optim.attacks.oracle import ModelOracle, uncached_autocast
 
 BETA1, BETA2, ADAM_EPS = 0.9, 0.999, 1e-8  # Adam's, as its authors set them
 BATCH_SIZE = {"cpu": 32}

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from awp_optim._cuda_graphs.graphs import RECORDERS
 from awp_optim._utils.attacking import perturb
-from awp_optim._utils.batches import check_labels, seeded
+from awp_optim._utils.batches import check_classes, seeded
 from awp_optim._utils.checks import describe
 from awp_optim.attacks import Attack, Captured
 from awp_optim.attacks.balls import BALLS, limits
-from awp_optim.attacks.base import Model, ModelOracle
 from awp_optim.attacks.captured import unwrap
 from awp_optim.attacks.losses import ce
+from awp_optim.attacks.oracle import Model, ModelOracle
 from awp_optim.evaluation.journal import Outcome
 
 __all__ = ["AttackedBatch", "ObservedModel"]
@@ -130,7 +130,7 @@ def _verdict(model: Model, x: Tensor, y: Tensor) -> tuple[list[bool], list[int],
     An example whose logits hold NaN counts as wrong.
     """
     logits = ModelOracle(model, x, y).logits(x.clone())
-    check_labels(y, logits.shape[1])
+    check_classes(y, logits.shape[1])
     nan = logits.isnan().any(1)
     prediction = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(1)
     wrong = (prediction != y) | nan

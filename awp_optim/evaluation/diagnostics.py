@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim.attacks import FGSM, PGD, Attack
-from awp_optim.attacks.base import Model, ModelOracle, in_mode
 from awp_optim.attacks.captured import unwrap
 from awp_optim.attacks.losses import ce
+from awp_optim.attacks.oracle import Model, ModelOracle, in_mode
 from awp_optim.evaluation.journal import Outcome
 from awp_optim.evaluation.results import NATURAL, Finding, Record
 

@@ -100,11 +100,16 @@ class Evaluation:
     warnings: tuple[Finding, ...]
     skip_broken: bool
 
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """All accuracies: "natural", each attack by name, and "worst_case"."""
+        return {NATURAL: self.natural, **self.robust, "worst_case": self.worst_case}
+
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
         """The Wilson score interval of an accuracy, with the examples as a random sample.
 
         Args:
-            name: "natural", "worst_case" or the name of an attack.
+            name: one of :attr:`accuracies`.
             level: the confidence level, between 0 and 1.
 
         Raises:
@@ -121,16 +126,15 @@ class Evaluation:
         """
         if not 0 < level < 1:
             raise ValueError(f"level must be between 0 and 1, got {level!r}")
-        accuracies = {NATURAL: self.natural, "worst_case": self.worst_case, **self.robust}
-        if name not in accuracies:
-            raise KeyError(f"there is no accuracy {name!r}; choose one of {', '.join(accuracies)}")
-        return wilson(accuracies[name], self.n, level)
+        if name not in self.accuracies:
+            names = ", ".join(self.accuracies)
+            raise KeyError(f"there is no accuracy {name!r}; choose one of {names}")
+        return wilson(self.accuracies[name], self.n, level)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except for the records of examples, for ``json.dump``."""
         import numpy as np
 
-        names = [NATURAL, *self.robust, "worst_case"]
         broken = self.broken_by[self.broken_by != ""]
         first, counts = (values.tolist() for values in np.unique(broken, return_counts=True))
         return {
@@ -138,7 +142,7 @@ class Evaluation:
             "natural": self.natural,
             "robust": dict(self.robust),
             "worst_case": self.worst_case,
-            "intervals": {name: list(self.interval(name)) for name in names},
+            "intervals": {name: list(self.interval(name)) for name in self.accuracies},
             "broken_first_by": dict(zip(first, counts, strict=True)),
             "seconds": {name: record.seconds for name, record in self.records.items()},
             "passes": {name: record.passes for name, record in self.records.items()},

@@ -26,8 +26,8 @@ from awp_optim._utils.identity import identify
 from awp_optim._utils.optional import require_numpy
 from awp_optim._utils.progress import progress_bar
 from awp_optim.attacks import NFGSM
-from awp_optim.attacks.base import in_mode
 from awp_optim.attacks.captured import unwrap
+from awp_optim.attacks.oracle import in_mode
 from awp_optim.evaluation.batch import AttackedBatch, ObservedModel
 from awp_optim.evaluation.diagnostics import compare, mode_findings, probe, remarks
 from awp_optim.evaluation.journal import EvaluationJournal

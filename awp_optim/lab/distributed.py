@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from awp_optim._utils.distributed import Ranks
 from awp_optim.attacks import NFGSM, PGD
 from awp_optim.attacks.balls import Projection
-from awp_optim.attacks.base import Gradients, Model
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
+from awp_optim.attacks.oracle import Gradients, Model
 from awp_optim.objectives import Objective
 
 __all__ = ["TrainingRanks"]

@@ -20,14 +20,14 @@ from awp_optim._utils.batches import (
     NO_DATA,
     Data,
     batches,
-    check_labels,
+    check_classes,
     device_of,
     seeded,
     to_device,
 )
 from awp_optim._utils.checks import describe
-from awp_optim.attacks.base import ModelOracle, in_mode
 from awp_optim.attacks.losses import ce
+from awp_optim.attacks.oracle import ModelOracle, in_mode
 from awp_optim.landscape.probe import (
     SEED_NAME,
     MovableWeights,
@@ -168,7 +168,7 @@ def awp_direction(
         number = -1
         for number, (x, y) in enumerate(batches(data, batch_size)):
             x, y = to_device(x, y, device)
-            check_labels(y, count_classes(model, x))
+            check_classes(y, count_classes(model, x))
             with seeded(x.device, seed, number, SEED_NAME):
                 x_adv = perturb("the attack", attack, model, x, y)
             for p, g in _gradients(model, weights, x_adv, y):

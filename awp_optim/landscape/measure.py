@@ -18,8 +18,8 @@ from awp_optim._utils.identity import identify
 from awp_optim._utils.journal import checksum
 from awp_optim._utils.optional import require_numpy
 from awp_optim._utils.progress import progress_bar
-from awp_optim.attacks.base import in_mode
 from awp_optim.attacks.captured import unwrap
+from awp_optim.attacks.oracle import in_mode
 from awp_optim.landscape.directions import Direction, named_direction
 from awp_optim.landscape.journal import LandscapeJournal, PointLosses
 from awp_optim.landscape.probe import (
@@ -120,12 +120,15 @@ def loss_curve(
     options = Options(batch_size, device, pregenerated, recompute_bn, seed, state, key, progress)
     measured = _measure(model, data, attack, directions, points, options)
     shape = len(directions), len(axis)
-    adv, nat, adv_stderr, nat_stderr, rise_stderr = _grids(measured, points, shape)
-    center = measured[UNPERTURBED]
+    adv, nat = (_grid(measured, points, shape, of) for of in ("adv", "nat"))
     return LossCurve(
-        axis, adv.mean(0), nat.mean(0), adv, nat, adv_stderr, nat_stderr, rise_stderr,
-        center.adv, center.nat, center.n,
-    )  # fmt: skip
+        alphas=axis,
+        adv_loss=adv.mean(0),
+        nat_loss=nat.mean(0),
+        adv_losses=adv,
+        nat_losses=nat,
+        **_errors_and_center(measured, points, shape),
+    )
 
 
 def loss_surface(
@@ -158,12 +161,13 @@ def loss_surface(
     options = Options(batch_size, device, pregenerated, recompute_bn, seed, state, key, progress)
     measured = _measure(model, data, attack, list(directions), points, options)
     shape = len(rows), len(columns)
-    adv, nat, adv_stderr, nat_stderr, rise_stderr = _grids(measured, points, shape)
-    center = measured[UNPERTURBED]
     return LossSurface(
-        rows, columns, adv, nat, adv_stderr, nat_stderr, rise_stderr,
-        center.adv, center.nat, center.n,
-    )  # fmt: skip
+        alphas=rows,
+        betas=columns,
+        adv_loss=_grid(measured, points, shape, "adv"),
+        nat_loss=_grid(measured, points, shape, "nat"),
+        **_errors_and_center(measured, points, shape),
+    )
 
 
 def _axis(name: str, values: Sequence[float] | Array) -> Array:
@@ -184,15 +188,24 @@ def _point(*terms: tuple[int, float]) -> Point:
     return tuple((number, alpha) for number, alpha in terms if alpha != 0)
 
 
-def _grids(
-    measured: Mapping[Point, PointLosses], points: list[Point], shape: tuple[int, int]
-) -> list[Array]:
-    """Losses and their standard errors, in the order of the fields of curves and surfaces."""
+def _grid(
+    measured: Mapping[Point, PointLosses], points: list[Point], shape: tuple[int, int], name: str
+) -> Array:
+    """One of the values measured at the points."""
     import numpy as np
 
-    names = ("adv", "nat", "adv_stderr", "nat_stderr", "rise_stderr")
-    values = [[getattr(measured[point], name) for point in points] for name in names]
-    return [np.array(row, dtype=np.float64).reshape(shape) for row in values]
+    values = [getattr(measured[point], name) for point in points]
+    return np.array(values, dtype=np.float64).reshape(shape)
+
+
+def _errors_and_center(
+    measured: Mapping[Point, PointLosses], points: list[Point], shape: tuple[int, int]
+) -> dict[str, Any]:
+    """The fields that curves and surfaces share."""
+    center = measured[UNPERTURBED]
+    errors = ("adv_stderr", "nat_stderr", "rise_stderr")
+    grids = {name: _grid(measured, points, shape, name) for name in errors}
+    return {**grids, "adv_center": center.adv, "nat_center": center.nat, "n": center.n}
 
 
 def _measure(

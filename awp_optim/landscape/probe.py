@@ -16,12 +16,12 @@ from awp_optim._core.perturbation import arithmetic_dtype
 from awp_optim._cuda_graphs.graphs import Graphs
 from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.attacking import perturb
-from awp_optim._utils.batches import check_labels, seeded
+from awp_optim._utils.batches import check_classes, seeded
 from awp_optim._utils.checks import describe
 from awp_optim.attacks import Attack
-from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.captured import unwrap
 from awp_optim.attacks.losses import ce
+from awp_optim.attacks.oracle import ModelOracle
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -149,7 +149,7 @@ class LossProbe:
         self._recompute_bn, self._seed = options.recompute_bn, options.seed
         capturable = isinstance(self._attack, Attack) and not hasattr(self._attack, "parts")
         self._graphs = Graphs("auto" if capturable else False, "the landscape's step")
-        check_labels(torch.cat([y for _, y in batches]), count_classes(model, batches[0][0]))
+        check_classes(torch.cat([y for _, y in batches]), count_classes(model, batches[0][0]))
         self._examples: list[Tensor] | None = None
         if options.pregenerated:
             self._examples = [self._generate(i, x, y) for i, (x, y) in enumerate(batches)]

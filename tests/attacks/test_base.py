@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from awp_optim._utils.checks import DTYPES
 from awp_optim.attacks import APGD, CW, FGSM, NFGSM, PGD, SPSA, Attack, AutoAttack
-from awp_optim.attacks.base import Labels
+from awp_optim.attacks.losses import Labels
 
 from .conftest import radius, seeded
 

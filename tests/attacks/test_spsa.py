@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from awp_optim.attacks import SPSA
-from awp_optim.attacks.base import ModelOracle
 from awp_optim.attacks.losses import LOSSES
+from awp_optim.attacks.oracle import ModelOracle
 from awp_optim.attacks.spsa import _layout, _Queries, rademacher
 
 from .conftest import images, seeded, small_cnn

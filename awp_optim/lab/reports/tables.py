@@ -129,10 +129,9 @@ def as_json(r: Evaluation, about: Mapping[str, Any]) -> str:
 
 def as_csv(r: Evaluation) -> str:
     """A line for each accuracy."""
-    accuracies = {"natural": r.natural, **r.robust, "worst_case": r.worst_case}
     rows = [
         [name, r.n, f"{accuracy:.6f}", *(f"{end:.6f}" for end in r.interval(name))]
-        for name, accuracy in accuracies.items()
+        for name, accuracy in r.accuracies.items()
     ]
     return _csv([["attack", "n", "accuracy", "low", "high"], *rows])
 
@@ -159,10 +158,9 @@ def _accuracies(r: Evaluation) -> dict[str, float]:
 
 
 def _attack_row(r: Evaluation, name: str, norm: str) -> list[str]:
-    accuracies = {"natural": r.natural, **r.robust, "worst_case": r.worst_case}
     accuracy, interval, broken, seconds, passes = "", "", "", "", ""
-    if name in accuracies:  # a part has none of its own
-        accuracy = f"{accuracies[name]:.2%}"
+    if name in r.accuracies:  # a part has none of its own
+        accuracy = f"{r.accuracies[name]:.2%}"
         interval = " to ".join(f"{100 * end:.1f}" for end in r.interval(name))
     if name != "worst_case":
         first = [by for by in r.broken_by if by == name or by.startswith(f"{name}/")]
