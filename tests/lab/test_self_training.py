@@ -12,6 +12,7 @@ from awp_optim.lab import trainer
 from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
+from awp_optim.lab.recipes import RECIPES
 from awp_optim.lab.run_folder import read_metrics
 from awp_optim.lab.self_training import natural, pseudo_label_rest
 from awp_optim.lab.trainer import fit
@@ -163,6 +164,12 @@ def test_natural_training_is_plain_descent_on_clean_images(data, monkeypatch, me
         torch.testing.assert_close(value, other, rtol=1e-3, atol=3e-4)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_natural_training(name):
+    config = natural(RECIPES[name].config)
+    assert (config.gamma, config.ema, config.eps, config.mixup) == (0, 0, 0, 0)
+
+
 def test_natural_training_has_the_runs_network_and_length(data):
     config = replace(
         CONFIG,
@@ -175,6 +182,8 @@ def test_natural_training_has_the_runs_network_and_length(data):
         val_images=5,
         patience=1,
         ema=0.9,
+        ema_start=2,
+        ema_warmup=True,
         eval_every=1,
     )
     changed = natural(config)
