@@ -256,10 +256,8 @@ class _Run:
             _compile(self.model)
         self._shared_model = ranks.shared_model(self.model)
         optimizer = _optimizer(self.model, config)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: self._lr_factor(step),  # a function: a method would be saved
-        )
+        self._lr_factor = _lr_factor(config, config.epochs * self.training_set.steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         self.state = RunState(
             self.model,
             optimizer,
@@ -382,11 +380,6 @@ class _Run:
         state.epoch = None
         return row
 
-    def _lr_factor(self, step: int) -> float:
-        """The schedule's factor of the learning rate at a step of the run."""
-        progress = step / (self.config.epochs * self.training_set.steps)
-        return SCHEDULES[self.config.schedule](progress)
-
     def _lr(self, step: int) -> float:
         return self.config.lr * self._lr_factor(step)
 
@@ -474,6 +467,16 @@ def _optimizer(model: nn.Module, config: Config) -> AWP:
         # Before the base optimizer's step, at the unperturbed weights: the ascent leaves it out.
         optimizer.base_optimizer.register_step_pre_hook(add_l1_gradient)
     return optimizer
+
+
+def _lr_factor(config: Config, steps: int) -> Callable[[int], float]:
+    """The schedule's factor of the learning rate at each of the run's steps.
+
+    It does not refer to the run, which the scheduler would else keep in memory.
+    """
+    schedule = SCHEDULES[config.schedule]
+    # A function: LambdaLR would save the attributes of anything else.
+    return lambda step: schedule(step / steps)
 
 
 def _param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
 from dataclasses import replace
@@ -539,3 +540,28 @@ def test_a_bad_loss_is_found_before_the_epoch_is_over(config, data, monkeypatch)
     with pytest.raises(FloatingPointError):
         fit(replace(config, lr=1e30), data, on_step=lambda *s: steps.append(s))
     assert len(steps) == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "gkl", "ema": 0.5, "eps_schedule": "linear"}])
+def test_a_finished_run_leaves_nothing_in_memory(config, data, tmp_path, monkeypatch, changes):
+    """On a GPU, its graphs would stay until Python looks for cycles."""
+    kept = []
+    build = trainer.build_model
+
+    def watched(*args, **kwargs):
+        model = build(*args, **kwargs)
+        kept.append(weakref.ref(model))
+        return model
+
+    trainer.check(config, data)  # imports of torch's own hold the frames that they are first in
+    monkeypatch.setattr(trainer, "build_model", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        model, _ = fit(replace(config, epochs=2, **changes), data, tmp_path)
+        (network,) = kept
+        assert network() is model
+        del model
+        assert network() is None
+    finally:
+        gc.enable()
