@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from awp_optim.lab import trainer
+from awp_optim.lab import building, trainer
 from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
@@ -122,14 +122,14 @@ def test_a_run_on_them_shows_both_kinds_in_every_batch(data, monkeypatch):
 def test_natural_training_is_plain_descent_on_clean_images(data, monkeypatch, method):
     """Two steps on all images at once, beside the same by hand."""
     built = []
-    build = trainer.build_model
+    build = building.build_model
 
     def keeping(*args, **kwargs):
         model = build(*args, **kwargs)
         built.append({k: v.clone() for k, v in model.state_dict().items()})
         return model
 
-    monkeypatch.setattr(trainer, "build_model", keeping)
+    monkeypatch.setattr(building, "build_model", keeping)
     config = replace(
         CONFIG,
         method=method,
