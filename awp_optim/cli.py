@@ -18,6 +18,8 @@ COMMANDS = {
     "recipes": "list the settings of the paper's runs",
     "pseudo-label": "label images with a classifier, for robust self-training",
 }
+SHARED = ("train", "landscape")
+"""The commands that several processes of torchrun can share."""
 RESUME = {
     "evaluate": "the same command with --resume continues",
     "landscape": "the same command continues",
@@ -49,8 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(name: str, options: Sequence[str]) -> None:
     # Imported here because it takes seconds.
     from awp_optim.lab.commands.ending import run
+    from awp_optim.lab.job import Job
 
-    def command(ranks: object) -> None:
+    def command(ranks: Job) -> None:
+        if ranks.world > 1 and name not in SHARED:
+            raise ValueError(f"awp {name} runs in a single process: start it without torchrun")
         module = import_module(f"awp_optim.lab.commands.{name.replace('-', '_')}")
         module.main(options, ranks)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.steps import images, network
-from benchmarks.timing import Call, Seconds, interleaved, median_ratio, ratios
+from benchmarks.timing import WARMUP_CALLS, Call, Seconds, interleaved, median_ratio, ratios
 
 AddRow = Callable[..., None]
 """What the fixtures ``add_row`` and ``add_times`` give a test to call."""
@@ -32,8 +32,8 @@ class Setting:
 
     @property
     def warmup(self) -> int:
-        """Calls before the timed ones: on a GPU the first few run eagerly, then one is captured."""
-        return 6 if self.on_gpu else 1
+        """Calls before the timed ones."""
+        return WARMUP_CALLS if self.on_gpu else 1
 
     def model(self) -> nn.Module:
         """The network, with the same weights at every call, in training mode."""

@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 
+from awp_optim._cuda_graphs.graphs import WARMUP
+
+WARMUP_CALLS = WARMUP + 4
+"""Calls before the timed ones on a GPU: the eager ones, up to two captures (an optimizer's first
+step creates its state) and a few replays."""
+
 Call = Callable[[], Any]
 Seconds = dict[str, list[float]]
 """Seconds of a call in every round, by contestant."""

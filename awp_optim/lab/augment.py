@@ -6,10 +6,26 @@ for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributions import Beta
-from torch.nn import functional as F
+
+__all__ = [
+    "crop_flip",
+    "cut_square",
+    "cutmix",
+    "cutout",
+    "draw",
+    "erase",
+    "mix",
+    "mixup",
+    "paste",
+    "random_crop_flip",
+    "sample",
+]
 
 
 def random_crop_flip(
@@ -36,35 +52,18 @@ def random_crop_flip(
     if padding < 0:
         raise ValueError(f"padding must be 0 or more, not {padding}")
     n = len(x)
-    device = x.device if generator is None else generator.device
-    offset = torch.randint(2 * padding + 1, (2, n), generator=generator, device=device)
-    mirror = torch.randint(2, (n,), generator=generator, device=device) == 1
-    top, left = offset.to(x.device, non_blocking=True)
-    return crop_flip(x, top, left, mirror.to(x.device, non_blocking=True), padding)
+    top, left = draw(torch.randint, 2 * padding + 1, (2, n), like=x, generator=generator)
+    mirror = draw(torch.randint, 2, (n,), like=x, generator=generator) == 1
+    return crop_flip(x, top, left, mirror, padding)
 
 
 def crop_flip(x: Tensor, top: Tensor, left: Tensor, mirror: Tensor, padding: int) -> Tensor:
-    """What :func:`random_crop_flip` does, with given random numbers.
-
-    Args:
-        x: Images, shape (N, C, H, W).
-        top: First row of each crop in the padded image, integers in [0, 2 * padding], shape (N,).
-            ``top == left == padding`` is the image itself.
-        left: First column of each crop, likewise.
-        mirror: Which images to mirror, bool, shape (N,).
-        padding: Pixels of zeros on each side.
-
-    Returns:
-        The crops, shape (N, C, H, W), contiguous.
-    """
-    n, c, h, w = x.shape
+    """Crop each padded image from (top, left) on, and mirror those where ``mirror`` is True."""
+    h, w = x.shape[2:]
     across = torch.arange(w, device=x.device)
     row = top[:, None] + torch.arange(h, device=x.device)  # (N, H)
     column = left[:, None] + torch.where(mirror[:, None], across.flip(0), across)  # (N, W)
-    padded = F.pad(x, (padding,) * 4).flatten(2)
-    # The same pixels of every channel: one gather over the flattened image.
-    pixel = row[:, :, None] * (w + 2 * padding) + column[:, None, :]
-    return padded.gather(2, pixel.view(n, 1, h * w).expand(n, c, h * w)).view(n, c, h, w)
+    return sample(x, row[:, :, None] - padding, column[:, None, :] - padding)
 
 
 def cutout(x: Tensor, length: int = 14, generator: torch.Generator | None = None) -> Tensor:
@@ -91,35 +90,16 @@ def cutout(x: Tensor, length: int = 14, generator: torch.Generator | None = None
         raise ValueError(f"x must be of shape (N, C, H, W), not {tuple(x.shape)}")
     if length < 1:
         raise ValueError(f"length must be 1 or more, not {length}")
-    device = x.device if generator is None else generator.device
     row, column = (
-        torch.randint(side, (len(x),), generator=generator, device=device)
-        for side in (x.shape[2], x.shape[3])
+        draw(torch.randint, side, (len(x),), like=x, generator=generator) for side in x.shape[2:]
     )
-    row, column = (t.to(x.device, non_blocking=True) for t in (row, column))
     return cut_square(x, row, column, length)
 
 
 def cut_square(x: Tensor, row: Tensor, column: Tensor, length: int) -> Tensor:
-    """What :func:`cutout` does, with given random numbers.
-
-    Args:
-        x: Images, shape (N, C, H, W).
-        row: Row of the center of each square, integers, shape (N,). The square covers the rows
-            from ``row - length // 2`` to ``row - length // 2 + length - 1``.
-        column: Column of the center of each square, likewise.
-        length: Side of the square in pixels.
-
-    Returns:
-        The images with zeros in the squares.
-    """
-
-    def inside(center: Tensor, side: int) -> Tensor:  # bool (N, side)
-        offset = torch.arange(side, device=x.device) - (center[:, None] - length // 2)
-        return (offset >= 0) & (offset < length)
-
-    rows, columns = inside(row, x.shape[2]), inside(column, x.shape[3])
-    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+    """Blacken a square that begins ``length // 2`` pixels above and left of (row, column)."""
+    side = torch.full_like(row, length)
+    return erase(x, row - length // 2, column - length // 2, side, side)
 
 
 def mixup(
@@ -161,18 +141,7 @@ def mixup(
 def mix(
     x: Tensor, y: Tensor, num_classes: int, lam: Tensor, partner: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`mixup` does, with given random numbers.
-
-    Args:
-        x: Images of a floating-point dtype, shape (N, ...).
-        y: Class indices, int64, shape (N,).
-        num_classes: Number of classes.
-        lam: The share of each image itself, in [0, 1], a floating-point scalar.
-        partner: The image that each one is mixed with, int64, shape (N,).
-
-    Returns:
-        As :func:`mixup`.
-    """
+    """``lam * x + (1 - lam) * x[partner]``, and the probabilities of the labels likewise."""
     return _lerp(x, partner, lam), _lerp(_one_hot(y, num_classes), partner, lam)
 
 
@@ -209,10 +178,8 @@ def cutmix(
         raise ValueError(f"x must be of shape (N, C, H, W), not {tuple(x.shape)}")
     _check_pairs(x, y, alpha)
     lam, partner = _share(alpha, x.device), _partners(x, generator)
-    device = x.device if generator is None else generator.device
     row, column = (
-        torch.randint(side, (), generator=generator, device=device).to(x.device, non_blocking=True)
-        for side in x.shape[2:]
+        draw(torch.randint, side, (), like=x, generator=generator) for side in x.shape[2:]
     )
     return paste(x, y, num_classes, lam, partner, row, column)
 
@@ -226,21 +193,7 @@ def paste(
     row: Tensor,
     column: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What :func:`cutmix` does, with given random numbers.
-
-    Args:
-        x: Images of a floating-point dtype, shape (N, C, H, W).
-        y: Class indices, int64, shape (N,).
-        num_classes: Number of classes.
-        lam: The share of each image itself before the rectangle is clipped and rounded, in [0, 1],
-            a floating-point scalar.
-        partner: The image that each one gets a part of, int64, shape (N,).
-        row: Row of the rectangle's center, an integer scalar.
-        column: Column of the rectangle's center, likewise.
-
-    Returns:
-        As :func:`cutmix`.
-    """
+    """Paste each partner's rectangle around (row, column), a share ``1 - lam`` of an image."""
 
     def inside(center: Tensor, side: int) -> Tensor:  # bool (side,)
         half = (side * (1 - lam).sqrt()).long() // 2
@@ -250,6 +203,43 @@ def paste(
     is_pasted = inside(row, x.shape[2])[:, None] & inside(column, x.shape[3])
     own = 1 - is_pasted.float().mean()
     return torch.where(is_pasted, x[partner], x), _lerp(_one_hot(y, num_classes), partner, own)
+
+
+# --- What every augmentation of images needs --------------------------------------------------
+
+
+def draw(
+    function: Callable[..., Tensor], *args: Any, like: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """Random numbers by a function such as ``torch.rand``, on the device of ``like``."""
+    device = like.device if generator is None else generator.device
+    numbers = function(*args, generator=generator, device=device)
+    # A copy to the CPU must have arrived before the host reads it.
+    return numbers.to(like.device, non_blocking=like.device.type != "cpu")
+
+
+def sample(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """The pixels at (row, column), which broadcast to (N, H, W); 0 outside of the image."""
+    n, c, h, w = x.shape
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    # The same pixels of every channel: one gather over the flattened image.
+    pixel = torch.where(inside, row * w + column, 0).view(n, 1, h * w)
+    taken = x.flatten(2).gather(2, pixel.expand(n, c, h * w)).view(n, c, h, w)
+    return taken.masked_fill(~inside[:, None], 0)
+
+
+def erase(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Blacken a rectangle of each image, given by integers of shape (N,)."""
+
+    def inside(start: Tensor, length: Tensor, side: int) -> Tensor:  # bool (N, side)
+        offset = torch.arange(side, device=x.device) - start[:, None]
+        return (offset >= 0) & (offset < length[:, None])
+
+    rows, columns = inside(top, height, x.shape[2]), inside(left, width, x.shape[3])
+    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+# --- Mixing -----------------------------------------------------------------------------------
 
 
 def _check_pairs(x: Tensor, y: Tensor, alpha: float) -> None:
@@ -268,9 +258,7 @@ def _share(alpha: float, device: torch.device) -> Tensor:
 
 
 def _partners(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    partner = torch.randperm(len(x), generator=generator, device=device)
-    return partner.to(x.device, non_blocking=True)
+    return draw(torch.randperm, len(x), like=x, generator=generator)
 
 
 def _one_hot(y: Tensor, num_classes: int) -> Tensor:

@@ -61,13 +61,14 @@ class Config:
     """The settings of a training run.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or does not go with another.
     """
 
     method: Method = "at"
     """Training method; rst needs pseudo-labeled images, pretrain needs initial weights."""
     beta: float = 6.0
-    """Trade-off: beta of trades, rst, gkl (20 there) and score (4 there), lambda of mart."""
+    """Trade-off: beta of trades, rst, gkl and score, lambda of mart. Without a recipe, gkl has 20
+    and score 4 by default."""
     alpha: float = 4.0
     """Weight of gkl's cross-entropy with the natural predictions."""
     gamma: float = 0.0
@@ -181,12 +182,31 @@ class Config:
             for name in names.split():
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise ValueError for settings of which one rules out another."""
         if self.mixup and self.cutmix:
             raise ValueError("mixup and cutmix: give one of the two")
         if (self.mixup or self.cutmix) and self.batch_size < 2:
             raise ValueError("mixup and cutmix need pairs: a batch_size of 2 or more")
+        if self.gamma and self.awp_start >= self.epochs:
+            raise ValueError(
+                f"awp_start ({self.awp_start}) must be below epochs ({self.epochs}), or AWP never "
+                "begins: give --awp-start 0, or more --epochs"
+            )
+        if self.ascent == "attack" and (self.ascent_below or self.ascent_steps > 1):
+            raise ValueError(
+                "ascent attack has the gradient of all examples, once for each attack: "
+                "ascent_below, and ascent_steps above 1, need ascent exact"
+            )
         if (self.ema_start or self.ema_warmup) and not self.ema:
             raise ValueError("ema_start and ema_warmup need ema, such as 0.995")
+        if self.ema and self.ema_start >= self.epochs:
+            raise ValueError(
+                f"ema_start ({self.ema_start}) must be below epochs ({self.epochs}), or nothing is "
+                "averaged: give --ema-start 0, or more --epochs"
+            )
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
         if self.train_attack == "n-fgsm" and self.norm != "linf":

@@ -291,5 +291,6 @@ class _SharedObjective:
 
     def __call__(self, logits_adv: Tensor, logits_nat: Tensor | None, y: Tensor) -> Tensor:
         ranks = self.ranks
+        assert len(logits_adv) == ranks.own, "the batch is not the one that was sharded last"
         weight = ranks.own * ranks.world / ranks.batch
         return self.objective(logits_adv, logits_nat, y) * weight

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["KINDS", "SMALLEST", "crop_shift", "erase", "idbh_weak", "recolor", "warp"]
+from awp_optim.lab.augment import draw, erase, sample
+
+__all__ = ["KINDS", "SMALLEST", "crop_shift", "idbh_weak", "recolor", "warp"]
 
 CUTS = 11
 """CropShift removes fewer rows and columns than this, both together."""
@@ -66,9 +68,7 @@ def idbh_weak(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         )
     if min(x.shape[2:]) < SMALLEST:
         raise ValueError(f"images must be at least {SMALLEST} pixels wide and high")
-    device = x.device if generator is None else generator.device
-    u = torch.rand(14 + 2 * ATTEMPTS, len(x), generator=generator, device=device)
-    u = u.to(x.device, non_blocking=True)
+    u = draw(torch.rand, 14 + 2 * ATTEMPTS, len(x), like=x, generator=generator)
     x = crop_shift(x, u[0] < 0.5, *_draw_cuts(u[1:7]))
     kind = _below(len(KINDS), u[7])
     x = recolor(x, kind, _draw_factor(kind, u[8]))
@@ -98,7 +98,7 @@ def crop_shift(x: Tensor, mirror: Tensor, cut: Tensor, source: Tensor, target: T
     h, w = x.shape[2:]
     row, column = along(0, h), along(1, w)
     column = torch.where(mirror[:, None] & (column >= 0), w - 1 - column, column)
-    return _sample(x, row[:, :, None], column[:, None, :])
+    return sample(x, row[:, :, None], column[:, None, :])
 
 
 def recolor(x: Tensor, kind: Tensor, factor: Tensor) -> Tensor:
@@ -141,18 +141,7 @@ def warp(x: Tensor, matrix: Tensor) -> Tensor:
     down = (torch.arange(h, device=x.device) + 0.5 - h / 2)[None, :, None]
     (a, b), (c, d) = matrix[..., None, None]
     column, row = a * across + b * down + w / 2, c * across + d * down + h / 2
-    return _sample(x, row.floor().long(), column.floor().long())
-
-
-def erase(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Blacken a rectangle of each image, given by integers of shape (N,)."""
-
-    def inside(start: Tensor, length: Tensor, side: int) -> Tensor:  # bool (N, side)
-        offset = torch.arange(side, device=x.device) - start[:, None]
-        return (offset >= 0) & (offset < length[:, None])
-
-    rows, columns = inside(top, height, x.shape[2]), inside(left, width, x.shape[3])
-    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+    return sample(x, row.floor().long(), column.floor().long())
 
 
 # --- Random numbers: from u, uniform in [0, 1), to what the functions above take ----------------
@@ -199,15 +188,6 @@ def _draw_rectangle(u: Tensor, h: int, w: int) -> tuple[Tensor, Tensor, Tensor, 
 
 
 # --- Pixels -------------------------------------------------------------------------------------
-
-
-def _sample(x: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The pixels at (row, column), which broadcast to (N, H, W); 0 outside of the image."""
-    n, c, h, w = x.shape
-    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-    pixel = torch.where(inside, row * w + column, 0).view(n, 1, h * w)
-    taken = x.flatten(2).gather(2, pixel.expand(n, c, h * w)).view(n, c, h, w)
-    return taken.masked_fill(~inside[:, None], 0)
 
 
 def _gray(x: Tensor) -> Tensor:

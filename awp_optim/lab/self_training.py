@@ -32,6 +32,8 @@ def natural(config: Config) -> Config:
         eps=0.0,
         epoch_images=0,
         ema=0.0,
+        ema_start=0,
+        ema_warmup=False,
         mixup=0.0,
         cutmix=0.0,
         eval_every=config.epochs,

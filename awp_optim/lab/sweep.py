@@ -172,9 +172,9 @@ def _on_processes(
         while not reports.empty():
             bars.update(*reports.get())
 
+    pool = ProcessPoolExecutor(workers, context, _begin, (reports, threads))
     try:
         with _interrupts_ignored():
-            pool = ProcessPoolExecutor(workers, context, _begin, (reports, threads))
             futures = _submit(pool, todo, train)
         yield from _collect(futures, show)
     except BrokenExecutor as error:

@@ -6,7 +6,6 @@ trains, evaluates after each epoch, and writes a run folder from which it can re
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from awp_optim import AWP, AdversarialStep
+from awp_optim import AdversarialStep
+from awp_optim.lab.building import build_network, build_optimizer, compile_network
 from awp_optim.lab.checkpoints import EpochProgress, RunState, bad_checkpoint, load_last
 from awp_optim.lab.class_means import ClassMeans
 from awp_optim.lab.config import PRECISIONS, Config
@@ -28,13 +27,11 @@ from awp_optim.lab.distributed import TrainingRanks
 from awp_optim.lab.ema import MovingAverage
 from awp_optim.lab.evaluator import Evaluator, Images
 from awp_optim.lab.job import naming_lost_ranks
-from awp_optim.lab.models import build_model
 from awp_optim.lab.precision import resolve_precision
 from awp_optim.lab.pseudo import PseudoLabeled
 from awp_optim.lab.run_folder import Row, RunFolder, best
 from awp_optim.lab.schedules import SCHEDULES
 from awp_optim.lab.training_set import TrainingSet, describe_inputs
-from awp_optim.lab.weights import initialize
 from awp_optim.objectives import GKL, Objective
 
 __all__ = ["check", "fit", "is_over"]
@@ -250,16 +247,14 @@ class _Run:
         ranks.check_batch(config.batch_size, "a batch")
         ranks.check_batch(self.training_set.last_batch, "the last batch of an epoch")
 
-        self.model = _build(config, data, init).to(self.device)
+        self.model = build_network(config, data, init).to(self.device)
         self.model.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
         if config.compile:
-            _compile(self.model)
+            compile_network(self.model)
         self._shared_model = ranks.shared_model(self.model)
-        optimizer = _optimizer(self.model, config)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: self._lr_factor(step),  # a function: a method would be saved
-        )
+        optimizer = build_optimizer(self.model, config)
+        self._lr_factor = _lr_factor(config, config.epochs * self.training_set.steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         self.state = RunState(
             self.model,
             optimizer,
@@ -280,7 +275,7 @@ class _Run:
         start = config.ema_start * self.training_set.steps
         average = MovingAverage(self.model, config.ema, start=start, warmup=config.ema_warmup)
         if config.compile:
-            _compile(average.module)
+            compile_network(average.module)
         return average
 
     def _adversarial_step(self, epoch: int) -> AdversarialStep:
@@ -382,11 +377,6 @@ class _Run:
         state.epoch = None
         return row
 
-    def _lr_factor(self, step: int) -> float:
-        """The schedule's factor of the learning rate at a step of the run."""
-        progress = step / (self.config.epochs * self.training_set.steps)
-        return SCHEDULES[self.config.schedule](progress)
-
     def _lr(self, step: int) -> float:
         return self.config.lr * self._lr_factor(step)
 
@@ -414,78 +404,11 @@ def _hold_out(config: Config, data: ImageData) -> tuple[ImageData, Images | None
     return data.split(config.val_images)
 
 
-def _build(config: Config, data: ImageData, init: Mapping[str, Tensor] | None) -> nn.Module:
-    model = build_model(
-        config.arch,
-        num_classes=data.num_classes,
-        in_channels=data.in_channels,
-        mean=data.mean,
-        std=data.std,
-        activation=config.activation,
-    )
-    if init is not None:
-        initialize(model, init)
-    if config.bn_momentum is not None:
-        for layer in _batch_norms(model):
-            layer.momentum = config.bn_momentum
-    return model
+def _lr_factor(config: Config, steps: int) -> Callable[[int], float]:
+    """The schedule's factor of the learning rate at each of the run's steps.
 
-
-def _compile(model: nn.Module) -> None:
-    """Compile a network in place, which keeps the names of its parameters.
-
-    Steps and evaluations need five or six versions of it: BatchNorm in train mode, in eval mode and
-    with frozen statistics; gradients of inputs, of weights, of neither. With dynamic shapes, no
-    other size of a batch needs more, except for those below 16 on a CPU and of 1. Beyond a limit,
-    8 by default, torch would run the network eagerly.
+    It does not refer to the run, which the scheduler would else keep in memory.
     """
-    options = inspect.signature(torch.compile).parameters
-    limit = {"recompile_limit": 32} if "recompile_limit" in options else {}  # not in torch 2.6
-    model.compile(dynamic=True, **limit)
-
-
-def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    return [m for m in model.modules() if isinstance(m, _BatchNorm)]
-
-
-def _optimizer(model: nn.Module, config: Config) -> AWP:
-    """AWP over SGD, with the regularization of Section 5.3 on weights alone."""
-    optimizer = AWP(
-        _param_groups(model, config),
-        torch.optim.SGD,
-        gamma=config.gamma,
-        norm=config.awp_norm,
-        direction=config.direction,
-        ascent_steps=config.ascent_steps * config.alternations,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-    )
-    if config.l1:
-        weights = [p for p in model.parameters() if p.ndim > 1]
-
-        @torch.no_grad()
-        def add_l1_gradient(*_: Any) -> None:
-            for p in weights:
-                if p.grad is not None:
-                    p.grad.add_(p.sign(), alpha=config.l1)
-
-        # Before the base optimizer's step, at the unperturbed weights: the ascent leaves it out.
-        optimizer.base_optimizer.register_step_pre_hook(add_l1_gradient)
-    return optimizer
-
-
-def _param_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """The parameters that decay and, if there are some, those that do not."""
-    parameters = list(model.parameters())
-    if config.l2:
-        decay, free = config.l2, {p for p in parameters if p.ndim <= 1}
-    else:
-        layers = [] if config.bn_decay else _batch_norms(model)
-        decay, free = config.weight_decay, {p for layer in layers for p in layer.parameters()}
-    groups = [
-        {"params": [p for p in parameters if p not in free], "weight_decay": decay},
-        {"params": [p for p in parameters if p in free], "weight_decay": 0.0},
-    ]
-    return groups if free else groups[:1]
+    schedule = SCHEDULES[config.schedule]
+    # A function: LambdaLR would save the attributes of anything else.
+    return lambda step: schedule(step / steps)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim.attacks import AutoAttack
-from awp_optim.lab.models import build_model
+from awp_optim.lab.loading import from_checkpoint, settings_of
 from benchmarks.gpu.attacks import optional_module
 from benchmarks.gpu.networks import SMALL
 from benchmarks.gpu.question import Details, Options, Record, answer
@@ -71,11 +71,8 @@ def load(options: Options) -> tuple[nn.Module, Tensor, Tensor, Any]:
 
     data = load_cifar10(options.extra.data_dir, download=False).to(options.device)
     path = options.extra.run_dir / "best.pt"
-    saved = torch.load(path, map_location=options.device, weights_only=True)
-    config = saved["config"]
-    model = build_model(config["arch"], num_classes=data.num_classes, in_channels=data.in_channels)
-    model.load_state_dict(saved["model"])
-    model = model.to(options.device).to(memory_format=torch.channels_last).eval()
+    model = from_checkpoint(path).to(options.device).to(memory_format=torch.channels_last)
+    config = settings_of(path)
     limit = options.extra.limit
     attack = AutoAttack(config["eps"], norm=config["norm"])
     return model, data.x_test[:limit], data.y_test[:limit], attack

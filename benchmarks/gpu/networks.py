@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.gpu.question import Options
 from benchmarks.steps import REFERENCE_AT, REFERENCE_AWP, images, network, training_step
+from benchmarks.timing import WARMUP_CALLS
 
 
 @dataclass(frozen=True)
@@ -91,5 +92,5 @@ def build_step(net: Network, method: str, setting: Setting, options: Options) ->
 
 
 def warmup(options: Options) -> int:
-    """Calls before the timed ones: the first few run eagerly, the next one is captured."""
-    return 1 if options.quick else 6
+    """Calls before the timed ones."""
+    return 1 if options.quick else WARMUP_CALLS

@@ -6,12 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 
+from awp_optim.attacks import AutoAttack
+from awp_optim.lab import data as lab_data
+from awp_optim.lab.config import Config
+from awp_optim.lab.trainer import fit
+from benchmarks.gpu import autoattack
 from benchmarks.gpu.correct import run_gpu_tests
 from benchmarks.gpu.question import Options, Record, answer, table
 
@@ -96,6 +102,28 @@ def test_the_operations_of_a_step_follow_from_its_passes(results):
     training_pass = exact - at
     forward_passes = (at - training_pass) / 2 / 2  # two attack iterations, forward and backward
     assert 2 < training_pass / forward_passes < 3
+
+
+def test_autoattack_is_against_the_best_checkpoint_of_a_run(tmp_path, monkeypatch):
+    for package in ("numpy", "sklearn"):
+        pytest.importorskip(package)
+    config = Config(
+        arch="preact_resnet_small", activation="silu", eps=0.2, step_size=0.1, train_steps=1,
+        test_steps=1, epochs=2, lr=0.01,
+    )  # fmt: skip
+    data = lab_data.load_digits().limit(40, 12)
+    model, _ = fit(config, data, tmp_path)
+    monkeypatch.setattr(lab_data, "load_cifar10", lambda folder, download: data)
+    extra = Namespace(data_dir=Path("data"), run_dir=tmp_path, limit=9)
+    loaded, x, y, attack = autoattack.load(Options(torch.device("cpu"), extra=extra))
+    assert torch.equal(x, data.x_test[:9])
+    assert torch.equal(y, data.y_test[:9])
+    assert attack == AutoAttack(0.2)
+    best = torch.load(tmp_path / "best.pt", weights_only=True)["model"]
+    model.load_state_dict(best)
+    model.eval()
+    inputs = x.float() / 255
+    torch.testing.assert_close(loaded(inputs), model(inputs))
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ import re
 import runpy
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,6 +301,17 @@ def test_an_error_is_a_sentence(capsys, error):
         ending.run(command)
     assert end.value.code == 2
     assert capsys.readouterr().err == f"error: {' '.join(str(error).split()) or 'TypeError'}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_torchrun_cannot_share_say_so(awp, monkeypatch, command):
+    monkeypatch.setattr(ending, "job", lambda: nullcontext(SimpleNamespace(world=2)))
+    ended = awp(command, "--help")
+    if command in ("train", "landscape"):
+        assert ended.status == 0
+    else:
+        assert (ended.status, ended.out) == (2, "")
+        assert f"awp {command} runs in a single process" in ended.err
 
 
 def test_a_bug_is_a_traceback():

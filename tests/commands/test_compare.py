@@ -198,6 +198,22 @@ def test_a_recipe_is_the_setting_and_the_data(awp, recipe_data, pretend, tmp_pat
     assert "epochs: 200" in text
 
 
+def test_runs_too_short_for_the_awp_of_a_recipe(awp, recipe_data):
+    recipe = ("--recipe", "at-awp/svhn-linf-preact18", "--workers", 1)
+    ended = awp("compare", "methods", *recipe, "--epochs", 5)
+    assert ended.status == 2
+    assert "awp_start (5)" in ended.err
+    assert "--epochs" in ended.err
+
+
+@pytest.mark.parametrize("recipe", [None, *(k for k, r in RECIPES.items() if not r.needs)])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_of_every_recipe(name, recipe):
+    base = RECIPES[recipe].config if recipe else QUICKSTART
+    study = STUDIES[name](replace(base, method="at", gamma=0.0), digits=recipe is None)
+    assert study.configs.keys() >= set(study.compared_with)
+
+
 def test_the_study_on_a_part_of_cifar10(awp, recipe_data, pretend, tmp_path):
     ended = awp("compare", "cifar10-small", "--seeds", 2, "--workers", 1, "--out", "out")
     assert ended.status == 0, ended.err

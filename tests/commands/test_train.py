@@ -91,7 +91,7 @@ def test_every_setting_is_an_option(awp, tmp_path):
         "awp_norm": "l1", "ascent_steps": 2, "alternations": 2,
         "arch": "preact_resnet_small", "activation": "tanh", "norm": "l2", "eps": 0.5,
         "step_size": 0.25, "eps_schedule": "linear", "train_steps": 2, "test_steps": 3,
-        "attack_mode": "train", "epochs": 1,
+        "attack_mode": "train", "epochs": 2,
         "batch_size": 16, "epoch_images": 32, "lr": 0.05, "momentum": 0.8, "nesterov": True,
         "weight_decay": 1e-3, "bn_decay": False, "bn_momentum": 0.01,
         "l1": 1e-6, "l2": 1e-3, "ema": 0.9, "ema_start": 1, "ema_warmup": True,
@@ -142,10 +142,37 @@ def test_what_decides_the_defaults(words, dataset, expected, changes):
     assert options.train_images == recipe.train_images
 
 
+def test_a_recipe_for_a_part_of_the_images_with_fewer():
+    words = ["--recipe", "at/cifar10-small", "--limit", "100", "--out", "run"]
+    default = peek(starting_point, words, "awp train")
+    options = parse(Options, words, "awp train", "", default=default)
+    assert (options.train_images, options.data.limit) == (None, 100)
+
+
 def test_the_method_decides_the_defaults():
     config = peek(starting_point, ["--method", "trades"], "awp train").settings
     assert config == replace(defaults("cifar10", "linf", "trades"), **AUTO)
     assert config.awp_start == 10
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("--method", "trades"), "--awp-start 0"),
+        (("--dataset", "svhn"), "--awp-start 0"),
+        (("--recipe", "trades-awp-growing/cifar10-linf-preact18"), "--awp-start 0"),
+        (
+            ("--recipe", "trades-awp-growing/cifar10-linf-preact18", "--awp-start", 0),
+            "--ema-start 0",
+        ),
+    ],
+)
+def test_a_run_too_short_for_its_awp_or_its_average(words, option, capsys):
+    words = [*map(str, words), "--epochs", "5", "--out", "run"]
+    default = peek(starting_point, words, "awp train")
+    with pytest.raises(SystemExit):
+        parse(Options, words, "awp train", "", default=default)
+    assert option in " ".join(capsys.readouterr().err.replace("│", "").split())
 
 
 @pytest.mark.parametrize("words", [(), ("--dataset", "digits"), ("--precision", "bfloat16")])
@@ -157,7 +184,9 @@ def test_the_precision_is_chosen_shown_and_kept(awp, tmp_path, monkeypatch, word
     ended = awp(*quick, *words, "--out", "run")
     assert ended.status == 0, ended.err
     assert f"preact_resnet_small in {expected}, on cpu" in ended.out
-    assert config_of(tmp_path / "run")["precision"] == expected
+    config = config_of(tmp_path / "run")
+    assert config["precision"] == expected
+    assert config["train_eval"] == 6  # a quarter of the images
     monkeypatch.setattr(precision, "_cpu_features", set)
     again = awp(*quick, *words, "--out", "run", "--resume")
     assert again.status == 0, again.err
@@ -189,7 +218,7 @@ def test_a_recipe_with_changes(awp, tmp_path):
     assert (config["norm"], config["eps"], config["step_size"]) == ("l2", 128 / 255, 15 / 255)
     assert (config["beta"], config["ema"], config["attack_mode"]) == (3.0, 0.9, "eval")
     assert (config["dataset"], config["arch"]) == ("digits", "preact_resnet_small")
-    assert config["train_eval"] == 16  # a quarter of the images, unless it is given
+    assert config["train_eval"] == 1000  # the recipe's, or all images
     assert "ema_test_robust_acc" in (tmp_path / "run/metrics.csv").read_text()
 
 

@@ -15,6 +15,7 @@ from awp_optim.lab.augment import (
     cut_square,
     cutmix,
     cutout,
+    draw,
     mix,
     mixup,
     paste,
@@ -156,6 +157,31 @@ def test_cuda_without_synchronization(on_device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert mixed.device == labels.device == x.device
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("meta", False)])
+def test_only_copies_to_the_cpu_are_waited_for(device, waits):
+    class Numbers:
+        def to(self, device, *, non_blocking):
+            self.waited = not non_blocking
+            return self
+
+    numbers = Numbers()
+    images = torch.zeros(1, device=device)
+    assert draw(lambda **kwargs: numbers, like=images, generator=None) is numbers
+    assert numbers.waited == waits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_images_on_the_cpu_with_a_generator_on_a_gpu():
+    x = torch.rand(512, 3, 32, 32)
+    for augment in (random_crop_flip, cutout):
+        here, there = (
+            augment(images, generator=torch.Generator("cuda").manual_seed(0))
+            for images in (x, x.cuda())
+        )
+        assert torch.equal(here, there.cpu())
 
 
 # --- cutout -----------------------------------------------------------------------------------

@@ -49,6 +49,24 @@ def test_settings_of_the_average_need_an_average(name):
         Config(**{name: 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "size"), [("awp_start", {"gamma": 0.01}), ("ema_start", {"ema": 0.9})]
+)
+def test_what_never_begins_is_refused(name, size):
+    option = f"--{name.replace('_', '-')} 0"
+    for epochs in (1, 3):
+        with pytest.raises(ValueError, match=rf"{name} \(3\) must be below epochs.*{option}"):
+            Config(**size, **{name: 3}, epochs=epochs)
+    Config(**size, **{name: 3}, epochs=4)
+    Config(awp_start=3, epochs=1)  # as in a recipe whose gamma is set to 0
+
+
+@pytest.mark.parametrize("change", [{"ascent_below": 1.7}, {"ascent_steps": 2}])
+def test_the_gradient_of_the_attack_is_one_and_of_all_examples(change):
+    with pytest.raises(ValueError, match="need ascent exact"):
+        Config(ascent="attack", alternations=2, **change)
+
+
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_mixing_needs_pairs(name):
     with pytest.raises(ValueError, match="batch_size"):

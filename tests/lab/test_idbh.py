@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from awp_optim.lab import idbh
-from awp_optim.lab.idbh import KINDS, crop_shift, erase, idbh_weak, recolor, warp
+from awp_optim.lab.augment import erase
+from awp_optim.lab.idbh import KINDS, crop_shift, idbh_weak, recolor, warp
 
 stats = pytest.importorskip("scipy.stats")
 transforms = pytest.importorskip("torchvision.transforms")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from awp_optim.lab import trainer
+from awp_optim.lab import building, trainer
 from awp_optim.lab.config import METHODS, Config
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
+from awp_optim.lab.recipes import RECIPES
 from awp_optim.lab.run_folder import read_metrics
 from awp_optim.lab.self_training import natural, pseudo_label_rest
 from awp_optim.lab.trainer import fit
@@ -121,14 +122,14 @@ def test_a_run_on_them_shows_both_kinds_in_every_batch(data, monkeypatch):
 def test_natural_training_is_plain_descent_on_clean_images(data, monkeypatch, method):
     """Two steps on all images at once, beside the same by hand."""
     built = []
-    build = trainer.build_model
+    build = building.build_model
 
     def keeping(*args, **kwargs):
         model = build(*args, **kwargs)
         built.append({k: v.clone() for k, v in model.state_dict().items()})
         return model
 
-    monkeypatch.setattr(trainer, "build_model", keeping)
+    monkeypatch.setattr(building, "build_model", keeping)
     config = replace(
         CONFIG,
         method=method,
@@ -163,6 +164,12 @@ def test_natural_training_is_plain_descent_on_clean_images(data, monkeypatch, me
         torch.testing.assert_close(value, other, rtol=1e-3, atol=3e-4)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_has_natural_training(name):
+    config = natural(RECIPES[name].config)
+    assert (config.gamma, config.ema, config.eps, config.mixup) == (0, 0, 0, 0)
+
+
 def test_natural_training_has_the_runs_network_and_length(data):
     config = replace(
         CONFIG,
@@ -175,6 +182,8 @@ def test_natural_training_has_the_runs_network_and_length(data):
         val_images=5,
         patience=1,
         ema=0.9,
+        ema_start=2,
+        ema_warmup=True,
         eval_every=1,
     )
     changed = natural(config)

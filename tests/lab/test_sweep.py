@@ -179,6 +179,15 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["runs.json"]
 
 
+def test_no_pool_of_processes(monkeypatch):
+    def no_memory(*args):
+        raise OSError("no /dev/shm")
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", no_memory)
+    with pytest.raises(OSError, match="no /dev/shm"):
+        sweep(CONFIGS, Train(), workers=2, console=quiet())
+
+
 def test_no_workers():
     with pytest.raises(ValueError, match="workers"):
         sweep(CONFIGS, Train(), workers=0)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from awp_optim.lab.distributed import TrainingRanks
 from awp_optim.lab.run_folder import read_metrics
+from awp_optim.objectives import AT
 
 WORKER = Path(__file__).parent / "torchrun_worker.py"
 _spec = importlib.util.spec_from_file_location("torchrun_worker", WORKER)
@@ -185,3 +187,14 @@ def test_the_death_of_a_rank_is_named_and_the_run_goes_on(runs):
     weights, figures = differences(runs.alone["killed"], worker.train("killed", runs.two))
     assert weights < 1e-11
     assert figures < 1e-6
+
+
+def test_a_loss_of_another_batch_than_the_last_is_refused():
+    ranks = TrainingRanks()
+    ranks.world = 2
+    objective = ranks.shared_objective(AT())
+    x, y = ranks.shard(torch.rand(8, 3), torch.arange(8) % 3)
+    objective(x, None, y)
+    ranks.shard(torch.rand(6, 3))  # by an evaluation, say
+    with pytest.raises(AssertionError, match="sharded last"):
+        objective(x, None, y)

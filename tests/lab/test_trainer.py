@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from awp_optim import AWP
 from awp_optim._cuda_graphs.graphs import _Graph
 from awp_optim.attacks import PGD
-from awp_optim.lab import evaluator, trainer
+from awp_optim.lab import building, evaluator, trainer
 from awp_optim.lab.config import METHODS
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.idbh import idbh_weak
@@ -206,14 +207,14 @@ def test_awp_has_its_start_direction_norm_and_number_of_ascents(config, data, me
 def test_weight_regularization_is_on_weights_alone(config, data, monkeypatch, kind, size):
     """Without momentum, the same step with and without differs by its gradient."""
     before = {}
-    build = trainer.build_model
+    build = building.build_model
 
     def keeping(*args, **kwargs):
         model = build(*args, **kwargs)
         before.update({n: p.detach().clone() for n, p in model.named_parameters()})
         return model
 
-    monkeypatch.setattr(trainer, "build_model", keeping)
+    monkeypatch.setattr(building, "build_model", keeping)
     config = replace(config, epochs=1, batch_size=59, augment=False, momentum=0.0, lr=0.01)
     config = replace(config, weight_decay=0.0)
     plain, _ = fit(config, data)
@@ -298,7 +299,7 @@ def test_the_precision_is_that_of_every_pass(config, data, precision, monkeypatc
         model.conv1.register_forward_hook(lambda *call: seen.append((call[0].training, call[2])))
         return model
 
-    monkeypatch.setattr(trainer, "build_model", watched)
+    monkeypatch.setattr(building, "build_model", watched)
     model, rows = fit(replace(config, precision=precision, epochs=1), data)
     assert {training for training, _ in seen} == {True, False}
     assert {out.dtype for _, out in seen} == {getattr(torch, precision)}
@@ -310,14 +311,14 @@ def test_pretraining_starts_from_the_weights_with_a_new_head(config, data, monke
     torch.manual_seed(5)
     weights = build_model("preact_resnet_small", num_classes=4, in_channels=1).state_dict()
     started = {}
-    load = trainer.initialize
+    load = building.initialize
 
     def keeping(model, weights):
         fresh = load(model, weights)
         started.update({k: v.clone() for k, v in model.state_dict().items()})
         return fresh
 
-    monkeypatch.setattr(trainer, "initialize", keeping)
+    monkeypatch.setattr(building, "initialize", keeping)
     config = replace(config, method="pretrain", epochs=1)
     model, _ = fit(config, data, tmp_path, init=weights)
     for name, value in weights.items():
@@ -539,3 +540,28 @@ def test_a_bad_loss_is_found_before_the_epoch_is_over(config, data, monkeypatch)
     with pytest.raises(FloatingPointError):
         fit(replace(config, lr=1e30), data, on_step=lambda *s: steps.append(s))
     assert len(steps) == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "gkl", "ema": 0.5, "eps_schedule": "linear"}])
+def test_a_finished_run_leaves_nothing_in_memory(config, data, tmp_path, monkeypatch, changes):
+    """On a GPU, its graphs would stay until Python looks for cycles."""
+    kept = []
+    build = building.build_model
+
+    def watched(*args, **kwargs):
+        model = build(*args, **kwargs)
+        kept.append(weakref.ref(model))
+        return model
+
+    trainer.check(config, data)  # imports of torch's own hold the frames that they are first in
+    monkeypatch.setattr(building, "build_model", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        model, _ = fit(replace(config, epochs=2, **changes), data, tmp_path)
+        (network,) = kept
+        assert network() is model
+        del model
+        assert network() is None
+    finally:
+        gc.enable()

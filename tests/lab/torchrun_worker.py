@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim import AWP
-from awp_optim.lab import tensorboard, trainer, training_set
+from awp_optim.lab import building, tensorboard, trainer, training_set
 from awp_optim.lab.augment import mixup
 from awp_optim.lab.commands.ending import sentences
 from awp_optim.lab.commands.train import main as train_command
@@ -113,7 +113,7 @@ def dropout() -> dict[str, Any]:
 
     config = replace(CONFIG, batch_size=9, gamma=0.01, mixup=1.0, precision="bfloat16", epochs=1)
     with (
-        mock.patch.object(trainer, "build_model", build),
+        mock.patch.object(building, "build_model", build),
         mock.patch.object(training_set, "mixup", recorded),
     ):
         model, rows = trainer.fit(config, DATA)

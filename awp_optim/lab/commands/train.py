@@ -109,6 +109,7 @@ def starting_point(
     dataset: Dataset | None = None,
     threat: Threat | None = None,
     method: Method = "at",
+    limit: Positive | None = None,
 ) -> Options:
     """The options before any other changes them."""
     images = None
@@ -118,7 +119,8 @@ def starting_point(
         if dataset != "digits":  # 8x8 pixels gain nothing from bfloat16
             config = replace(config, precision="auto")
     else:
-        images, config = RECIPES[recipe].train_images, RECIPES[recipe].config
+        images = None if limit else RECIPES[recipe].train_images
+        config = RECIPES[recipe].config
         dataset = dataset or RECIPES[recipe].dataset
         config = config if threat is None else replace(config, **THREATS[threat])
     config = replace(config, augment=dataset != "digits")
@@ -189,9 +191,9 @@ def fast_kernels() -> None:
 
 
 def _fit_to_data(options: Options, given: set[str], data: ImageData) -> Config:
-    """Set what depends on the number of images, unless it was given."""
+    """Set what depends on the number of images, unless it was given or a recipe names it."""
     config, images = options.settings, len(data.x_train)
-    if "--train-eval" not in given:
+    if options.recipe is None and "--train-eval" not in given:
         config = replace(config, train_eval=max(1, min(config.train_eval, images // 4)))
     if options.labeled is not None:
         if options.labeled >= images:

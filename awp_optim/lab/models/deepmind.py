@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from awp_optim.lab.models.common import Activation, Normalize, check_sizes
+from awp_optim.lab.models.preact import projection
 from awp_optim.lab.models.wide import initialize_layers, make_stages
 
 __all__ = ["DeepMindBlock", "DeepMindWideResNet"]
@@ -43,9 +44,7 @@ class DeepMindBlock(nn.Module):
         self.conv_0 = nn.Conv2d(in_planes, planes, 3, stride, padding, bias=False)
         self.batchnorm_1 = nn.BatchNorm2d(planes)
         self.conv_1 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.shortcut = None
-        if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+        self.shortcut = projection(in_planes, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.activation(self.batchnorm_0(x))

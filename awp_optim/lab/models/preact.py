@@ -18,6 +18,13 @@ from awp_optim.lab.models.common import Activation, Normalize, check_sizes
 __all__ = ["PreActBlock", "PreActBottleneck", "PreActResNet"]
 
 
+def projection(in_planes: int, out_planes: int, stride: int) -> nn.Conv2d | None:
+    """The 1x1 convolution of a shortcut; None where the identity will do."""
+    if stride == 1 and in_planes == out_planes:
+        return None
+    return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
+
+
 class PreActBlock(nn.Module):
     """The basic block: BN, activation and 3x3 convolution, twice, and a shortcut.
 
@@ -25,6 +32,7 @@ class PreActBlock(nn.Module):
     """
 
     expansion = 1
+    shortcut_name = "shortcut"
 
     def __init__(
         self, in_planes: int, planes: int, stride: int = 1, activation: Activation = F.relu
@@ -35,12 +43,19 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.shortcut = _projection(in_planes, planes, stride)
+        self.add_module(self.shortcut_name, self.make_shortcut(in_planes, planes, stride))
+
+    @staticmethod
+    def make_shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Module | None:
+        """The projection as a Sequential of one layer, for the usual parameter name."""
+        layer = projection(in_planes, out_planes, stride)
+        return None if layer is None else nn.Sequential(layer)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.activation(self.bn1(x))
         # A projection starts from the pre-activated tensor, the identity from the raw one.
-        shortcut = x if self.shortcut is None else self.shortcut(out)
+        project = getattr(self, self.shortcut_name)
+        shortcut = x if project is None else project(out)
         out = self.conv1(out)
         out = self.conv2(self.activation(self.bn2(out)))
         return out + shortcut
@@ -65,7 +80,7 @@ class PreActBottleneck(nn.Module):
         self.conv2 = nn.Conv2d(planes, planes, 3, stride=stride, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, self.expansion * planes, 1, bias=False)
-        self.shortcut = _projection(in_planes, self.expansion * planes, stride)
+        self.shortcut = PreActBlock.make_shortcut(in_planes, self.expansion * planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.activation(self.bn1(x))
@@ -74,14 +89,6 @@ class PreActBottleneck(nn.Module):
         out = self.conv2(self.activation(self.bn2(out)))
         out = self.conv3(self.activation(self.bn3(out)))
         return out + shortcut
-
-
-def _projection(in_planes: int, out_planes: int, stride: int) -> nn.Sequential | None:
-    """The 1x1 convolution of a shortcut; None where the identity will do."""
-    if stride == 1 and in_planes == out_planes:
-        return None
-    # A Sequential of one layer, for the usual parameter name.
-    return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False))
 
 
 class PreActResNet(nn.Module):

@@ -15,35 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from awp_optim.lab.models.common import Activation, Normalize, check_sizes
+from awp_optim.lab.models.preact import PreActBlock, projection
 
 __all__ = ["WideBlock", "WideResNet"]
 
 
-class WideBlock(nn.Module):
-    """The basic block of :mod:`awp_optim.lab.models.preact` under the names usual here.
+class WideBlock(PreActBlock):
+    """The basic block of :mod:`awp_optim.lab.models.preact` under the names usual here."""
 
-    (N, in_planes, H, W) -> (N, planes, H / stride, W / stride).
-    """
+    shortcut_name = "convShortcut"
 
-    def __init__(
-        self, in_planes: int, planes: int, stride: int = 1, activation: Activation = F.relu
-    ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.convShortcut = None
-        if stride != 1 or in_planes != planes:
-            self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.activation(self.bn1(x))
-        shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = self.conv1(out)
-        out = self.conv2(self.activation(self.bn2(out)))
-        return out + shortcut
+    @staticmethod
+    def make_shortcut(in_planes: int, out_planes: int, stride: int) -> nn.Module | None:
+        """The projection itself."""
+        return projection(in_planes, out_planes, stride)
 
 
 def make_stages(
