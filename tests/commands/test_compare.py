@@ -54,7 +54,7 @@ def test_writes_tables_and_a_picture_and_continues(awp, pretend, tmp_path, study
     assert ("95.0% are right" in text) == (study == "methods")
     assert f"`awp compare {study} --workers 1 --out out --epochs 3 --seeds 2`" in text
     if study == "methods":
-        assert "| TRADES-AWP less TRADES | +0.0 ± 0.0 | +0.0 ± 0.0 | +1.0 ± 0.0 |" in text
+        assert "| TRADES-AWP minus TRADES | +0.0 ± 0.0 | +0.0 ± 0.0 | +1.0 ± 0.0 |" in text
     assert (tmp_path / f"out/{study}.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / f"out/{study}.json").read_text())["runs"]) == 2 * len(configs)
     assert "Differences seed by seed" in ended.out
