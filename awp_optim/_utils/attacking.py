@@ -32,18 +32,21 @@ def perturb(
 ) -> Tensor:
     """The attack's adversarial examples. It gets copies of x and y, which it may modify.
 
-    The model's buffers are restored: an attack in train mode changes BatchNorm's statistics.
+    The model's buffers are restored, also after an exception: an attack in train mode changes
+    BatchNorm's statistics.
 
     Raises:
         TypeError: it does not return a tensor with the shape of x.
     """
-    in_eval_mode = getattr(getattr(attack, "attack", attack), "model_mode", None) == "eval"
+    in_eval_mode = getattr(attack, "model_mode", None) == "eval"
     buffers = [] if in_eval_mode or not isinstance(model, nn.Module) else list(model.buffers())
     before = [b.clone() for b in buffers]
-    x_adv: Any = attack(model, x.clone(), y.clone())
-    with torch.no_grad():
-        for b, saved in zip(buffers, before, strict=True):
-            b.copy_(saved)
+    try:
+        x_adv: Any = attack(model, x.clone(), y.clone())
+    finally:
+        with torch.no_grad():
+            for b, saved in zip(buffers, before, strict=True):
+                b.copy_(saved)
     if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
         raise TypeError(
             f"{name} must return a tensor of shape {tuple(x.shape)}, got {describe(x_adv)}"

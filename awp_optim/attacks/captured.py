@@ -46,6 +46,11 @@ class Captured:
         self._cuda_graph = cuda_graph
         self._graphs = Graphs(cuda_graph, f"the attack {attack}")
 
+    @property
+    def model_mode(self) -> str:
+        """The mode in which the model is attacked."""
+        return self.attack.model_mode
+
     def __call__(self, model: Model, x: Tensor, y: Tensor | None) -> Tensor:
         """Perturb a batch, like :meth:`Attack.__call__`.
 

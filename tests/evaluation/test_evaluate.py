@@ -352,6 +352,19 @@ class TestSettings:
         alone = run(model, data, {"l2": ATTACKS["l2"]}, batch_size=20)
         np.testing.assert_array_equal(both.records["l2"].loss, alone.records["l2"].loss)
 
+    def test_an_attack_that_fails_in_train_mode_leaves_the_statistics(self):
+        model = network()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+
+        def failing(model, x, y):
+            model.train()(x)
+            model.eval()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(model, images(), {"failing": failing})
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
     def test_the_model_is_restored(self):
         model = network().train()
         model[2].eval()
