@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "check_classes",
     "count_batches",
     "device_of",
+    "generators_restored",
     "seeded",
     "set_seed",
     "to_device",
@@ -174,15 +175,20 @@ def seeded(device: torch.device, seed: int | None, batch: int, name: str) -> Ite
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with generators_restored(device):
         set_seed(device, zlib.crc32(f"{seed} {batch} {name}".encode()))
         yield
+
+
+def generators_restored(device: torch.device) -> AbstractContextManager[None]:
+    """Restore the generators of the CPU and of a CUDA device on exit."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def set_seed(device: torch.device, seed: int) -> None:
     """Seed the generators of the CPU and of a device, and, unlike ``torch.manual_seed``, no others.
 
-    ``torch.random.fork_rng`` restores these two if the device is the CPU or a CUDA device.
+    :func:`generators_restored` restores these two if the device is the CPU or a CUDA device.
     """
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(seed)

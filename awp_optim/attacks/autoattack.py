@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from awp_optim._utils.batches import set_seed
+from awp_optim._utils.batches import generators_restored, set_seed
 from awp_optim._utils.checks import check_choice, check_int
 from awp_optim.attacks._autoattack_reference import run_reference
 from awp_optim.attacks.apgd import APGD
@@ -174,7 +174,7 @@ class _Part(BallAttack):
         if reason := self._reason_to_leave_out(x, classes):
             _warn(f"{self.name} is left out: {reason}")
             return x.clone()
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        with generators_restored(x.device):
             if self.backend == "native" and self.name in APGD_LOSSES:
                 set_seed(x.device, self.seed)
                 return self.native().run(oracle, x, y)

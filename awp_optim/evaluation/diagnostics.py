@@ -239,9 +239,8 @@ def _more_helps(
         few, many = getattr(less, setting, None), getattr(more, setting, None)
         if few is None or many is None or not few < many or type(less) is not type(more):
             continue
-        if setting == "steps" and few == 1:  # a second step always helps
-            continue
-        if not _differ_only_in(setting, less, more):
+        second_step = setting == "steps" and few == 1  # which always helps
+        if second_step or not _differ_only_in(setting, less, more):
             continue
         both = records[a].attacked & records[b].attacked
         n = int(both.sum())

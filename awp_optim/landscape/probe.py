@@ -16,7 +16,7 @@ from awp_optim._core.perturbation import arithmetic_dtype
 from awp_optim._cuda_graphs.graphs import Graphs
 from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.attacking import perturb
-from awp_optim._utils.batches import check_classes, seeded
+from awp_optim._utils.batches import check_classes, generators_restored, seeded
 from awp_optim._utils.checks import describe
 from awp_optim.attacks import Attack
 from awp_optim.attacks.captured import unwrap
@@ -57,7 +57,7 @@ def check_model(model: object) -> None:
 
 def count_classes(model: nn.Module, x: Tensor) -> int:
     """The number of the model's classes, from its output for the first example."""
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+    with generators_restored(x.device):
         return ModelOracle(model, x[:1], None).logits(x[:1]).shape[1]
 
 

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -200,10 +200,10 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     result = _evaluate(task, model, data)
     console = terminal()
-    command = shlex.join(["awp", "evaluate", *arguments])
-    _write(task, data.name, result, command, console)
+    about = _about(task, shlex.join(["awp", "evaluate", *arguments]))
+    _write(task, data.name, result, about, console)
     if options.submission is not None:
-        _submit(task, options.submission, result, command)
+        _submit(task, options.submission, result, about)
         console.out(f"Submission: {options.submission}; what to fill in begins with {BLANK}")
     if options.plot is not None:
         _draw_curves(task, model, data, result)
@@ -303,13 +303,15 @@ def _evaluate(task: _Task, model: nn.Module, data: ImageData) -> Evaluation:
         )
 
 
-def _write(task: _Task, dataset: str, r: Evaluation, command: str, console: Console) -> None:
+def _write(
+    task: _Task, dataset: str, r: Evaluation, about: Mapping[str, Any], console: Console
+) -> None:
     """The results, in files and on the terminal."""
     out, name, norm = task.options.out, task.options.name, task.norm
     what = f"{name} on {dataset}: {r.n} test images, {norm}, eps {radius(task.eps)}"
     if r.skip_broken:
         what += "; each attack on the images that earlier ones did not break"
-    write_text(out / "results.json", as_json(r, _about(task, command)))
+    write_text(out / "results.json", as_json(r, about))
     write_text(out / "results.csv", as_csv(r))
     write_text(out / "results.md", as_report(r, what, name, norm))
     write_text(out / "record.csv", per_example(r))
@@ -319,16 +321,15 @@ def _write(task: _Task, dataset: str, r: Evaluation, command: str, console: Cons
         console.out(findings(r))
 
 
-def _submit(task: _Task, file: Path, r: Evaluation, command: str) -> None:
+def _submit(task: _Task, file: Path, r: Evaluation, about: Mapping[str, Any]) -> None:
     """RobustBench's entry, and the text of its form."""
     options, checkpoint = task.options, ""
     attack = leaderboard_attack(task.dataset, task.norm, task.eps, task.attacks)
     arch = options.arch or task.run.get("arch")
     info = model_info(r, attack, dataset=task.dataset, eps=task.eps, arch=arch, run=task.run)
     if options.checkpoint is not None:
-        digest = _about(task, command)["checkpoint_sha256"]
-        checkpoint = f"{options.checkpoint.name}, SHA-256 {digest}"
-    form = submission_form(info, r, norm=task.norm, method=command, checkpoint=checkpoint)
+        checkpoint = f"{options.checkpoint.name}, SHA-256 {about['checkpoint_sha256']}"
+    form = submission_form(info, r, norm=task.norm, method=about["command"], checkpoint=checkpoint)
     write_text(file, json.dumps(info, indent=2) + "\n")
     write_text(file.with_suffix(".md"), form)
 
