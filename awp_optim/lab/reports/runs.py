@@ -140,11 +140,13 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
                 raise ValueError(f"{path} does not hold the settings of a run")
             found.setdefault(path.resolve(), _run(path, settings, []))
             continue
-        metrics = sorted(path.rglob("metrics.csv"))
-        if not metrics:
+        # Not Path.rglob, which does not follow symbolic links before Python 3.13.
+        below = os.walk(path, followlinks=True)
+        folders = sorted(Path(folder) for folder, _, files in below if "metrics.csv" in files)
+        if not folders:
             raise FileNotFoundError(f"{path} holds no run: no folder with a metrics.csv")
-        for file in metrics:
-            found.setdefault(file.parent.resolve(), _read(file.parent))
+        for folder in folders:
+            found.setdefault(folder.resolve(), _read(folder))
     return list(found.values())
 
 

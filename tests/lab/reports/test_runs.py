@@ -72,6 +72,15 @@ def test_each_run_is_found_once_in_order(tmp_path):
     assert [str(r.path.relative_to(tmp_path)) for r in runs] == ["c/d", "a", "b"]
 
 
+def test_runs_behind_a_symbolic_link_are_found(tmp_path):
+    folder(tmp_path / "disk/run")
+    (tmp_path / "chosen").mkdir()
+    (tmp_path / "chosen/link").symlink_to(tmp_path / "disk/run", target_is_directory=True)
+    (tmp_path / "chosen/again").symlink_to(tmp_path / "chosen", target_is_directory=True)
+    (run,) = find_runs([tmp_path / "chosen"])
+    assert run.path.resolve() == (tmp_path / "disk/run").resolve()
+
+
 def test_seeds_are_grouped_and_labels_say_what_differs(tmp_path):
     groups = groups_of(
         tmp_path,
