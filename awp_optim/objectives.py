@@ -12,6 +12,9 @@ SCORE's squared error |p - y|^2, and nowhere else (Szegedy et al., "Rethinking t
 architecture for computer vision", CVPR 2016; in adversarial training: Pang et al., "Bag of tricks
 for adversarial training", ICLR 2021, https://arxiv.org/abs/2010.00467). The loss that the attack
 maximizes is not smoothed.
+
+Half-precision logits are converted to float32 first: in bfloat16, the divergence of two close
+predictions would be mostly rounding, and could be negative.
 """
 
 from __future__ import annotations
@@ -114,6 +117,7 @@ def mart(
     """
     _check_smoothing(label_smoothing)
     y = _checked(y, logits_adv)
+    logits_adv, logits_nat = _at_least_float32(logits_adv), _at_least_float32(logits_nat)
     log_p, p_nat = F.log_softmax(logits_adv, 1), F.softmax(logits_nat, 1)
     if y.is_floating_point():
         cross_entropy = -(y * log_p).sum(1)
@@ -246,12 +250,13 @@ def _log_rest(log_p: Tensor, k: Tensor) -> Tensor:
 
 def _cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
     _check_smoothing(label_smoothing)
-    return F.cross_entropy(logits, _checked(y, logits), label_smoothing=label_smoothing)
+    y = _checked(y, logits)
+    return F.cross_entropy(_at_least_float32(logits), y, label_smoothing=label_smoothing)
 
 
 def _kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     """KL(p || q) of each example, shape (N,)."""
-    log_p, log_q = F.log_softmax(logits_p, 1), F.log_softmax(logits_q, 1)
+    log_p, log_q = (F.log_softmax(_at_least_float32(z), 1) for z in (logits_p, logits_q))
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
 

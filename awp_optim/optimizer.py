@@ -244,9 +244,9 @@ class AWP(Optimizer):
             for layers in batches:
                 for directed in layers.with_directions(self._generators):
                     self._ascend(directed, is_first)
-        torch.clear_autocast_cache()  # it may hold low-precision copies of the previous weights
-        if zero_grad:
-            self.zero_grad()
+            torch.clear_autocast_cache()  # it may hold low-precision copies of the previous weights
+            if zero_grad:
+                self.zero_grad()
 
     def _ascend(self, layers: Layers, is_first: bool) -> None:
         """Eq. (10) and (15) for tensors that share a group, a device and a dtype."""
@@ -418,7 +418,10 @@ class AWP(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as the base optimizer does."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        if set_to_none:  # the default; apex's and DeepSpeed's optimizers take no argument
+            self.base_optimizer.zero_grad()
+        else:
+            self.base_optimizer.zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and the groups' settings, never the backup of the weights.

@@ -20,6 +20,7 @@ from awp_optim._core.layers import perturbed_parameters
 from awp_optim._cuda_graphs.keys import object_key, parameters
 from awp_optim._cuda_graphs.step import CapturedStep
 from awp_optim._utils.checks import check_choice, check_int, check_positive, describe
+from awp_optim._utils.model_state import modes_restored
 from awp_optim.attacks import Attack, Captured
 from awp_optim.attacks.gradient_ascent import GradientAscentAttack
 from awp_optim.attacks.losses import ce, compares_with_clean
@@ -176,6 +177,7 @@ class AdversarialStep:
                 "the weights are already perturbed: call the optimizer's second_step() or "
                 "restore() first"
             )
+        x, y = x.detach(), y.detach()
         try:
             if self._captured.applies_to(x.device):
                 passes = self._perturb_and_backpropagate
@@ -213,7 +215,7 @@ class AdversarialStep:
     ) -> tuple[Tensor, dict[Tensor, Tensor] | None]:
         """The adversarial examples; with ``ascent="attack"`` also what to ascend along."""
         weights = _ascending_weights(awp) if awp and self.ascent == "attack" else []
-        with self._autocast_context(x):
+        with self._autocast_context(x), modes_restored(self._attacked):  # other people's attacks
             if not weights:
                 return self.attack(self._attacked, x, y), None
             assert isinstance(self.attack, GradientAscentAttack)  # _check_settings

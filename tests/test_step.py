@@ -453,6 +453,36 @@ def test_an_exception_leaves_the_weights_unperturbed(net, fails_in_pass):
     step(*batches(1)[0])
 
 
+def test_an_attack_that_leaves_another_mode_does_not_change_the_models(net):
+    def careless(model, x, y):
+        model.eval()
+        return ATTACK(model, x, y)
+
+    other, data = copy.deepcopy(net), batches(3)
+    for model, attack in ((net, careless), (other, ATTACK)):
+        step = AdversarialStep(model, AWP(model.parameters(), SGD, gamma=0.1, lr=0.1), attack)
+        torch.manual_seed(3)
+        for batch in data:
+            step(*batch)
+    assert net.training
+    assert all(
+        torch.equal(*pair) for pair in zip(net.state_dict().values(), other.state_dict().values())
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.0])
+def test_no_gradient_flows_into_what_the_batch_was_computed_from(net, gamma):
+    """Soft labels of a teacher, inputs of a learned preprocessor."""
+    teacher, scale = copy.deepcopy(net), torch.ones((), requires_grad=True)
+    opt = AWP(net.parameters(), SGD, gamma=gamma, lr=0.1)
+    step = AdversarialStep(net, opt, PGD(eps=0.1, steps=2, loss="kl"), TRADES())
+    (x, _), *_ = batches(1)
+    for _ in range(2):
+        step((scale * x).clamp(0, 1), teacher(x).softmax(1))
+    assert scale.grad is None
+    assert all(p.grad is None for p in teacher.parameters())
+
+
 def test_clips_the_gradient_of_the_descent(net):
     opt = AWP(net.parameters(), SGD, gamma=0.1, lr=1.0)
     before = [p.detach().clone() for p in net.parameters()]

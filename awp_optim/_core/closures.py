@@ -27,11 +27,12 @@ class GradientsNotZeroedError(RuntimeError):
 
 @contextmanager
 def refuse_accumulation(params: Iterable[Tensor]) -> Iterator[None]:
-    """Context manager: a backward pass inside may not add to gradients that existed before.
+    """Context manager: what remains in ``p.grad`` on exit may not include an earlier gradient.
+
+    Backward passes inside may add to one that is then zeroed, such as those of an attack.
 
     Raises:
-        GradientsNotZeroedError: before a backward pass adds to such a gradient; or on exit for
-            parameters sharded by ``fully_shard``, whose gradients autograd does not accumulate.
+        GradientsNotZeroedError: on exit.
     """
     gradients = ((p, p.grad) for p in params if p.requires_grad)
     checks = [_Check(p, g) for p, g in gradients if g is not None and not g.is_inference()]
@@ -39,29 +40,47 @@ def refuse_accumulation(params: Iterable[Tensor]) -> Iterator[None]:
         yield
     finally:
         for check in checks:
-            check.hook.remove()
-    if any(check.was_bypassed() for check in checks):
+            check.remove()
+    if any(check.fails() for check in checks):
         raise GradientsNotZeroedError
 
 
 class _Check:
-    """A hook that autograd calls before it adds to ``p.grad``."""
+    """Whether ``p.grad`` includes the gradient that it held at first.
+
+    Hooks run before and after autograd accumulates a gradient. The first kind also runs if
+    ``torch.autograd.grad`` differentiates by p, which does not accumulate.
+    """
 
     def __init__(self, p: Tensor, grad: Tensor) -> None:
         self._p, self._grad = p, grad
         self._version = _version(grad)
-        self._was_called = False
-        self.hook = p.register_hook(self)  # type: ignore[no-untyped-call]
+        self._is_met = self._was_added_to = self._was_called = False
+        before = p.register_hook(self._before)  # type: ignore[no-untyped-call]
+        after = p.register_post_accumulate_grad_hook(self._after)  # type: ignore[no-untyped-call]
+        self._hooks = before, after
 
-    def __call__(self, _: Tensor) -> None:
+    def _before(self, _: Tensor) -> None:
         self._was_called = True
-        if self._p.grad is self._grad and _version(self._grad) == self._version:
-            raise GradientsNotZeroedError
+        self._is_met = self._p.grad is self._grad and _version(self._grad) == self._version
+        self._was_added_to &= self._is_met  # else it has been zeroed in the meantime
 
-    def was_bypassed(self) -> bool:
-        """Whether something other than autograd has written to the gradient of a DTensor."""
-        is_same = is_dtensor(self._grad) and self._p.grad is self._grad
-        return is_same and not self._was_called and _version(self._grad) != self._version
+    def _after(self, p: Tensor) -> None:
+        if self._is_met and p.grad is not None:
+            self._was_added_to = True
+            self._grad, self._version = p.grad, _version(p.grad)  # create_graph makes a new tensor
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def fails(self) -> bool:
+        return self._p.grad is self._grad and (self._was_added_to or self._was_bypassed())
+
+    def _was_bypassed(self) -> bool:
+        """Whether something other than autograd, ``fully_shard``, has written to the gradient."""
+        is_written = _version(self._grad) != self._version
+        return is_dtensor(self._grad) and not self._was_called and is_written
 
 
 def _version(grad: Tensor) -> int:

@@ -68,8 +68,8 @@ class CapturedStep:
         Args:
             passes: takes inputs and labels, leaves the weights perturbed and the gradients in
                 ``p.grad``, returns what the step returns.
-            x: inputs.
-            y: labels.
+            x: inputs, detached.
+            y: labels, detached.
             settings: what the passes depend on.
         """
         optimizer = self._optimizer
@@ -90,7 +90,7 @@ class CapturedStep:
                     optimizer.step()
             return outputs
 
-        outputs = self._graphs(function, (x.detach(), y.detach()), key, self._host)
+        outputs = self._graphs(function, (x, y), key, self._host)
         torch.clear_autocast_cache()  # the weights have changed
         if update_key is None:
             optimizer.step()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from awp_optim._utils.checks import describe
+from awp_optim._utils.model_state import buffers_restored, modes_restored
 
 __all__ = ["check_attack", "perturb"]
 
@@ -32,21 +33,15 @@ def perturb(
 ) -> Tensor:
     """The attack's adversarial examples. It gets copies of x and y, which it may modify.
 
-    The model's buffers are restored, also after an exception: an attack in train mode changes
-    BatchNorm's statistics.
+    The model's modes and buffers are restored, also after an exception: attacks of others may
+    leave the model in another mode, and an attack in train mode changes BatchNorm's statistics.
 
     Raises:
         TypeError: it does not return a tensor with the shape of x.
     """
     in_eval_mode = getattr(attack, "model_mode", None) == "eval"
-    buffers = [] if in_eval_mode or not isinstance(model, nn.Module) else list(model.buffers())
-    before = [b.clone() for b in buffers]
-    try:
+    with modes_restored(model), nullcontext() if in_eval_mode else buffers_restored(model):
         x_adv: Any = attack(model, x.clone(), y.clone())
-    finally:
-        with torch.no_grad():
-            for b, saved in zip(buffers, before, strict=True):
-                b.copy_(saved)
     if not isinstance(x_adv, Tensor) or x_adv.shape != x.shape:
         raise TypeError(
             f"{name} must return a tensor of shape {tuple(x.shape)}, got {describe(x_adv)}"

@@ -22,6 +22,7 @@ __all__ = [
     "count_batches",
     "device_of",
     "generators_restored",
+    "plain",
     "seeded",
     "set_seed",
     "to_device",
@@ -104,7 +105,7 @@ def _checked(batch: object) -> tuple[Tensor, Tensor]:
     if not isinstance(y, Tensor) or not is_integer(y):
         raise TypeError(f"y must be a tensor of integer class indices, got {describe(y)}")
     _check_labels(x, y)
-    return x.detach(), y.detach()
+    return plain(x), plain(y)
 
 
 def _check_labels(x: Tensor, y: Tensor) -> None:
@@ -125,6 +126,14 @@ def check_classes(y: Tensor, classes: int) -> None:
     """
     if (largest := int(y.max())) >= classes:
         raise ValueError(f"label {largest} is not among the model's {classes} classes (from 0)")
+
+
+def plain(t: Tensor) -> Tensor:
+    """``t`` detached; a copy of an inference tensor, which autograd does not accept.
+
+    Call it outside ``torch.inference_mode``, in which the copy would be an inference tensor too.
+    """
+    return t.clone() if t.is_inference() else t.detach()
 
 
 def to_device(x: Tensor, y: Tensor, device: torch.device | None) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from awp_optim._utils.batches import plain
 from awp_optim._utils.checks import check_choice, check_real, is_integer
+from awp_optim._utils.model_state import in_mode
 from awp_optim.attacks._inputs import check_box, check_inputs, check_labels
 from awp_optim.attacks.balls import BALLS, Ball, Projection, at_least_float32
 from awp_optim.attacks.losses import Labels
-from awp_optim.attacks.oracle import MODEL_MODES, Model, ModelOracle, in_mode
+from awp_optim.attacks.oracle import MODEL_MODES, Model, ModelOracle
 
 __all__ = ["Attack", "BallAttack"]
 
@@ -94,7 +96,7 @@ class Attack(ABC):
         """Yield an oracle: the model in ``model_mode``, and the batch as detached tensors."""
         self.check_inputs(x, y)
         with torch.inference_mode(mode=False), torch.no_grad(), in_mode(model, self.model_mode):
-            x, y = _plain(x), None if y is None else _plain(y)
+            x, y = plain(x), None if y is None else plain(y)
             if y is not None and is_integer(y) and self.labels is not Labels.ANY:
                 y = y.long()
             yield ModelOracle(model, x, y, self.labels)
@@ -164,8 +166,3 @@ class BallAttack(Attack):
     @abstractmethod
     def _search(self, oracle: ModelOracle, x: Tensor, y: Tensor | None) -> Tensor:
         """Return the adversarial examples, like :meth:`Attack.run`, for a positive ``eps``."""
-
-
-def _plain(t: Tensor) -> Tensor:
-    """``t`` detached; a copy of an inference tensor, which autograd does not accept."""
-    return t.clone() if t.is_inference() else t.detach()

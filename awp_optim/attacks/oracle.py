@@ -73,7 +73,7 @@ class ModelOracle:
     def logits(self, z: Tensor) -> Tensor:
         """The outputs at ``z``, without gradients: one forward pass."""
         with torch.no_grad(), uncached_autocast(z.device.type):
-            return self.forward(self.as_input(z))
+            return self.forward(self.as_input(z).clone())  # the model may normalize in place
 
     def gradient(self, z: Tensor, loss: Loss, target: Tensor) -> Tensor:
         """The gradient of each example's ``loss(logits, target)`` at ``z``, in the dtype of ``z``.
@@ -127,20 +127,6 @@ def input_gradient(
             " gradient to climb; does its forward pass detach, or run under torch.no_grad()?"
         )
     return gradients
-
-
-@contextmanager
-def in_mode(model: Model, mode: str) -> Iterator[None]:
-    """Put a module in "eval" or "train" mode; restore each submodule's own mode afterwards."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    try:
-        if isinstance(model, nn.Module):
-            model.train(mode == "train")
-        yield
-    finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
 
 
 @contextmanager

@@ -164,7 +164,7 @@ class _Queries:
     def outcome(self, x_adv: Tensor) -> Outcome:
         """Whether each example is misclassified, and its loss."""
         batches = torch.split(self.oracle.as_input(x_adv), self._batch_size)
-        return judge(torch.cat([self._logits(b) for b in batches]), self._y, self._loss)
+        return judge(torch.cat([self._logits(b.clone()) for b in batches]), self._y, self._loss)
 
     def gradient(self, x: Tensor, keys: Tensor) -> Tensor:
         """The estimate at ``x``; ``keys``, shape (N,), determine its random directions.

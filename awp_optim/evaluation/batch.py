@@ -22,6 +22,7 @@ from awp_optim.attacks.captured import unwrap
 from awp_optim.attacks.losses import ce
 from awp_optim.attacks.oracle import Model, ModelOracle
 from awp_optim.evaluation.journal import Outcome
+from awp_optim.evaluation.results import NATURAL
 
 __all__ = ["AttackedBatch", "ObservedModel"]
 
@@ -74,7 +75,8 @@ class AttackedBatch:
 
     def classify(self) -> Outcome:
         """Classify the examples without an attack."""
-        verdict = _verdict(self.model.for_attacks, self.x, self.y)
+        with seeded(self.x.device, self.seed, self.number, NATURAL):  # the model may be random
+            verdict = _verdict(self.model.for_attacks, self.x, self.y)
         return Outcome(list(range(len(self.y))), *verdict)
 
     def attack(self, name: str, attack: Callable[..., Tensor], rows: Tensor) -> Outcome:
@@ -92,12 +94,13 @@ class AttackedBatch:
         self.model.examples = 0
         started = time.perf_counter()
         notes: list[str] = []
-        with _collected_warnings(notes), seeded(device, self.seed, self.number, name):
-            x_adv = perturb(f"attack {name!r}", attack, target, x, y)
-        passes = None if replayed else self.model.examples
-        x, y, x_adv = x[chosen], y[chosen], x_adv[chosen]
+        with seeded(device, self.seed, self.number, name):
+            with _collected_warnings(notes):
+                x_adv = perturb(f"attack {name!r}", attack, target, x, y)
+            passes = None if replayed else self.model.examples
+            x, y, x_adv = x[chosen], y[chosen], x_adv[chosen]
+            fooled, prediction, loss, nan = _verdict(self.model.for_attacks, x_adv, y)
         outside = _outside(unwrap(attack), x, x_adv)
-        fooled, prediction, loss, nan = _verdict(self.model.for_attacks, x_adv, y)
         return Outcome(
             index=rows.tolist(),
             fooled=[f and not o for f, o in zip(fooled, outside, strict=True)],
@@ -129,7 +132,7 @@ def _verdict(model: Model, x: Tensor, y: Tensor) -> tuple[list[bool], list[int],
 
     An example whose logits hold NaN counts as wrong.
     """
-    logits = ModelOracle(model, x, y).logits(x.clone())
+    logits = ModelOracle(model, x, y).logits(x)
     check_classes(y, logits.shape[1])
     nan = logits.isnan().any(1)
     prediction = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(1)

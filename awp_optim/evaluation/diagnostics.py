@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from awp_optim._utils.model_state import in_mode
 from awp_optim.attacks import FGSM, PGD, Attack
 from awp_optim.attacks.captured import unwrap
 from awp_optim.attacks.losses import ce
-from awp_optim.attacks.oracle import Model, ModelOracle, in_mode
+from awp_optim.attacks.oracle import Model, ModelOracle
 from awp_optim.evaluation.journal import Outcome
 from awp_optim.evaluation.results import NATURAL, Finding, Record
 

@@ -20,14 +20,22 @@ import torch
 from torch import Tensor
 
 from awp_optim._utils.attacking import check_attack
-from awp_optim._utils.batches import NO_DATA, Data, batches, count_batches, device_of, to_device
+from awp_optim._utils.batches import (
+    NO_DATA,
+    Data,
+    batches,
+    count_batches,
+    device_of,
+    seeded,
+    to_device,
+)
 from awp_optim._utils.checks import describe
 from awp_optim._utils.identity import identify
+from awp_optim._utils.model_state import in_mode
 from awp_optim._utils.optional import require_numpy
 from awp_optim._utils.progress import progress_bar
 from awp_optim.attacks import NFGSM
 from awp_optim.attacks.captured import unwrap
-from awp_optim.attacks.oracle import in_mode
 from awp_optim.evaluation.batch import AttackedBatch, ObservedModel
 from awp_optim.evaluation.diagnostics import compare, mode_findings, probe, remarks
 from awp_optim.evaluation.journal import EvaluationJournal
@@ -128,7 +136,8 @@ def evaluate(
             if NATURAL not in outcomes:
                 journal.note(NATURAL, batch.classify())
             if checks and number == 0:
-                findings += probe(observed.for_attacks, batch.x, batch.y, _box(parts))
+                with seeded(batch.x.device, seed, number, "checks"):
+                    findings += probe(observed.for_attacks, batch.x, batch.y, _box(parts))
             _attack(batch, parts, journal, tally, skip_broken=skip_broken)
     if not labels:
         raise ValueError(NO_DATA)

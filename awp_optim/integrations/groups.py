@@ -46,11 +46,12 @@ def perturb_only(
         0.01 [(5, 4)]
         0.0 [(2, 4), (2,)]
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    every_name = model.named_parameters(remove_duplicate=False)  # tied weights have two
+    named = {name: p for name, p in every_name if p.requires_grad}
     chosen = _choose(named, names, min_ndim)
     perturbed = {"gamma": gamma, "min_ndim": min_ndim, **settings}
     split = []
-    for group in [{"params": list(named.values())}] if groups is None else groups:
+    for group in [{"params": list(dict.fromkeys(named.values()))}] if groups is None else groups:
         params = group["params"]
         lists: dict[str, list[Any]] = {
             "params": [params] if isinstance(params, Tensor) else list(params)

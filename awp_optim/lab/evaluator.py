@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awp_optim._utils.model_state import in_mode
 from awp_optim.attacks import Captured
-from awp_optim.attacks.oracle import in_mode
 from awp_optim.lab.config import PRECISIONS, Config
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.distributed import TrainingRanks

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from awp_optim._utils.batches import device_of
 from awp_optim._utils.io import atomic_write
-from awp_optim.attacks.oracle import Model, in_mode
+from awp_optim._utils.model_state import in_mode
+from awp_optim.attacks.oracle import Model
 from awp_optim.lab.data import ImageData
 from awp_optim.lab.data.arrays import ArrayFile, StoredArray
 from awp_optim.lab.data.images import check_images, check_labels

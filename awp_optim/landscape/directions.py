@@ -26,8 +26,9 @@ from awp_optim._utils.batches import (
     to_device,
 )
 from awp_optim._utils.checks import describe
+from awp_optim._utils.model_state import in_mode
 from awp_optim.attacks.losses import ce
-from awp_optim.attacks.oracle import ModelOracle, in_mode
+from awp_optim.attacks.oracle import ModelOracle
 from awp_optim.landscape.probe import (
     SEED_NAME,
     MovableWeights,
@@ -171,7 +172,8 @@ def awp_direction(
             check_classes(y, count_classes(model, x))
             with seeded(x.device, seed, number, SEED_NAME):
                 x_adv = perturb("the attack", attack, model, x, y)
-            for p, g in _gradients(model, weights, x_adv, y):
+                gradients = _gradients(model, weights, x_adv, y)
+            for p, g in gradients:
                 total[p] = g.to(arithmetic_dtype(g.dtype)) + total.get(p, 0)
     if number < 0:
         raise ValueError(NO_DATA)

@@ -16,10 +16,10 @@ from awp_optim._utils.checks import describe
 from awp_optim._utils.distributed import Ranks
 from awp_optim._utils.identity import identify
 from awp_optim._utils.journal import checksum
+from awp_optim._utils.model_state import in_mode
 from awp_optim._utils.optional import require_numpy
 from awp_optim._utils.progress import progress_bar
 from awp_optim.attacks.captured import unwrap
-from awp_optim.attacks.oracle import in_mode
 from awp_optim.landscape.directions import Direction, named_direction
 from awp_optim.landscape.journal import LandscapeJournal, PointLosses
 from awp_optim.landscape.probe import (

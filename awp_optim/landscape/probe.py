@@ -18,6 +18,7 @@ from awp_optim._cuda_graphs.keys import module_key
 from awp_optim._utils.attacking import perturb
 from awp_optim._utils.batches import check_classes, generators_restored, seeded
 from awp_optim._utils.checks import describe
+from awp_optim._utils.model_state import changeable_buffers
 from awp_optim.attacks import Attack
 from awp_optim.attacks.captured import unwrap
 from awp_optim.attacks.losses import ce
@@ -76,7 +77,7 @@ class MovableWeights:
         self._moving = {
             name: p for name, p in model.named_parameters() if any(name in d for d in directions)
         }
-        self._tensors = [*self._moving.values(), *model.buffers()]
+        self._tensors = [*self._moving.values(), *changeable_buffers(model)]
         self._copies = [t.detach().clone() for t in self._tensors]
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -111,6 +112,42 @@ def test_the_model_is_left_as_found_after_an_exception(name, fails_at, cnn, batc
     with pytest.raises(RuntimeError, match="out of memory"):
         attack(cnn, *batch)
     assert_as_found(cnn, before, attack)
+
+
+class Merging(nn.Module):
+    """A layer whose train() changes more than a flag, as LoRA merges its weights for inference."""
+
+    def __init__(self):
+        super().__init__()
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("modes", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("attack", [FGSM(), FGSM(model_mode="train")], ids=["eval", "train"])
+def test_modes_are_restored_by_the_models_train_method(attack, modes, cnn, batch):
+    model = nn.Sequential(Merging(), cnn)
+    model.train(modes[0])
+    model[0].train(modes[1])
+    attack(model, *batch)
+    assert [m.training for m in (model, model[0], cnn)] == [modes[0], modes[1], modes[0]]
+    assert model[0].merged is not modes[1]
+
+
+@pytest.mark.parametrize("attack", [SPSA(steps=1, samples=2), PGD(steps=1, loss="kl")])
+def test_a_model_that_normalizes_in_place_does_not_change_the_input(attack, cnn, batch):
+    x, y = batch
+    before = x.clone()
+    with contextlib.suppress(RuntimeError):  # an input that is overwritten has no gradient
+        attack(lambda z: cnn(z.sub_(0.5)), x, y)
+    assert torch.equal(x, before)
 
 
 def test_a_train_method_that_fails_leaves_the_modes(cnn, batch):

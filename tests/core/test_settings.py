@@ -100,6 +100,43 @@ def test_foreach_is_passed_to_a_base_that_has_it(net, foreach):
     assert AWP(net.parameters(), Bare, lr=0.1, foreach=foreach).foreach is foreach
 
 
+def test_a_base_whose_zero_grad_takes_no_argument(net):
+    """As apex's and DeepSpeed's."""
+
+    class Fused(SGD):
+        def zero_grad(self):
+            super().zero_grad()
+
+    opt = AWP(net.parameters(), Fused, lr=0.1)
+    backward(net, *batches(1)[0])
+    opt.first_step(zero_grad=True)
+    assert opt.is_perturbed
+    assert all(p.grad is None for p in net.parameters())
+    backward(net, *batches(1)[0])
+    with pytest.raises(TypeError, match="set_to_none"):
+        opt.zero_grad(set_to_none=False)
+    opt.second_step(zero_grad=True)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("way", ["first_step", "restored"])
+def test_a_zero_grad_that_fails_leaves_the_weights_unperturbed(net, way):
+    class Failing(SGD):
+        def zero_grad(self, set_to_none=True):
+            raise OSError("no")
+
+    opt = AWP(net.parameters(), Failing, lr=0.1)
+    start = snapshot(net.parameters())
+    backward(net, *batches(1)[0])
+    with pytest.raises(OSError, match="no"):
+        if way == "first_step":
+            opt.first_step(zero_grad=True)
+        else:
+            with opt.perturbed(zero_grad=True):
+                pass
+    assert_restored(opt, start)
+
+
 @pytest.mark.parametrize(
     ("error", "name", "values"),
     [

@@ -161,6 +161,46 @@ class TestWhatAClosureZeroes:
             opt.step(lambda batch=batch: (zero(), backward(net, *batch))[1])
         assert_same_weights(net, other)
 
+    @pytest.mark.parametrize("set_to_none", [True, False])
+    @pytest.mark.parametrize("way", ["backward", "autograd.grad", "assigned"])
+    def test_passes_before_it_do_not_count(self, net, way, set_to_none):
+        """Such as an attack's or a gradient penalty's: Lightning zeroes after the training step."""
+        other, data = copy.deepcopy(net), batches(4)
+        settings = {"gamma": 0.1, "lr": 0.1, "momentum": 0.9}
+        train(other, AWP(other.parameters(), SGD, **settings), data)
+        opt, params = AWP(net.parameters(), SGD, **settings), list(net.parameters())
+
+        def closure(x, y):
+            if way == "backward":
+                backward(net, x, y)
+            else:
+                loss = F.cross_entropy(net(x), y)
+                grads = torch.autograd.grad(loss, params)
+            if way == "assigned":
+                for p, g in zip(params, grads):
+                    p.grad = g
+                return loss
+            opt.zero_grad(set_to_none=set_to_none)
+            return backward(net, x, y)
+
+        for batch in data:
+            opt.step(lambda batch=batch: closure(*batch))
+        assert_same_weights(net, other)
+
+    @pytest.mark.parametrize("create_graph", [False, True])
+    @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+    def test_two_passes_are_refused_if_neither_zeroes(self, net, create_graph):
+        opt, batch, start = ready(net)
+
+        def closure():
+            for _ in range(2):
+                F.cross_entropy(net(batch[0]), batch[1]).backward(create_graph=create_graph)
+
+        with pytest.raises(RuntimeError, match=r"zero_grad\(\)"):
+            opt.step(closure)
+        assert_restored(opt, start)
+        assert all(p.grad is None for p in net.parameters())
+
     def test_nothing_where_there_is_no_perturbation_is_left_to_the_base_optimizer(self, net):
         other, batch = copy.deepcopy(net), batches(1)[0]
         opt = AWP(net.parameters(), SGD, gamma=0.0, lr=0.1)

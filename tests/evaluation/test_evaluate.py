@@ -324,6 +324,23 @@ class TestSettings:
         twice = run(model, data, {"a": l2, "b": l2})
         assert differ(twice.records["a"], twice.records["b"])
 
+    def test_a_random_model_gives_the_same_result_whatever_else_is_asked(self):
+        class Noisy(Scaled):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x + 0.3 * torch.randn_like(x))
+
+        model, data = Noisy(*network()), images()
+        state = torch.get_rng_state()
+        pgd = {"pgd": ATTACKS["pgd"]}
+        first = run(model, data, pgd, batch_size=16)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(7)
+        for attacks, checks in ((pgd, False), ({"fgsm": FGSM(), **pgd}, False), (pgd, True)):
+            r = run(model, data, attacks, batch_size=16, checks=checks)
+            assert r.natural == first.natural
+            np.testing.assert_array_equal(r.records["pgd"].loss, first.records["pgd"].loss)
+        assert run(model, data, pgd, batch_size=16, seed=1).natural != first.natural
+
     def test_torchs_generator_is_restored_but_used_without_a_seed(self):
         data, l2 = images(), {"l2": ATTACKS["l2"]}
         torch.manual_seed(5)
@@ -402,6 +419,21 @@ class TestForeignAttacks:
         r = run(model, data, {"own": lambda m, x, y: STEADY(m, x, y), "pgd": STEADY})
         assert r.robust["own"] == r.robust["pgd"]
         assert r.records["own"].passes == 5
+
+    def test_one_that_leaves_the_model_in_train_mode_harms_nobody(self):
+        """As the loop of many scripts does, which ends with model.train()."""
+
+        def careless(model, x, y):
+            x_adv = STEADY(model, x, y)
+            model.train()
+            return x_adv
+
+        model = network()
+        before = model[2].running_mean.clone()
+        r = run(model, images(), {"own": careless, "pgd": STEADY}, batch_size=16)
+        assert r.robust["own"] == r.robust["pgd"]
+        assert r.natural == run(network(), images()).natural
+        assert torch.equal(model[2].running_mean, before)
 
     def test_the_wrong_shape(self):
         with pytest.raises(TypeError, match=r"attack 'cut' must return a tensor of shape"):
@@ -539,6 +571,12 @@ class TestOddModels:
         with pytest.warns(EvaluationWarning, match="under gray"):
             r = run(model, images(), {"gray": lambda m, x, y: x * 0 + 0.5}, checks=True)
         assert r.worst_case == 0
+
+    def test_a_buffer_whose_elements_share_memory(self):
+        model = network()
+        model.register_buffer("mask", torch.zeros(1).expand(5))
+        r = run(model, images(), {"own": lambda m, x, y: STEADY(m, x, y)})
+        assert r.robust["own"] == run(network(), images(), {"own": STEADY}).robust["own"]
 
     def test_infinite_logits_of_excluded_classes_are_fine(self):
         def model(z: Tensor) -> Tensor:

@@ -55,6 +55,16 @@ def test_only_the_chosen_are_perturbed_and_all_are_trained(names, settings, expe
     assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def test_a_tied_weight_has_two_names():
+    """As the embedding and the output layer of a language model."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    for name in ("embedding", "head"):
+        (group,) = perturb_only(model, name, gamma=0.02)
+        assert group["gamma"] == 0.02
+        assert [id(p) for p in group["params"]] == [id(model["head"].weight)]
+
+
 def test_groups_keep_their_settings_when_they_are_split():
     model = net()
     decayed = [p for p in model.parameters() if p.ndim > 1]

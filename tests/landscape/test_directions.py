@@ -92,6 +92,24 @@ class TestPerturbationsOfTraining:
             p = model.get_parameter(name)
             torch.testing.assert_close(v, p.norm() * p.grad / p.grad.norm(), rtol=1e-9, atol=0)
 
+    def test_awp_of_a_random_model_is_seeded_and_leaves_the_generator(self):
+        model = network()
+        model[6].register_forward_hook(lambda m, inputs, z: z + torch.randn_like(z))
+        state = torch.get_rng_state()
+        d = awp_direction(model, images(), ATTACK)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(7)
+        again, other = (awp_direction(model, images(), ATTACK, seed=seed) for seed in (0, 1))
+        assert all(torch.equal(d[name], again[name]) for name in d)
+        assert not any(torch.equal(d[name], other[name]) for name in d)
+
+    def test_awp_of_tensors_made_in_inference_mode(self):
+        model = network()
+        expected = awp_direction(model, images(), ATTACK)
+        with torch.inference_mode():
+            d = awp_direction(model, tuple(t.clone() for t in images()), ATTACK)
+        assert all(torch.equal(d[name], expected[name]) for name in expected)
+
     def test_rwp_is_as_long_as_the_weights(self):
         model = network()
         d, again = (rwp_direction(model, torch.Generator().manual_seed(0)) for _ in range(2))

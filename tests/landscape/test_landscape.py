@@ -310,6 +310,15 @@ def test_the_model_is_restored_after_an_exception_anywhere(error, recompute_bn):
     assert limit > 30
 
 
+def test_a_buffer_whose_elements_share_memory():
+    model = network()
+    model.register_buffer("mask", torch.zeros(1).expand(5))
+    c, expected = (
+        loss_curve(m, images(), ATTACK, ALPHAS, gaussian(network())) for m in (model, network())
+    )
+    assert (c.adv_loss == expected.adv_loss).all()
+
+
 def test_a_second_interrupt_while_the_model_is_restored(monkeypatch):
     model = network()
     before = snapshot(model)
