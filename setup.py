@@ -19,6 +19,7 @@ LAB = [
     "jinja2",
     "rich",
     "safetensors",
+    "scipy",
     "tyro>=0.9",
 ]
 EVAL = ["numpy", "pyautoattack"]

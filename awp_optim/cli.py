@@ -15,12 +15,13 @@ COMMANDS = {
     "evaluate": "measure its robust accuracy, from FGSM to AutoAttack",
     "landscape": "draw weight loss landscapes of training runs",
     "compare": "repeat the paper's comparisons: many settings, several seeds",
-    "recipes": "list the settings of the paper's runs",
+    "recipes": "list the named runs, with the accuracies reported for them",
     "pseudo-label": "label images with a classifier, for robust self-training",
 }
 SHARED = ("train", "landscape")
 """The commands that several processes of torchrun can share."""
 RESUME = {
+    "train": "the same command with --resume continues",
     "evaluate": "the same command with --resume continues",
     "landscape": "the same command continues",
     "compare": "the same command continues",

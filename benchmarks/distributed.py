@@ -10,7 +10,6 @@ contestants of several processes with one another.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -26,7 +25,7 @@ from awp_optim import AWP, frozen_batch_norm
 from awp_optim.attacks import PGD
 from awp_optim.lab.models import build_model
 from benchmarks.environment import environment, write_json
-from benchmarks.timing import interleaved, median_ratio
+from benchmarks.timing import interleaved, median_ratio, medians
 
 
 def train_step(
@@ -111,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             **environment(device),
             **vars(options),
             "processes": dist.get_world_size(),
-            "median_seconds": {name: statistics.median(s) for name, s in seconds.items()},
+            "median_seconds": medians(seconds),
             "over_AT_alike": {
                 name: median_ratio(
                     seconds, name, name.replace("AT-AWP", "AT").replace(", no_sync", "")

@@ -148,7 +148,7 @@ def train(file: str) -> None:
 
 
 def peak_memory(path: Path | None) -> dict[str, float]:
-    """The same in a process of its own."""
+    """The peaks that :func:`train` prints, of a process of its own."""
     command = [sys.executable, "-m", "benchmarks.generated_data", "--train", str(path or "")]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     peaks: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

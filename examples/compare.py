@@ -4,6 +4,7 @@
     python examples/compare.py figure2        # steps, size and norm of the perturbation
     python examples/compare.py regularizers   # other regularization: Figure 3 (d), Tables 4 and 5
     python examples/compare.py rwp            # random perturbation: Figure 3 (c)
+    python examples/compare.py cifar10-small  # AT, TRADES and MART on a part of CIFAR-10
     python examples/compare.py rwp --recipe at/cifar10-linf-preact18 --device cuda
 
 On a cluster, with the runs on dask's workers (one thread each):

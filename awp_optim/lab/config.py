@@ -18,16 +18,15 @@ from awp_optim.attacks import NFGSM, PGD
 from awp_optim.lab.schedules import Schedule
 from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
-__all__ = ["METHODS", "PRECISIONS", "THREATS", "Config", "Precision"]
+__all__ = ["PRECISIONS", "THREATS", "Config", "Precision"]
 
 Method = Literal["at", "trades", "mart", "rst", "pretrain", "gkl", "score"]
+"""RST is TRADES with more data; pretrain is adversarial training from given weights."""
 Activation = Literal[
     "relu", "leaky_relu", "elu", "celu", "gelu", "silu", "mish", "softplus", "tanh"
 ]
 Precision = Literal["auto", "float32", "bfloat16"]
 
-METHODS: tuple[Method, ...] = get_args(Method)
-"""RST is TRADES with more data; pretrain is adversarial training from given weights."""
 PRECISIONS: dict[Precision, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
 """Autocast's dtype by name; weights and optimizer state are float32 either way. "auto" is replaced
 by one of the two before a run begins (:mod:`awp_optim.lab.precision`)."""
@@ -47,6 +46,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bn_momentum": ("in (0, 1]", lambda v: v is None or 0 < v <= 1),
     "awp_start ema_start epoch_images": ("at least 0", lambda v: v >= 0),
     "test_eval cutout save_every patience": ("at least 0", lambda v: v >= 0),
+    "train_steps test_steps": ("at least 0", lambda v: v >= 0),
     "ascent_steps alternations epochs batch_size": ("at least 1", lambda v: v >= 1),
     "train_eval eval_every val_images": ("at least 1", lambda v: v >= 1),
     "seed": ("between -2**63 and 2**63", lambda v: -(2**63) < v < 2**63),
@@ -67,8 +67,8 @@ class Config:
     method: Method = "at"
     """Training method; rst needs pseudo-labeled images, pretrain needs initial weights."""
     beta: float = 6.0
-    """Trade-off: beta of trades, rst, gkl and score, lambda of mart. Without a recipe, gkl has 20
-    and score 4 by default."""
+    """Trade-off: beta of trades, rst, gkl and score, lambda of mart. awp train sets 20 for gkl and
+    4 for score, unless a recipe or the option names another."""
     alpha: float = 4.0
     """Weight of gkl's cross-entropy with the natural predictions."""
     gamma: float = 0.0
@@ -107,7 +107,8 @@ class Config:
     train_attack: Literal["pgd", "n-fgsm"] = "pgd"
     """Training attack; n-fgsm is one step of length eps, and does not use step_size."""
     attack_mode: Literal["eval", "train"] | None = None
-    """Mode of the model in the training attack; None: train with at and pretrain, else eval."""
+    """Mode of the model in the training attack; by default train with at and pretrain, eval with
+    the others."""
     epochs: int = 200
     """Epochs to train."""
     batch_size: int = 128
@@ -125,7 +126,8 @@ class Config:
     bn_decay: bool = True
     """Whether the weight decay includes the parameters of BatchNorm layers."""
     bn_momentum: float | None = None
-    """A batch's share in BatchNorm's running statistics; None: the network's own, mostly 0.1."""
+    """A batch's share in BatchNorm's running statistics; by default the network's own share, mostly
+    0.1."""
     l1: float = 0.0
     """L1 regularization of the weights, not of biases and norm layers; the paper's is 5e-6."""
     l2: float = 0.0
@@ -183,6 +185,7 @@ class Config:
                 if not holds(getattr(self, name)):
                     raise ValueError(f"{name} must be {what}, got {getattr(self, name)}")
         self._check_together()
+        _ = self.test_attack  # checks eps, step_size and norm
 
     def _check_together(self) -> None:
         """Raise ValueError for settings of which one rules out another."""

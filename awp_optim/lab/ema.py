@@ -31,7 +31,7 @@ class MovingAverage(AveragedModel):
     def __init__(
         self, model: nn.Module, decay: float, *, start: int = 0, warmup: bool = False
     ) -> None:
-        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+        super().__init__(model)
         self._decay, self._start, self._warmup = decay, start, warmup
 
     @torch.no_grad()

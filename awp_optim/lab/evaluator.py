@@ -24,6 +24,7 @@ Images = tuple[Tensor, Tensor]
 
 
 LARGEST_BATCH = 1000
+"""Images at a time, if the memory allows it."""
 
 
 class Evaluator:

@@ -251,17 +251,20 @@ def _robustbench_loader() -> Callable[..., nn.Module]:
 
 
 def normalized(
-    model: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None
+    model: nn.Module,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    channels: int | None = None,
 ) -> nn.Module:
     """The model behind a :class:`~awp_optim.lab.models.Normalize`, if statistics are given.
 
     Raises:
-        ValueError: Only one of the two is given, they do not fit each other, or the model has a
-            normalization itself.
+        ValueError: Only one of the two is given, they do not fit each other or the ``channels`` of
+            the images, or the model has a normalization itself.
     """
     _check_both(mean, std)
     if mean is None or std is None:
         return model
     if any(isinstance(m, Normalize) for m in model.modules()):
         raise ValueError("the model normalizes its inputs itself: leave out --mean and --std")
-    return nn.Sequential(Normalize(mean, std), model).eval()
+    return nn.Sequential(Normalize(mean, std, channels), model).eval()

@@ -236,7 +236,7 @@ class _Run:
         init: Mapping[str, Tensor] | None,
         ranks: TrainingRanks,
     ) -> None:
-        _check_inputs(config, unlabeled, init)
+        check_inputs(config, unlabeled=bool(unlabeled), init=init is not None)
         self.config, self.ranks = config, ranks
         self.about = describe_inputs(data, unlabeled, init)
         data, held_out = _hold_out(config, data)
@@ -381,14 +381,19 @@ class _Run:
         return self.config.lr * self._lr_factor(step)
 
 
-def _check_inputs(
-    config: Config, unlabeled: PseudoLabeled | None, init: Mapping[str, Tensor] | None
-) -> None:
+def check_inputs(config: Config, *, unlabeled: bool, init: bool) -> None:
+    """Raise ValueError for a method without the images or the weights that it needs.
+
+    Args:
+        config: the run.
+        unlabeled: whether there are images with pseudo-labels.
+        init: whether there are weights to start from.
+    """
     if config.method == "rst" and not unlabeled:
         raise ValueError(
             "method 'rst' needs images with pseudo-labels: --unlabeled FILE or --labeled N"
         )
-    if config.method == "pretrain" and init is None:
+    if config.method == "pretrain" and not init:
         raise ValueError("method 'pretrain' needs weights to start from: --init CHECKPOINT")
 
 

@@ -46,6 +46,8 @@ def load_checkpoint(
         ValueError: It is a file of another kind, damaged, or holds other objects.
     """
     path = locate(file)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it, as {path / 'best.pt'}")
     if path.suffix == ".safetensors":
         from awp_optim.lab.weights_file import read_weights
 

@@ -17,7 +17,7 @@ from benchmarks.timing import WARMUP_CALLS
 
 @dataclass(frozen=True)
 class Network:
-    """A network, the work of one training step, and the targets of ACCELERATOR.md.
+    """A network, the work of one training step, and the targets.
 
     Attributes:
         arch: its name for ``build_model``.

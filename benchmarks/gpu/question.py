@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ import torch
 
 from benchmarks.environment import RESULTS, device_slug, environment, write_json
 from benchmarks.report import figures_table
-from benchmarks.timing import Seconds
+from benchmarks.timing import Seconds, medians
 
 Details = dict[str, Any]
 """What a case leaves in the JSON file beside its figures."""
@@ -145,7 +144,7 @@ def table(content: Mapping[str, Any]) -> str:
 def milliseconds(seconds: Seconds) -> Details:
     """The medians and every repeat, in milliseconds."""
     return {
-        "median_ms": {name: 1e3 * statistics.median(each) for name, each in seconds.items()},
+        "median_ms": {name: 1e3 * s for name, s in medians(seconds).items()},
         "ms": {name: [1e3 * s for s in each] for name, each in seconds.items()},
     }
 

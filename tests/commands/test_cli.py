@@ -159,6 +159,7 @@ def snapshot(folder):
 
 
 FILES = ("--images", "x.npz", "--checkpoint", "run/best.pt", "--out", "xy.npz")
+CIFAR10 = ("train", "--dataset", "cifar10", "--data-dir", "none")
 EVALUATE = ("evaluate", "--checkpoint", "run/best.pt", "--limit", 5)
 GALLERY = ("landscape", "run", "--gallery")
 QUICKSTART = ("examples/quickstart.py", "--epochs", 1, "--seeds", 1)
@@ -180,7 +181,13 @@ QUICKSTART = ("examples/quickstart.py", "--epochs", 1, "--seeds", 1)
         ((*RUN, "--out", "new", "--epochs", "1.5"), "--epochs"),
         ((*RUN, "--out", "new", "--seed", 10**30), "seed must be between"),
         ((*RUN, "--out", "new", "--method", "magic"), "invalid choice 'magic'"),
-        ((*RUN, "--out", "new", "--recipe", "magic"), "invalid choice 'magic'"),
+        ((*RUN, "--out", "new", "--recipe", "magic"), "there is no 'magic'"),
+        ((*RUN, "--out", "new", "--recipe", "at/cifar10-smal"), "closest are at/cifar10-small"),
+        ((*RUN, "--out", "new", "--train-steps=-1"), "train_steps must be at least 0"),
+        ((*RUN, "--out", "new", "--max-minutes", "nan"), "--max-minutes must be at least 0"),
+        ((*RUN, "--out", "new", "--method", "pretrain", "--init", "run"), "run is a folder"),
+        ((*CIFAR10, "--out", "new", "--method", "rst"), "--unlabeled FILE or --labeled N"),
+        ((*CIFAR10, "--out", "file/new"), "file/new/config.json cannot be written"),
         ((*RUN, "--out", "new", "--activation", "sine"), "invalid choice 'sine'"),
         ((*RUN, "--out", "new", "--arch", "magic"), "no model"),
         ((*RUN, "--out", "new", "--ema", "1"), "ema must be in [0, 1)"),
@@ -207,12 +214,16 @@ QUICKSTART = ("examples/quickstart.py", "--epochs", 1, "--seeds", 1)
         ((*EVALUATE, "--attacks", "fgsm,fgsm"), "names fgsm twice"),
         ((*EVALUATE, "--attacks", "autoattack,aa"), "names autoattack twice"),
         ((*EVALUATE, "--attacks", "pgd0"), "no attack 'pgd0'"),
-        ((*EVALUATE, "--attacks", "pgd20", "--norm", "l1"), "norm must be one of"),
+        ((*EVALUATE, "--attacks", "pgd20", "--norm", "l1"), "--attacks pgd20: norm must be one of"),
         ((*EVALUATE, "--eps", "8"), "8/255"),
         ((*EVALUATE, "--eps=-1/255"), "eps must"),
         ((*EVALUATE, "--eps=8/0"), "'8/0'"),
         ((*EVALUATE, "--plot", "0.1,-0.1"), "must not be negative"),
         ((*EVALUATE, "--plot", "a"), "'a' is not a number"),
+        ((*EVALUATE, "--plot", "0.1,2"), "more than the width of the box"),
+        ((*EVALUATE, "--eps", "nan"), "error: eps must be finite"),
+        ((*EVALUATE, "--out", "file/e"), "file/e/results.json cannot be written"),
+        (("evaluate", "--checkpoint", "run"), "run is a folder"),
         ((*EVALUATE, "--image-size", "8"), "--image-size is for --dataset folder"),
         ((*EVALUATE, "--mean", "0.5", "--std", "0.5"), "--mean and --std"),
         ((*EVALUATE, "--arch", "preact_resnet18"), "do not fit"),
@@ -227,7 +238,8 @@ QUICKSTART = ("examples/quickstart.py", "--epochs", 1, "--seeds", 1)
         (("landscape", "run"), "--figure, --gallery"),
         (("landscape", "--gallery"), "run folder"),
         ((*GALLERY, "--figure", "methods"), "not allowed together"),
-        (("landscape", "run", "--figure", "none"), "invalid choice 'none'"),
+        (("landscape", "run", "--figure", "none"), "there is no 'none'"),
+        ((*GALLERY, "--out", "file/g"), "file/g/index.html cannot be written"),
         ((*GALLERY, "--points", 4), "points must be an odd number"),
         ((*GALLERY, "--grid", 1), "grid must be an odd number"),
         ((*GALLERY, "--limit", 0), "limit must be at least 1"),
@@ -246,7 +258,7 @@ QUICKSTART = ("examples/quickstart.py", "--epochs", 1, "--seeds", 1)
         (("compare", "rwp", "--seeds", 0), "--seeds: must be an integer above 0, not 0"),
         (("compare", "rwp", "--epochs", 0), "--epochs"),
         (("compare", "rwp", "--limit=-1"), "--limit"),
-        (("compare", "rwp", "--recipe", "rst/cifar10-linf-wrn28-10"), "invalid choice"),
+        (("compare", "rwp", "--recipe", "rst/cifar10-linf-wrn28-10"), "there is no 'rst"),
         (("compare", "rwp", "--out", "file"), "file"),
         # Pseudo-labels.
         (("pseudo-label", *FILES[:2]), "--out"),
@@ -258,6 +270,11 @@ QUICKSTART = ("examples/quickstart.py", "--epochs", 1, "--seeds", 1)
         (("pseudo-label", *FILES, "--images", "y.npz"), "4 images and 3 labels"),
         (("pseudo-label", *FILES, "--out", "x.npz"), "--images"),
         (("pseudo-label", *FILES, "--out", "file/xy.npz"), "file"),
+        (("pseudo-label", *FILES, "--out", "run"), "run cannot be written (it is a folder)"),
+        (
+            ("pseudo-label", *FILES[:2], *FILES[4:], "--model", "json:loads", "--arch", "vgg19"),
+            "go with --checkpoint",
+        ),
         (("pseudo-label", *FILES, "--checkpoint", "damaged.pt"), "damaged.pt"),
         # The quickstart.
         ((*QUICKSTART, "--seeds", 0), "--seeds"),

@@ -198,6 +198,14 @@ def test_a_recipe_is_the_setting_and_the_data(awp, recipe_data, pretend, tmp_pat
     assert "epochs: 200" in text
 
 
+def test_the_methods_have_the_papers_beta_whatever_the_recipes(awp, recipe_data, pretend):
+    (recipe,) = (name for name in RECIPES if name.startswith("trades-awp-growing/"))
+    assert RECIPES[recipe].config.beta != 6
+    ended = awp("compare", "methods", "--recipe", recipe, "--seeds", 1, "--workers", 1)
+    assert ended.status == 0, ended.err
+    assert {config.beta for config in pretend.configs} == {6}
+
+
 def test_runs_too_short_for_the_awp_of_a_recipe(awp, recipe_data):
     recipe = ("--recipe", "at-awp/svhn-linf-preact18", "--workers", 1)
     ended = awp("compare", "methods", *recipe, "--epochs", 5)

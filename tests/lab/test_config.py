@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
+from typing import get_args
 
 import pytest
 
 from awp_optim.attacks import NFGSM, PGD
-from awp_optim.lab.config import METHODS, Config
+from awp_optim.lab.config import Config, Method
 from awp_optim.lab.models import ACTIVATIONS
 from awp_optim.objectives import AT, GKL, MART, SCORE, TRADES
 
@@ -79,7 +80,8 @@ def test_images_are_mixed_in_one_way():
 
 
 def test_each_method_has_its_published_attack_and_objective():
-    of = {method: Config(method=method, beta=3.0, label_smoothing=0.1) for method in METHODS}
+    methods = get_args(Method)
+    of = {method: Config(method=method, beta=3.0, label_smoothing=0.1) for method in methods}
     assert {m: c.objective for m, c in of.items()} == {
         "at": AT(label_smoothing=0.1),
         "trades": TRADES(beta=3.0, label_smoothing=0.1),

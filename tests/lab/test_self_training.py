@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from awp_optim.lab import building, trainer
-from awp_optim.lab.config import METHODS, Config
+from awp_optim.lab.config import Config, Method
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.models import build_model
 from awp_optim.lab.recipes import RECIPES
@@ -118,7 +119,7 @@ def test_a_run_on_them_shows_both_kinds_in_every_batch(data, monkeypatch):
 # --- Without an adversary -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_natural_training_is_plain_descent_on_clean_images(data, monkeypatch, method):
     """Two steps on all images at once, beside the same by hand."""
     built = []

@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from awp_optim import AWP
 from awp_optim._cuda_graphs.graphs import _Graph
 from awp_optim.attacks import PGD
 from awp_optim.lab import building, evaluator, trainer
-from awp_optim.lab.config import METHODS
+from awp_optim.lab.config import Method
 from awp_optim.lab.data import load_digits
 from awp_optim.lab.idbh import idbh_weak
 from awp_optim.lab.models import build_model
@@ -83,7 +84,7 @@ def test_training_lowers_the_loss(config, data):
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.01])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_lowers_its_loss(method, gamma):
     """Two epochs of the quickstart's task; its batches, cut, so that it takes no minutes."""
     config = replace(QUICKSTART, method=method, gamma=gamma, epochs=2, train_steps=2, lr=0.05)

@@ -55,5 +55,8 @@ def make_attacks(names: str, eps: float, norm: str, backend: str) -> dict[str, A
         name = re.sub(r"^aa(?=-|$)", "autoattack", name.strip())
         if name in attacks:
             raise ValueError(f"--attacks names {name} twice")
-        attacks[name] = make_attack(name, eps, norm, backend)
+        try:
+            attacks[name] = make_attack(name, eps, norm, backend)
+        except ValueError as error:
+            raise ValueError(f"--attacks {name}: {error}") from error
     return attacks

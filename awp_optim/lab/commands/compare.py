@@ -17,6 +17,7 @@ from awp_optim._utils.io import write_text
 from awp_optim.lab.commands.options import (
     Device,
     Positive,
+    check_writable,
     one_of,
     parse,
     print_table,
@@ -42,10 +43,11 @@ HELP = """The paper's comparisons: many settings, several seeds of each, tables 
     figure2        steps, size and norm of the perturbation: Figure 2
     regularizers   other regularization: Figure 3 (d), Tables 4 and 5
     rwp            random perturbation: Figure 3 (c)
-    cifar10-small  AT, TRADES and MART with and without AWP on a part of CIFAR-10, on a CPU
+    cifar10-small  AT, TRADES and MART with and without AWP, and RWP, on a part of CIFAR-10
 
 Without a recipe the task is the quickstart's, 450 of scikit-learn's digits, a small network, a CPU;
-that of cifar10-small is the recipe at/cifar10-small.
+that of cifar10-small is the recipe at/cifar10-small. With a recipe, methods compares AT, TRADES and
+MART alone.
 --out gets STUDY.json, STUDY.md and STUDY.png. A run is in STUDY.json as soon as it has finished:
 the same command continues where it was interrupted, with a recipe also within a run.
 """
@@ -168,6 +170,7 @@ def compare(options: Options, *, executor: Executor | None = None, command: str 
             ``dask.distributed.Client(address).get_executor()``.
         command: how to repeat it, for the file of tables.
     """
+    check_writable(options.out / f"{options.study}.json")
     task, data, labeled = _task(options)
     study = STUDIES[options.study](task.base, digits=options.task is None)
     seeds = range(options.seeds)
@@ -189,7 +192,9 @@ def compare(options: Options, *, executor: Executor | None = None, command: str 
 def _task(options: Options) -> tuple[Task, ImageData, int]:
     """What the runs share, their images, and how many of these have labels."""
     base = RECIPES[options.task].config if options.task else QUICKSTART
-    base = replace(base, method="at", gamma=0.0, epochs=options.epochs or base.epochs)
+    # The recipe's beta would be that of its own method.
+    beta, epochs = Config().beta, options.epochs or base.epochs
+    base = replace(base, method="at", gamma=0.0, beta=beta, epochs=epochs)
     task = Task(options.task, base, options.data_dir, options.limit, options.device, options.out)
     data, labeled = task.load()
     if not options.task:  # RST trains on more images, but in as many steps

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,7 +117,8 @@ class Options(ClassifierOptions):
     robustbench: Annotated[str | None, CLASSIFIER, tyro.conf.arg(metavar="NAME")] = None
     """A model of RobustBench."""
     ema: Flag = False
-    """Evaluate the checkpoint's averaged weights, by which best.pt is picked, not the model's."""
+    """Evaluate the checkpoint's averaged weights, by which best.pt was picked, instead of the
+    model's own."""
     mean: tuple[float, ...] | None = None
     """Mean to normalize with, a number for each channel, if the model does not normalize."""
     std: tuple[float, ...] | None = None
@@ -148,8 +150,9 @@ class Options(ClassifierOptions):
     """The images to use; else the test images of the run, or of cifar10."""
 
     def __post_init__(self) -> None:
-        if self.checkpoint is None and (self.arch or self.num_classes or self.ema):
-            raise ValueError("--arch, --num-classes and --ema go with --checkpoint")
+        super().__post_init__()
+        if self.checkpoint is None and self.ema:
+            raise ValueError("--ema goes with --checkpoint")
         if self.robustbench is not None and (self.mean or self.std):
             raise ValueError(
                 "RobustBench's models take images in [0, 1] and normalize them themselves: leave "
@@ -190,6 +193,7 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     task = _complete(options)
     if not options.resume:
         _refuse(options.out)
+    check_writable(options.out / "results.json")
     given = _given(task)
     data = replace(options.data, dataset=task.dataset).load()
     if options.submission is not None:
@@ -221,7 +225,8 @@ def _complete(options: Options) -> _Task:
         check_choice("norm", norm, NORMS)
         check_real("eps", eps)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{options.checkpoint}: {error}" if run else str(error)) from error
+        is_given = options.eps is not None
+        raise ValueError(str(error) if is_given else f"{options.checkpoint}: {error}") from error
     if dataset not in DATASETS:
         raise ValueError(
             f"the checkpoint's data set {dataset!r} cannot be loaded by its name: give --dataset "
@@ -230,7 +235,10 @@ def _complete(options: Options) -> _Task:
     attacks = make_attacks(options.attacks, eps, norm, options.backend)
     if options.submission is not None:
         leaderboard_attack(dataset, norm, eps, attacks)
-    return _Task(options, dataset, eps, norm, attacks, run)
+    task = _Task(options, dataset, eps, norm, attacks, run)
+    for name, at in product(_cheap(task), options.plot or ()):
+        task.attack(name, at)  # a radius that is not possible is an error now
+    return task
 
 
 def _refuse(out: Path) -> None:
@@ -255,7 +263,7 @@ def _given(task: _Task) -> nn.Module | None:
 def _model(task: _Task, data: ImageData, given: nn.Module | None) -> nn.Module:
     options = task.options
     if given is not None:
-        return normalized(given, options.mean, options.std)
+        return normalized(given, options.mean, options.std, data.in_channels)
     assert options.checkpoint is not None
     return from_checkpoint(
         options.checkpoint,

@@ -18,6 +18,7 @@ from awp_optim._utils.io import write_text
 from awp_optim.lab.commands.options import (
     Device,
     Flag,
+    check_writable,
     default_device,
     one_of,
     parse,
@@ -34,9 +35,9 @@ __all__ = ["Options", "main"]
 
 HELP = """Weight loss landscapes of training runs.
 
-Runs are what awp train --out, awp compare --out and examples/quickstart.py --runs leave; those that
-differ in the seed alone are drawn as one. A checkpoint will do for a figure that needs no
-metrics. Every point is on disk as soon as it is measured: after
+Runs are what awp train --out, awp compare with a recipe and examples/quickstart.py --runs leave;
+those that differ in the seed alone are drawn as one. A checkpoint will do for a figure that needs
+no metrics. Every point is on disk as soon as it is measured: after
 Ctrl-C or a kill the same command continues, and with more alphas or directions only the new points
 are measured. Under torchrun the processes share the points.
 
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str], ranks: Job) -> None:
     """Draw the figures that the command line names."""
     options = parse(Options, arguments, "awp landscape", HELP)
     start = time.perf_counter()
+    ranks.first(lambda: check_writable(options.out / "index.html"))
     console = terminal()
     groups = grouped(find_runs(options.runs))
     if options.select is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -82,15 +84,24 @@ def _spec(
 
 
 def one_of(names: Iterable[str], metavar: str | None = None) -> PrimitiveConstructorSpec[str]:
-    """One of a few words. The help lists them, or with ``metavar`` shows that."""
+    """One of several words. With ``metavar``, neither the help nor an error lists all of them."""
     names = tuple(names)
+
+    def read(words: Sequence[str]) -> str:
+        if words[0] not in names:
+            near = get_close_matches(words[0], names)
+            raise ValueError(
+                f"there is no {words[0]!r}" + f"; the closest are {', '.join(near)}" * bool(near)
+            )
+        return words[0]
+
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar or "{" + ",".join(names) + "}",
-        instance_from_str=lambda words: words[0],
+        instance_from_str=read,
         is_instance=lambda value: value in names,
         str_from_instance=lambda value: [value],
-        choices=names,
+        choices=None if metavar else names,
     )
 
 
@@ -199,10 +210,12 @@ def print_table(
 
 
 def check_writable(path: Path) -> None:
-    """Raise an OSError for a file that could not be written; its folder is made if needed."""
+    """Raise an OSError for a file that could not be written; nothing is left on the disk."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(f"{path} cannot be written ({error.strerror})") from error
@@ -225,6 +238,10 @@ class ClassifierOptions:
     """The checkpoint's classes; else as many as its head has."""
     device: Device = field(default_factory=default_device)
     """Device of the classifier."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None and (self.arch or self.num_classes):
+            raise ValueError("--arch and --num-classes go with --checkpoint")
 
 
 @dataclass(frozen=True)

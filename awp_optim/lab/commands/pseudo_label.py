@@ -32,10 +32,10 @@ __all__ = ["Options", "main"]
 
 HELP = """Label images with a classifier, for robust self-training (RST, Carmon et al., 2019).
 
-Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or x or data of an .npz file. If the
-file also holds labels (y), the share that agrees is printed. The classifier is a checkpoint of
-awp train, a state dict with --arch, or what a function of your own returns (--model
-MODULE:FUNCTION: this runs that code).
+Images are uint8, (N, H, W, C) or (N, C, H, W): an .npy file, or an .npz file with x, image, data or
+a single array. If it also holds labels (y or label), the share that agrees is printed. The
+classifier is a checkpoint of awp train, a state dict with --arch, or what a function of your own
+returns (--model MODULE:FUNCTION: this runs that code).
 """
 
 
@@ -53,6 +53,7 @@ class Options(ClassifierOptions):
     """Images at a time."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"--min-confidence must be in [0, 1], not {self.min_confidence:g}")
         if self.out.resolve() == self.images.resolve():
@@ -62,10 +63,10 @@ class Options(ClassifierOptions):
 def main(arguments: Sequence[str], ranks: Job) -> None:
     """Label the images that the command line names."""
     options = parse(Options, arguments, "awp pseudo-label", HELP)
+    check_writable(options.out)
     given = None if options.model is None else from_function(options.model)
     x, truth = load_images(options.images)
     model = _classifier(options, x.shape[1]) if given is None else given
-    check_writable(options.out)
     console = terminal()
     with step_bars(console) as progress:
         bar = StepBar(progress, options.images.name)

@@ -15,7 +15,6 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from awp_optim.attacks import PGD
 from awp_optim.lab.commands.options import (
     DataOptions,
     Dataset,
@@ -23,6 +22,7 @@ from awp_optim.lab.commands.options import (
     Flag,
     Number,
     Positive,
+    check_writable,
     default_device,
     one_of,
     parse,
@@ -40,7 +40,7 @@ from awp_optim.lab.recipes import RECIPES, defaults
 from awp_optim.lab.reports.plots import learning_curves
 from awp_optim.lab.run_folder import Row, best, refuse_run, reported
 from awp_optim.lab.self_training import pseudo_label_rest
-from awp_optim.lab.trainer import fit, is_over
+from awp_optim.lab.trainer import check_inputs, fit, is_over
 from awp_optim.lab.weights import load_weights
 
 __all__ = ["Options", "main", "train"]
@@ -48,9 +48,9 @@ __all__ = ["Options", "main", "train"]
 HELP = """Adversarial training with or without AWP (--gamma 0).
 
 A recipe, a data set, a method and a threat decide the defaults of the settings; every setting can
-be changed by its option. The run folder gets config.json, metrics.csv, best.pt, last.pt, curves.png
-and, where TensorBoard is installed, its logs. Ctrl-C or SIGTERM finishes the step and saves;
---resume continues the run. Numbers can be fractions: --eps 8/255.
+be changed by its option. The run folder gets config.json, metrics.csv, best.pt, best.safetensors,
+last.pt, curves.png and, where TensorBoard is installed, its logs. Ctrl-C or SIGTERM finishes the
+step and saves; --resume continues the run. Numbers can be fractions: --eps 8/255.
 
 Under torchrun, the same command and the same results, within rounding; the batch size is that of
 all processes together.
@@ -90,13 +90,12 @@ class Options:
     """The settings of the run, as config.json keeps them."""
 
     def __post_init__(self) -> None:
-        config = self.settings
-        # Checks the threat before images are loaded.
-        PGD(config.eps, config.step_size, norm=config.norm)
         if self.unlabeled and self.labeled is not None:
             raise ValueError("--unlabeled and --labeled: give one of the two")
         if self.train_images is not None and self.data.limit is not None:
             raise ValueError("--train-images and --limit: give one of the two")
+        if not self.max_minutes >= 0:
+            raise ValueError(f"--max-minutes must be at least 0, not {self.max_minutes:g}")
 
     def load_data(self) -> ImageData:
         """The images to train and test on."""
@@ -152,11 +151,14 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
     fast_kernels()
     if not options.resume:
         ranks.first(lambda: refuse_run(options.out))
+    ranks.first(lambda: check_writable(options.out / "config.json"))
+    if not options.unlabeled and given & {"--unlabeled", "--extra-data"}:
+        raise ValueError("--unlabeled: name one file or more")
+    labels = bool(options.unlabeled) or options.labeled is not None
+    check_inputs(options.settings, unlabeled=labels, init=options.init is not None)
     device = ranks.device(options.device)
     init = None if options.init is None else load_weights(options.init)
     unlabeled = None
-    if not options.unlabeled and given & {"--unlabeled", "--extra-data"}:
-        raise ValueError("--unlabeled: name one file or more")
     if options.unlabeled:  # in turns, since a compressed file is unpacked
         unlabeled = ranks.in_turns(lambda: load_pseudo_labeled(*options.unlabeled))
     data = ranks.in_turns(options.load_data).to(device)

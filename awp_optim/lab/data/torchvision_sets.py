@@ -19,7 +19,7 @@ SVHN_MEAN = (0.4377, 0.4438, 0.4728)
 SVHN_STD = (0.1980, 0.2010, 0.1970)
 
 
-def load_cifar100(data_dir: str | os.PathLike[str], *, download: bool = False) -> ImageData:
+def load_cifar100(data_dir: str | os.PathLike[str], *, download: bool = True) -> ImageData:
     """CIFAR-100: 50,000 training and 10,000 test RGB images of 32x32 in 100 fine classes.
 
     Args:
@@ -45,7 +45,7 @@ def load_cifar100(data_dir: str | os.PathLike[str], *, download: bool = False) -
     )
 
 
-def load_svhn(data_dir: str | os.PathLike[str], *, download: bool = False) -> ImageData:
+def load_svhn(data_dir: str | os.PathLike[str], *, download: bool = True) -> ImageData:
     """SVHN, cropped digits: 73,257 training and 26,032 test RGB images of 32x32 in 10 classes.
 
     The digit 0 has the label 0. The 531,131 "extra" images are not used.

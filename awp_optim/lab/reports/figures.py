@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy import stats
 from torch import Tensor, nn
 
 from awp_optim.lab.reports import plots
@@ -23,7 +24,7 @@ from awp_optim.lab.reports.landscapes import Landscapes, file_name
 from awp_optim.lab.reports.runs import Groups, NotEnough, Run, by_gamma, comparable
 from awp_optim.lab.reports.sharpness import correlations, rise_differences, sharpness_table
 from awp_optim.lab.reports.summary import Cells, Runs, accuracies, spread
-from awp_optim.lab.run_folder import best
+from awp_optim.lab.run_folder import best, reported
 from awp_optim.landscape import LossCurve, LossSurface
 
 __all__ = ["FIGURES", "Drawing"]
@@ -197,10 +198,12 @@ def sizes(groups: Groups, landscapes: Landscapes) -> Iterator[Drawing]:
     for name, heading, family in _numbered("sizes", title, families):
         runs = _rows_by_gamma(family)
         named = {f"{kind}, gamma {g:g}": runs[kind][g] for kind in runs for g in sorted(runs[kind])}
+        drawn = [of_gamma for of_kind in family.values() for of_gamma in of_kind.values()]
+        shown = {label: group for label, group in groups.items() if group in drawn}
         yield Drawing(
             name,
             heading,
-            f"{_about(groups)} (Figures 2 (b), 3 (c)).",
+            f"{_about(shown)} (Figures 2 (b), 3 (c)).",
             partial(plots.perturbation_sizes, runs),
             [("Accuracy in %", accuracies(named))],
             named,
@@ -391,7 +394,7 @@ def _rises_and_gaps(run: Run, landscapes: Landscapes) -> Iterator[tuple[float, f
     """The rise of the loss and the gap, in points, of each checkpoint of an evaluated epoch."""
     gaps = {
         int(row["epoch"]) + 1: 100 * (row["train_robust_acc"] - row["test_robust_acc"])
-        for row in run.rows
+        for row in map(reported, run.rows)
         if "train_robust_acc" in row
     }
     for epoch, file in run.checkpoints().items():
@@ -439,8 +442,7 @@ def _last_layer(model: nn.Module) -> tuple[str, Tensor]:
 
 
 def _skewness(a: Array) -> float:
-    deviation = a.std()
-    return float((((a - a.mean()) / deviation) ** 3).mean()) if deviation else 0.0
+    return float(stats.skew(a, axis=None)) if a.std() else 0.0
 
 
 def _jsonable(value: Any) -> Any:

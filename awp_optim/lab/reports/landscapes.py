@@ -172,8 +172,11 @@ class Landscapes:
         }
 
     def model(self, run: Run, checkpoint: Path) -> nn.Module:
-        """The network of a checkpoint, in eval mode on the device, in the images' layout."""
-        model = from_checkpoint(checkpoint, in_channels=self._all_images(run).in_channels)
+        """The network of a checkpoint, in eval mode on the device, in the images' layout.
+
+        Of a run with averaged weights it is their network, as in the run's accuracies.
+        """
+        model = from_checkpoint(checkpoint, ema=run.config.ema > 0)
         return model.to(self.device).to(memory_format=torch.channels_last)
 
     def images(self, run: Run) -> tuple[Tensor, Tensor]:
@@ -222,7 +225,7 @@ class Landscapes:
         digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
         options = {"batch_size": how.batch_size, "recompute_bn": how.recompute_bn, "seed": how.seed}
         # Named after all that is measured: a checkpoint that has changed gets another file.
-        what = [digest, kind, attack_id(self.attack(run)), how.limit]
+        what = [digest, kind, attack_id(self.attack(run)), how.limit, run.config.ema > 0]
         device = torch.device(self.device).type
         key = hashlib.sha256(repr([*what, options, device]).encode()).hexdigest()[:12]
         name = f"{file_name(run.path.name)}-{checkpoint.stem}-{key}.jsonl"

@@ -237,7 +237,6 @@ def _read(path: Path) -> Run:
 def _run(path: Path, about: Mapping[str, Any], rows: list[Row]) -> Run:
     known = {f.name for f in fields(Config)}
     config = Config.from_saved(about)
-    _ = config.training_attack, config.test_attack  # they check the threat
     return Run(path, config, {k: v for k, v in about.items() if k not in known}, rows)
 
 

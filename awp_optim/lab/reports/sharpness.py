@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy import stats
 
 from awp_optim.lab.reports.runs import Groups
 from awp_optim.lab.reports.summary import Cells, spread
@@ -92,8 +93,5 @@ def correlations(points: Sequence[tuple[float, float]]) -> tuple[str, str]:
     values = np.array(points, dtype=float).T
     if (np.ptp(values, axis=1) == 0).any():
         return "-", "-"
-    less = (values[:, None] < values[:, :, None]).sum(2)
-    equal = (values[:, None] == values[:, :, None]).sum(2)
-    ranks = less + (equal + 1) / 2  # equal values share the mean of their ranks
-    pearson, spearman = (np.corrcoef(pairs)[0, 1] for pairs in (values, ranks))
+    pearson, spearman = (f(*values).statistic for f in (stats.pearsonr, stats.spearmanr))
     return f"{pearson:+.2f}", f"{spearman:+.2f}"

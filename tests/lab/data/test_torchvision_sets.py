@@ -113,7 +113,7 @@ def test_damaged(name, file, cifar100, svhn, folder):
     with open(folder / file, "ab") as stream:
         stream.write(b"more")
     with pytest.raises(RuntimeError, match=f"{name} could not be loaded"):
-        LOADERS[name](folder)
+        LOADERS[name](folder, download=False)
 
 
 def test_a_download_without_answer_is_given_up(folder, monkeypatch, silent_server):

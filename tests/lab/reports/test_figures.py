@@ -77,6 +77,21 @@ def test_every_figure_is_measured_drawn_and_put_in_numbers(name, runs, landscape
         json.dumps(drawing.data)
 
 
+def test_the_landscape_of_averaged_weights_is_theirs(landscapes, tmp_path):
+    """And so are the gaps beside it."""
+    data = load_digits().limit(32, 16)
+    fit(replace(CONFIG, ema=0.5, eval_every=1, save_every=1), data, tmp_path / "run")
+    (run,) = find_runs([tmp_path / "run"])
+    averaged = from_checkpoint(run.last_checkpoint(), ema=True).state_dict()
+    model = landscapes.model(run, run.last_checkpoint()).state_dict()
+    assert all(torch.equal(model[name], averaged[name]) for name in averaged)
+    (drawing,) = FIGURES["flatness"](grouped([run]), landscapes)
+    gaps = [gap for points in drawing.data.values() for _, gap in points]
+    rows = [row for row in run.rows if "ema_train_robust_acc" in row]
+    expected = [row["ema_train_robust_acc"] - row["ema_test_robust_acc"] for row in rows]
+    assert gaps == pytest.approx([100 * gap for gap in expected])
+
+
 def test_a_curve_is_that_of_the_checkpoint_and_of_the_runs_images(runs, landscapes):
     run = find_runs([runs / "awp-0"])[0]
     ours = landscapes.curve(run)
