@@ -234,7 +234,8 @@ def test_the_study_on_a_part_of_cifar10(awp, recipe_data, pretend, tmp_path):
     assert labeled == len(data.x_train) == recipe.train_images
     per_class = data.y_train.bincount()
     assert per_class.max() - per_class.min() <= 1
-    assert f"{labeled} labeled training" in (tmp_path / "out/cifar10-small.md").read_text()
+    text = (tmp_path / "out/cifar10-small.md").read_text()
+    assert f"{labeled} labeled training and 1000 test images" in text
     labels = {"AT", "AT-AWP", "AT-RWP", "TRADES", "TRADES-AWP", "MART", "MART-AWP"}
     assert {name.split(",")[0] for name in names_of(tmp_path / "out/cifar10-small.json")} == labels
 

@@ -207,8 +207,9 @@ def _about(
 ) -> str:
     """What a reader must know about the figures."""
     seeds = len(next(iter(runs.values())))
+    tested = min(base.test_eval or len(data.x_test), len(data.x_test))
     about = (
-        f"{data.name}, {labeled} labeled training and {len(data.x_test)} test images, {base.arch}, "
+        f"{data.name}, {labeled} labeled training and {tested} test images, {base.arch}, "
         f"{base.norm} {base.eps:.3g}, training attack PGD-{base.train_steps}, test attack "
         f"PGD-{base.test_steps}, epochs: {base.epochs}, seeds: {seeds}. {study.note} "
         f'"best" is the epoch with the highest robust test accuracy of those evaluated (every '
