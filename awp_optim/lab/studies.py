@@ -173,7 +173,10 @@ def cifar10_small(base: Config, *, digits: bool) -> Study:
     compared_with = {label: label.split("-")[0] for label in configs if "-" in label}
 
     def draw(runs: Mapping[str, Runs], file: Path, title: str) -> None:
-        pairs = {label: {of: runs[of], label: runs[label]} for label, of in compared_with.items()}
+        pairs = {
+            f"{of} and {label}": {"without perturbation": runs[of], "with it": runs[label]}
+            for label, of in compared_with.items()
+        }
         curve_panels(pairs, file, title)
 
     note = (
