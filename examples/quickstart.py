@@ -83,6 +83,7 @@ def main(ranks: Job) -> None:
         "minus that on test images. Seconds an epoch are of runs side by side and drift with the "
         "machine; the time of a step does not."
     )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     learning_curves(runs, options.out, f"Digits, PGD-20 at eps {QUICKSTART.eps}")
     console.out(f"Learning curves in {options.out}; {time.perf_counter() - start:.0f} s in all.")
 

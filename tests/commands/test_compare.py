@@ -177,7 +177,9 @@ def recipe_data(monkeypatch):
         asked.append((name, path))
         digits = load_digits()
         x, y = digits.x_train.repeat(3, 1, 1, 1), digits.y_train.repeat(3)
-        return replace(digits, x_train=x, y_train=y, name=name)
+        x_test, y_test = digits.x_test.repeat(2, 1, 1, 1), digits.y_test.repeat(2)
+        images = {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
+        return replace(digits, **images, name=name)
 
     monkeypatch.setattr(compare, "load", load)
     return asked

@@ -338,6 +338,7 @@ def _submit(task: _Task, file: Path, r: Evaluation, about: Mapping[str, Any]) ->
     if options.checkpoint is not None:
         checkpoint = f"{options.checkpoint.name}, SHA-256 {about['checkpoint_sha256']}"
     form = submission_form(info, r, norm=task.norm, method=about["command"], checkpoint=checkpoint)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(info, indent=2) + "\n")
     write_text(file.with_suffix(".md"), form)
 
