@@ -335,10 +335,12 @@ class TestSettings:
         first = run(model, data, pgd, batch_size=16)
         assert torch.equal(torch.get_rng_state(), state)
         torch.manual_seed(7)
+        state = torch.get_rng_state()
         for attacks, checks in ((pgd, False), ({"fgsm": FGSM(), **pgd}, False), (pgd, True)):
             r = run(model, data, attacks, batch_size=16, checks=checks)
             assert r.natural == first.natural
             np.testing.assert_array_equal(r.records["pgd"].loss, first.records["pgd"].loss)
+        assert torch.equal(torch.get_rng_state(), state)
         assert run(model, data, pgd, batch_size=16, seed=1).natural != first.natural
 
     def test_torchs_generator_is_restored_but_used_without_a_seed(self):
