@@ -6,6 +6,7 @@ import csv
 import json
 import time
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -295,6 +296,15 @@ class TestSubmission:
         assert word in " ".join(ended.err.split())
         assert not (tmp_path / "evaluation").exists()
         assert not (tmp_path / "entry.json").exists()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_parts_of_autoattack_have_names(norm):
+    standard = AutoAttack(0.1, norm).parts()
+    for name in ("fab-t", "square"):
+        parts = make_attack(name, 0.1, norm).parts()
+        assert list(parts) == [name]
+        assert replace(parts[name], version="standard") == standard[name]
 
 
 def test_the_names_of_pgd():

@@ -11,7 +11,7 @@ __all__ = ["NAMES", "make_attack", "make_attacks"]
 
 NAMES = (
     "fgsm, pgdN (pgd20, pgd100), pgdNxR with R restarts (pgd50x10), cw, spsa, apgd, apgd-dlr, "
-    "apgd-t, square, autoattack (or aa), autoattack-plus, autoattack-rand"
+    "apgd-t, fab-t, square, autoattack (or aa), autoattack-plus, autoattack-rand"
 )
 
 _AUTOATTACKS = {"autoattack": "standard", "autoattack-plus": "plus", "autoattack-rand": "rand"}
@@ -22,6 +22,7 @@ _ATTACKS: dict[str, Callable[[float, str], Attack]] = {
     "apgd": lambda eps, norm: APGD(eps, norm=norm, loss="ce", drop_fooled=True),
     "apgd-dlr": lambda eps, norm: APGD(eps, norm=norm, loss="dlr", drop_fooled=True),
     "apgd-t": lambda eps, norm: APGD(eps, norm=norm, loss="dlr-targeted", drop_fooled=True),
+    "fab-t": lambda eps, norm: AutoAttack(eps, norm, "custom", ("fab-t",)),
     "square": lambda eps, norm: AutoAttack(eps, norm, "custom", ("square",)),
 }
 

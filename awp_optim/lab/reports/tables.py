@@ -35,6 +35,7 @@ TITLES = {
     "apgd": "APGD-CE",
     "apgd-dlr": "APGD-DLR",
     "apgd-t": "APGD-T",
+    "fab-t": "FAB-T",
     "square": "Square",
     "worst_case": "worst case",
 }
