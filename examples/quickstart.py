@@ -124,7 +124,7 @@ def table(runs: dict[str, Runs], gamma: float) -> Table:
 
 def figures(rows: list[Row]) -> dict[str, float]:
     """The figures of one run, in percent and seconds."""
-    seconds = statistics.median(row["train_seconds"] for row in rows)
+    seconds = statistics.median(row["seconds"] for row in rows)
     return {**summary(rows), "seconds an epoch": seconds}
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from awp_optim._utils.model_state import Model as Model
 from awp_optim.attacks._inputs import check_outputs
 from awp_optim.attacks.balls import round_toward
 from awp_optim.attacks.losses import Labels, Loss
 
-Model = Callable[[Tensor], Tensor]
 Gradients = tuple[Tensor | None, ...]
 MODEL_MODES = ("eval", "train")
 

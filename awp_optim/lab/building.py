@@ -16,7 +16,7 @@ from awp_optim.lab.data import ImageData
 from awp_optim.lab.models import build_model
 from awp_optim.lab.weights import initialize
 
-__all__ = ["build_network", "build_optimizer", "compile_network"]
+__all__ = ["build_network", "build_optimizer", "check_arch", "compile_network"]
 
 
 def build_network(config: Config, data: ImageData, init: Mapping[str, Tensor] | None) -> nn.Module:
@@ -35,6 +35,12 @@ def build_network(config: Config, data: ImageData, init: Mapping[str, Tensor] | 
         for layer in _batch_norms(model):
             layer.momentum = config.bn_momentum
     return model
+
+
+def check_arch(config: Config) -> None:
+    """Raise ValueError if there is no such network, before the images are loaded."""
+    with torch.device("meta"):  # without memory
+        build_model(config.arch, num_classes=10, in_channels=3, activation=config.activation)
 
 
 def compile_network(model: nn.Module) -> None:

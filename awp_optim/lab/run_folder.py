@@ -34,14 +34,15 @@ alike: with the test attack in eval mode at the weights that are saved, so that 
 between the first two is the generalization gap. ``step_*`` are averages over the training steps of
 the epoch, at the weights that gave the updates (w + v with AWP), which the published logs call
 training accuracy. ``step_robust_loss`` is the method's objective. ``ema_train_*`` and so on belong
-to the averaged weights, if the run has any.
+to the averaged weights, if the run has any. ``seconds`` is the time of the training steps,
+``eval_seconds`` that of the measurements after them.
 """
 
 RESULTS = ("last.pt", "best.pt", "metrics.csv")
 COLUMNS = (
     "epoch",
     "lr",
-    "train_seconds",
+    "seconds",
     "eval_seconds",
     "step_robust_loss",
     "step_robust_acc",

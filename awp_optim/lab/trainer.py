@@ -363,7 +363,7 @@ class _Run:
             "lr": self._lr(number * self.training_set.steps),
             "step_robust_loss": epoch.loss_sum.item() / images,
             "step_robust_acc": epoch.correct.item() / images,
-            "train_seconds": epoch.seconds,
+            "seconds": epoch.seconds,
         }
         if (number + 1) % config.eval_every == 0 or number + 1 == config.epochs:
             average = state.average.module if state.average else None

@@ -64,7 +64,7 @@ def train(options: Options, record: Record) -> Details:
     def on_epoch(row: dict[str, float]) -> None:
         rows.append(row)
         record.update(epochs_done=len(rows), rows=rows)
-        print(f"epoch {len(rows)}/{config.epochs}, {row['train_seconds']:.1f} s", flush=True)
+        print(f"epoch {len(rows)}/{config.epochs}, {row['seconds']:.1f} s", flush=True)
 
     if len(rows) < config.epochs:
         fit(
@@ -85,7 +85,7 @@ def summarize(record: Record, rows: list[dict[str, float]], config: Any) -> None
     if not rows:
         return
     method = "at-awp" if config.gamma else "at"
-    training = [row["train_seconds"] for row in rows]
+    training = [row["seconds"] for row in rows]
     testing = [row["eval_seconds"] for row in rows if "eval_seconds" in row]
     robust = {int(row["epoch"]) + 1: 100 * row["test_robust_acc"] for row in rows}
     record.figure("seconds an epoch, training", statistics.median(training))

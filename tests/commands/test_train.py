@@ -23,7 +23,7 @@ from awp_optim.lab.run_folder import read_metrics
 
 SMALL = ("train", "--dataset", "digits", "--arch", "preact_resnet_small", "--limit", 64)
 QUICK = (*SMALL, "--train-steps", 1, "--test-steps", 1, "--epochs", 2)
-TIMES = ("train_seconds", "eval_seconds")
+TIMES = ("seconds", "eval_seconds")
 AUTO = {"precision": "auto"}  # where no recipe names one
 
 
@@ -173,6 +173,15 @@ def test_a_run_too_short_for_its_awp_or_its_average(words, option, capsys):
     with pytest.raises(SystemExit):
         parse(Options, words, "awp train", "", default=default)
     assert option in " ".join(capsys.readouterr().err.replace("│", "").split())
+
+
+def test_a_network_that_does_not_exist(awp, tmp_path):
+    """It is an error before the images are loaded: there are none."""
+    ended = awp("train", "--arch", "resnet", "--data-dir", "nowhere", "--out", "run")
+    assert ended.status != 0
+    assert "no model 'resnet'" in " ".join(ended.err.split())
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("words", [(), ("--dataset", "digits"), ("--precision", "bfloat16")])

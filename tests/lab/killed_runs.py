@@ -94,7 +94,7 @@ if __name__ == "__main__":
     assert os.waitpid(fork(base / "one"), 0)[1] == 0
     duration = time.perf_counter() - start
     expected = torch.load(base / "one/last.pt", weights_only=True)
-    metrics = [{**row, "train_seconds": 0, "eval_seconds": 0} for row in read_metrics(base / "one")]
+    metrics = [{**row, "seconds": 0, "eval_seconds": 0} for row in read_metrics(base / "one")]
     rng = random.Random(0)
     killed, runs = 0, 0
     while killed < kills:
@@ -109,7 +109,7 @@ if __name__ == "__main__":
             assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "a run failed"
             times += ended
         found = torch.load(folder / "last.pt", weights_only=True)
-        rows = [{**row, "train_seconds": 0, "eval_seconds": 0} for row in read_metrics(folder)]
+        rows = [{**row, "seconds": 0, "eval_seconds": 0} for row in read_metrics(folder)]
         different = differences(found, expected) + (["metrics"] if rows != metrics else [])
         if (folder / BEST).read_bytes() != (base / "one" / BEST).read_bytes():
             different.append(BEST)

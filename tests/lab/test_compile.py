@@ -48,7 +48,7 @@ def rgb(data):
 def assert_same(run, other):
     (model, rows), (other_model, other_rows) = run, other
     for row, other_row in zip(rows, other_rows, strict=True):
-        for name in row.keys() - {"train_seconds", "eval_seconds"}:
+        for name in row.keys() - {"seconds", "eval_seconds"}:
             assert row[name] == pytest.approx(other_row[name], rel=1e-3, abs=1e-6), name
     torch.testing.assert_close(model.state_dict(), other_model.state_dict(), rtol=1e-3, atol=1e-5)
 

@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from awp_optim.lab.building import check_arch
 from awp_optim.lab.commands.options import (
     DataOptions,
     Dataset,
@@ -156,6 +157,7 @@ def train(options: Options, given: set[str], ranks: Job) -> None:
         raise ValueError("--unlabeled: name one file or more")
     labels = bool(options.unlabeled) or options.labeled is not None
     check_inputs(options.settings, unlabeled=labels, init=options.init is not None)
+    check_arch(options.settings)
     device = ranks.device(options.device)
     init = None if options.init is None else load_weights(options.init)
     unlabeled = None
@@ -251,7 +253,7 @@ class _Run:
     def _report(self, row: Row) -> None:
         text = (
             f"epoch {row['epoch'] + 1:.0f}/{self.config.epochs}  lr {row['lr']:g}  "
-            f"{row['train_seconds']:.1f} s  training steps: loss {row['step_robust_loss']:.3f}, "
+            f"{row['seconds']:.1f} s  training steps: loss {row['step_robust_loss']:.3f}, "
             f"robust {row['step_robust_acc']:.1%}"
         )
         if "test_robust_acc" in row:
