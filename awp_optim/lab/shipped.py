@@ -15,7 +15,7 @@ __all__ = ["DIGESTS", "locate"]
 
 FOLDER = Path(__file__).parent / "networks"
 DIGESTS = {
-    "cifar10-linf-preact10-32": "5f106388ac22383fdcc34199df72b9a24e1d5048fdc7c3ad180cb19f81f4d1e3",
+    "cifar10-linf-preact10-32": "4d9c53956346ad0f99202aeb6785732cead9d4ebf96fa581c912dc5c2e994c1a",
 }
 """The SHA-256 digest of each network's weights, by name."""
 
