@@ -44,11 +44,13 @@ TITLES = {
 def title(name: str, norm: str = "linf") -> str:
     """The heading of an attack's column, as in papers.
 
-    >>> title("pgd20"), title("cw"), title("cw", "l2"), title("autoattack/fab-t")
-    ('PGD-20', 'CW_inf', 'CW_2', 'AA/fab-t')
+    >>> title("pgd20"), title("pgd50x10"), title("cw"), title("cw", "l2")
+    ('PGD-20', 'PGD-50x10', 'CW_inf', 'CW_2')
+    >>> title("autoattack/fab-t")
+    'AA/fab-t'
     """
     name, _, part = name.partition("/")
-    if name.startswith("pgd") and name[3:].isdigit():
+    if name.startswith("pgd"):
         text = f"PGD-{name[3:]}"
     elif name == "cw":
         text = {"linf": "CW_inf", "l2": "CW_2"}.get(norm, "CW")
