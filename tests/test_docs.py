@@ -81,6 +81,7 @@ def names_of_the_reader() -> dict[str, Any]:
     opt = AWP(model.parameters(), torch.optim.SGD, lr=0.1)
     return {
         "model": model,
+        "other": Net(),
         "loader": DataLoader(TensorDataset(x, y), 16),
         "x": x[:8],
         "y": y[:8],
