@@ -60,13 +60,16 @@ class Journal:
                 raise ValueError("an entry is not an object")
         except (ValueError, KeyError, TypeError) as error:
             raise self.damaged(error) from error
-        unset = object()
-        differing = [k for k, v in self._settings.items() if recorded.get(k, unset) != v]
+        differing = [k for k, v in self._settings.items() if not self._is_same(k, v, recorded)]
         if differing:
             raise ValueError(
                 f"{path} belongs to {self._kind} with other {', '.join(differing)}: resume with "
                 "the same settings, or delete it to start again"
             )
+
+    def _is_same(self, name: str, value: Any, recorded: dict[str, Any]) -> bool:
+        """Whether a measurement with this value of a setting continues the recorded one."""
+        return name in recorded and bool(recorded[name] == value)
 
     def damaged(self, error: Exception) -> ValueError:
         """The error to raise for a file that cannot be resumed."""

@@ -58,6 +58,8 @@ class Outcome:
 class EvaluationJournal(Journal):
     """The outcomes of all batches by attack, in memory and, with a path, in a file.
 
+    An evaluation may continue one whose attacks are the first of its own.
+
     Args:
         path: the file, or None.
         settings: everything that determines the results, except for the data.
@@ -83,6 +85,12 @@ class EvaluationJournal(Journal):
                 self._recorded.setdefault(batch, {})[name] = Outcome(**values)
         except (ValueError, KeyError, TypeError) as error:
             raise self.damaged(error) from error
+
+    def _is_same(self, name: str, value: Any, recorded: dict[str, Any]) -> bool:
+        before = recorded.get(name)
+        if name == "attacks" and isinstance(before, dict):
+            return list(before.items()) == list(value.items())[: len(before)]
+        return super()._is_same(name, value, recorded)
 
     def next_batch(self, x: Tensor, y: Tensor) -> dict[str, Outcome]:
         """Begin the next batch.

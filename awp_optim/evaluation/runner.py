@@ -92,7 +92,7 @@ def evaluate(
             examples in the batch. ``robust`` then decreases from attack to attack.
         seed: the seed of all attacks; None uses torch's generators without seeding them.
         state: a file that saves the outcome of every attack on every batch. The same call resumes
-            an interrupted evaluation.
+            an interrupted evaluation; with more attacks after the same ones, it runs those alone.
         key: a name for everything that ``state`` cannot identify by itself: functions used as
             model, attacks or ``logits``, and custom attacks that are not dataclasses of plain
             settings. Choose another key whenever their code changes.

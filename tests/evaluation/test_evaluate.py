@@ -634,6 +634,20 @@ class TestResume:
             state.write_bytes(content[:cut])
             assert_same(run(model, data, **settings), expected)
 
+    @pytest.mark.parametrize("skip_broken", [True, False])
+    def test_more_attacks_continue_an_evaluation(self, tmp_path, skip_broken):
+        model, data, state = network(), images(), tmp_path / "state"
+        settings = {"batch_size": 16, "skip_broken": skip_broken}
+        first, *_ = ATTACKS
+        run(model, data, {first: ATTACKS[first]}, state=state, **settings)
+        before = state.read_text().splitlines()[1:]
+        assert_same(run(model, data, state=state, **settings), run(model, data, **settings))
+        after = state.read_text().splitlines()[1:]
+        assert after[: len(before)] == before
+        new = [json.loads(line)["name"] for line in after[len(before) :]]
+        assert first not in new
+        assert "natural" not in new
+
     def test_the_probes_warnings_come_back(self, tmp_path):
         data, state = (images()[0], torch.zeros(N).long()), tmp_path / "state"
         model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
@@ -645,6 +659,8 @@ class TestResume:
         ("changed", "words"),
         [
             ({"attacks": {"fgsm": FGSM(0.05)}}, "other attacks"),
+            ({"attacks": {"l2": ATTACKS["l2"], "fgsm": FGSM(0.04)}}, "other attacks"),
+            ({"attacks": {}}, "other attacks"),
             ({"seed": 1}, "other seed"),
             ({"skip_broken": True}, "other skip_broken"),
             ({"key": "other"}, "other key"),

@@ -141,7 +141,7 @@ class Options(ClassifierOptions):
     out: Path = Path("evaluation")
     """Folder of the results."""
     resume: Flag = False
-    """Continue the evaluation in --out."""
+    """Continue the evaluation in --out; --attacks may name more attacks after the same ones."""
     plot: Annotated[tuple[float, ...] | None, _RADII] = None
     """Draw curves.png, accuracy by radius (0 to 8 times --eps, or those given), and images.png."""
     submission: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
