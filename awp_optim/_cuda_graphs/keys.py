@@ -101,7 +101,10 @@ class _ModuleTree:
 
 
 def _settings_getter(attributes: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
-    return operator.itemgetter(*[name for name in _MODULE_SETTINGS if name in attributes])
+    names = [name for name in _MODULE_SETTINGS if name in attributes]
+    if not names:  # such as the module that torch.compile puts around another
+        return lambda attributes: ()
+    return operator.itemgetter(*names)
 
 
 _TREES: WeakKeyDictionary[nn.Module, _ModuleTree] = WeakKeyDictionary()
