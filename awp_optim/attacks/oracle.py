@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from awp_optim._utils.model_state import Model as Model
+from awp_optim.attacks._batch_norm import BatchNorms, batch_norms_of, for_input_gradients
 from awp_optim.attacks._inputs import check_outputs
 from awp_optim.attacks.balls import round_toward
 from awp_optim.attacks.losses import Labels, Loss
@@ -42,10 +43,14 @@ class ModelOracle:
         self._weights: Sequence[Tensor] = ()
         self._passes_to_weights = 0
         self.weight_gradients: Gradients = ()
-        # A compiled backward pass computes the gradients of all weights that require them.
         self._frozen: list[Tensor] = []
-        if isinstance(model, nn.Module) and _is_compiled(model) and COMPILER_SEES_REQUIRES_GRAD:
-            self._frozen = list(model.parameters())
+        self._batch_norms: BatchNorms = []
+        if isinstance(model, nn.Module):
+            if not _is_compiled(model):
+                self._batch_norms = batch_norms_of(model)
+            elif COMPILER_SEES_REQUIRES_GRAD:
+                # A compiled backward pass computes the gradients of all weights that require them.
+                self._frozen = list(model.parameters())
 
     def subset(self, rows: Tensor) -> ModelOracle:
         """The oracle for some of the examples, given by their indices or a mask."""
@@ -89,7 +94,7 @@ class ModelOracle:
         """The logits at ``z``, the losses and their :meth:`gradient`, from the same passes."""
         self._passes_to_weights -= 1
         weights = self._weights if self._passes_to_weights == 0 else ()
-        with torch.enable_grad(), without_gradients(() if weights else self._frozen):
+        with torch.enable_grad(), self._gradients_of_input_alone(unless=bool(weights)):
             x = self.as_input(z).detach().requires_grad_()
             # A view, because tools that hook a module's input (such as FlopCounterMode) cannot hook
             # the leaf with respect to which autograd.grad differentiates.
@@ -99,6 +104,14 @@ class ModelOracle:
         if weights:
             self.weight_gradients = tuple(weight_gradients)
         return logits.detach(), losses.detach(), g.to(z.dtype)
+
+    @contextmanager
+    def _gradients_of_input_alone(self, *, unless: bool) -> Iterator[None]:
+        if unless:
+            yield
+            return
+        with without_gradients(self._frozen), for_input_gradients(self._batch_norms):
+            yield
 
 
 def input_gradient(
