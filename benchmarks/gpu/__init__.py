@@ -5,6 +5,7 @@
 ``step``                how long does a training step take, against the plain implementation?
 ``compiled``            the same, for a network compiled by ``torch.compile``
 ``mfu``                 which share of the device's matrix rate does a step reach?
+``kernels``             which kernels take the time of a step?
 ``memory``              how much more memory does AT-AWP take than AT?
 ``weights``             how long does the weight arithmetic take, against a copy?
 ``attacks``             how long does PGD take, compared with torchattacks?
