@@ -1,8 +1,8 @@
 """BatchNorm in eval mode, for gradients of the input alone.
 
 There, BatchNorm is a scale and a shift per channel, and so is the gradient of its input, without
-the shift. torch computes that gradient by a general formula which, on a GPU, also returns it in
-another memory format: with channels_last it takes 30% of an attack on a residual network.
+the shift. torch has a general kernel for that gradient, which on a GPU returns it in contiguous
+format: with channels_last, this kernel and the copies back took 30% of a training step with PGD-10.
 """
 
 from __future__ import annotations
