@@ -87,8 +87,7 @@ def run_script(name, *arguments, before=()):
 @pytest.mark.parametrize(
     ("number", "kills"),
     [
-        ("SIGKILL", 8),
-        ("SIGTERM", 4),
+        ("SIGKILL", 4),
         pytest.param("SIGKILL", 50, marks=pytest.mark.slow),
         pytest.param("SIGTERM", 20, marks=pytest.mark.slow),
     ],
