@@ -7,7 +7,7 @@ format: with channels_last, this kernel and the copies back took 30% of a traini
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,13 +65,12 @@ def batch_norms_of(model: nn.Module) -> BatchNorms:
 
 
 @contextmanager
-def for_input_gradients(batch_norms: Iterable[tuple[nn.Module, type[nn.Module]]]) -> Iterator[None]:
+def for_input_gradients(batch_norms: BatchNorms) -> Iterator[None]:
     """Context manager: inside, layers in eval mode give no gradients to their weights.
 
     It has to last until the backward pass is over, which may repeat forward passes (activation
     checkpointing) in another thread.
     """
-    batch_norms = list(batch_norms)
     try:
         for module, own in batch_norms:
             module.__class__ = _STAND_INS[own]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class ModelOracle:
         """The logits at ``z``, the losses and their :meth:`gradient`, from the same passes."""
         self._passes_to_weights -= 1
         weights = self._weights if self._passes_to_weights == 0 else ()
-        with torch.enable_grad(), self._gradients_of_input_alone(unless=bool(weights)):
+        with torch.enable_grad(), nullcontext() if weights else self._for_input_alone():
             x = self.as_input(z).detach().requires_grad_()
             # A view, because tools that hook a module's input (such as FlopCounterMode) cannot hook
             # the leaf with respect to which autograd.grad differentiates.
@@ -106,10 +106,8 @@ class ModelOracle:
         return logits.detach(), losses.detach(), g.to(z.dtype)
 
     @contextmanager
-    def _gradients_of_input_alone(self, *, unless: bool) -> Iterator[None]:
-        if unless:
-            yield
-            return
+    def _for_input_alone(self) -> Iterator[None]:
+        """Context manager: inside, backward passes need not reach the weights."""
         with without_gradients(self._frozen), for_input_gradients(self._batch_norms):
             yield
 

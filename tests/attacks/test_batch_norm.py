@@ -138,11 +138,12 @@ def test_layers_are_restored_after_an_error():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-def test_with_activation_checkpointing():
+@pytest.mark.parametrize("device", ["cpu", CUDA])  # a GPU's backward pass has its own thread
+def test_with_activation_checkpointing(device):
     class Checkpointed(nn.Sequential):
         def forward(self, x):
             return checkpoint(super().forward, x, use_reentrant=False)
 
-    model, (x, y) = convolutional(), data()
+    model, (x, y) = convolutional().to(device), data(device=device)
     ours = gradient(Checkpointed(*model), x, y)
     torch.testing.assert_close(ours, true_gradient(model, x, y), rtol=1e-12, atol=1e-14)
