@@ -87,7 +87,8 @@ def run_script(name, *arguments, before=()):
 @pytest.mark.parametrize(
     ("number", "kills"),
     [
-        ("SIGKILL", 4),
+        ("SIGKILL", 8),
+        ("SIGTERM", 4),
         pytest.param("SIGKILL", 50, marks=pytest.mark.slow),
         pytest.param("SIGTERM", 20, marks=pytest.mark.slow),
     ],

@@ -529,7 +529,7 @@ print(s.to_dict())
 def test_a_surface_resumes_after_kills(tmp_path):
     file = tmp_path / "state"
     expected = result(start(SLOW_SURFACE, tmp_path / "other", 0))
-    for points in (3, 15):
+    for points in (3, 9, 15):
         process = start(SLOW_SURFACE, file, 0.1)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
