@@ -355,16 +355,11 @@ def _about(task: _Task, command: str) -> dict[str, Any]:
         "dataset": task.dataset,
         "eps": task.eps,
         "norm": task.norm,
-        "device": _device_name(task.options.device),
+        "device": task.options.device,
         "awp_optim": awp_optim.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _device_name(device: str) -> str:
-    """A GPU by the name of its card, anything else as it is."""
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def _cheap(task: _Task) -> list[str]:
